@@ -1,0 +1,83 @@
+"""What comes from outside: models, tokenizers, data files, benchmarks; known by content or by pinned revision.
+
+A `Source` says where something is (never part of a key) and what it is (its digest). Local files and directories are
+hashed; a hub repository is pinned to the commit that its revision names now. Made by `pipelines` when a study is
+planned, taken by stages as inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from mft_core.errors import ConfigError
+from mft_core.identity import digest, digest_file, digest_files
+
+if TYPE_CHECKING:
+    from mft_core.artifacts import ArtifactStore
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+
+
+class Source(BaseModel):
+    """A model, data set or benchmark that no stage has made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    location: str
+    """a local path, or the name of a hub repository"""
+    revision: str | None = None
+    """commit of the hub repository; None for local files"""
+    digest: str
+
+    def local_path(self, store: ArtifactStore | None = None) -> Path:
+        """Return the local file or directory; a hub repository is looked up in the local hub cache, or fetched."""
+        if self.revision is None:
+            return Path(self.location)
+        raise NotImplementedError
+
+
+def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:
+    """List the files of a local checkpoint that make it what it is, sorted, relative to the directory."""
+    if kind == "tokenizer":
+        return [name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+    return sorted({path.name for pattern in _MODEL_FILES for path in directory.glob(pattern)})
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of(path: Path, names: tuple[str, ...], stamp: tuple[int, ...]) -> str:
+    return digest_files(path, list(names))
+
+
+def local_checkpoint(kind: Literal["model", "tokenizer"], directory: Path) -> Source:
+    """Return the model or the tokenizer in a local directory as a source.
+
+    Raises:
+        ConfigError: the directory is missing or holds no such files.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"model = {directory}: no such directory; give a local checkpoint or a hub name.")
+    names = tuple(parts(kind, directory))
+    if not names or (kind == "model" and "config.json" not in names):
+        raise ConfigError(f"model = {directory}: no {kind} files there (config.json, *.safetensors, tokenizer.json).")
+    stamp = tuple((directory / name).stat().st_mtime_ns for name in names)
+    return Source(location=str(directory), digest=_digest_of(directory, names, stamp))
+
+
+def local_file(path: Path, what: str) -> Source:
+    """Return a data file as a source; `what` names the field in the error when it is missing."""
+    if not path.is_file():
+        raise ConfigError(f"{what} = {path}: no such file; give the path of a JSONL file.")
+    return Source(location=str(path), digest=digest_file(path))
+
+
+def pinned(name: str, revision: str, kind: str) -> Source:
+    """Return a hub repository at a commit as a source."""
+    return Source(location=name, revision=revision, digest=digest({"hub": name, "revision": revision, "kind": kind}))
