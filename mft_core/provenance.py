@@ -27,7 +27,9 @@ def describe() -> dict[str, Any]:
     """Return commit, dirty flag, package versions, Python and machine of this process."""
     return {
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (status := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(status),
+        "git_dirty": None
+        if (status := _git("status", "--porcelain", "--untracked-files=no")) is None
+        else bool(status),
         "source_digest": source_digest(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -38,9 +40,7 @@ def describe() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     """Return git's answer for this checkout, or None outside one (an installed wheel, a container)."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -36,12 +36,16 @@ class Source(BaseModel):
     revision: str | None = None
     """commit of the hub repository; None for local files"""
     digest: str
+    kind: Literal["model", "tokenizer", "dataset", "file"] = "file"
 
     def local_path(self, store: ArtifactStore | None = None) -> Path:
         """Return the local file or directory; a hub repository is looked up in the local hub cache, or fetched."""
         if self.revision is None:
             return Path(self.location)
-        raise NotImplementedError
+        from huggingface_hub import snapshot_download
+
+        kind = "dataset" if self.kind == "dataset" else "model"
+        return Path(snapshot_download(self.location, revision=self.revision, repo_type=kind))
 
 
 def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:
@@ -68,7 +72,7 @@ def local_checkpoint(kind: Literal["model", "tokenizer"], directory: Path) -> So
     if not names or (kind == "model" and "config.json" not in names):
         raise ConfigError(f"model = {directory}: no {kind} files there (config.json, *.safetensors, tokenizer.json).")
     stamp = tuple((directory / name).stat().st_mtime_ns for name in names)
-    return Source(location=str(directory), digest=_digest_of(directory, names, stamp))
+    return Source(location=str(directory), digest=_digest_of(directory, names, stamp), kind=kind)
 
 
 def local_file(path: Path, what: str) -> Source:
@@ -78,6 +82,6 @@ def local_file(path: Path, what: str) -> Source:
     return Source(location=str(path), digest=digest_file(path))
 
 
-def pinned(name: str, revision: str, kind: str) -> Source:
+def pinned(name: str, commit: str, kind: Literal["model", "tokenizer", "dataset"]) -> Source:
     """Return a hub repository at a commit as a source."""
-    return Source(location=name, revision=revision, digest=digest({"hub": name, "revision": revision, "kind": kind}))
+    return Source(location=name, revision=commit, digest=digest({"hub": name, "commit": commit}), kind=kind)

@@ -1,6 +1,6 @@
 """Models and tokenizers small enough to be made in a test: no download, the same bytes every time.
 
-`make_tokenizer` and `make_model` return fresh objects, `save_checkpoint` writes both as a Hugging Face directory.
+`make_tokenizer` and `make_model` return fresh objects; `save_checkpoint` writes both to a directory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """Return a random float32 decoder: 4 layers, 32 hidden, 64 intermediate, vocabulary of `make_tokenizer`.
 
     Args:
-        family: a `model_type` of transformers whose config takes the usual names: llama, mistral, qwen2, gemma ...
+        family: a `model_type` of transformers whose config takes the usual names: llama, qwen2, gemma
         seed: of the initial weights.
     """
     tokenizer = make_tokenizer()

@@ -45,9 +45,7 @@ class StageContext:
 class StageFunction(Protocol):
     """The signature of every stage's `run`."""
 
-    def __call__(
-        self, recipe: Any, inputs: Mapping[str, Path], out: Path, context: StageContext
-    ) -> dict[str, Any]: ...
+    def __call__(self, recipe: Any, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""Hugging Face checkpoint directories: read as models or tensor by tensor, written so that any tool loads
+them.
+
+Whatever is not a decoder, or lacks weights, is refused before compute: transformers alone would fill missing
+weights with random numbers and a warning. Used by the stages that train, mask and merge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mft_core.errors import ConfigError
+from mft_core.sources import parts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_INDEX = "model.safetensors.index.json"
+_DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
+_DECODERS = {
+    name
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for name in ((names,) if isinstance(names, str) else names)
+}
+
+
+def read_config(directory: Path) -> Any:
+    """Return the configuration of a decoder's checkpoint.
+
+    Raises:
+        ConfigError: no readable checkpoint, not a decoder, or quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"model = {directory}: no readable Hugging Face checkpoint ({error}).") from error
+    names = config.architectures or []
+    if config.is_encoder_decoder or not any(name in _DECODERS for name in names):
+        raise ConfigError(
+            f"model = {directory}: {', '.join(names) or config.model_type} is not a decoder; "
+            "give a causal language model (…ForCausalLM)."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"model = {directory} is quantised; give the plain checkpoint that it was made from.")
+    return config
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> PreTrainedModel:
+    """Load a decoder in `dtype` on `device`; every dropout of its configuration is set to `dropout`.
+
+    Raises:
+        ConfigError: not a decoder, weights missing, or `dropout` asked of a family that has none.
+    """
+    config = read_config(directory)
+    _set_dropout(config, dropout)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    bad = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if bad:
+        raise ConfigError(f"model = {directory}: {len(bad)} weights are missing or misshapen, e.g. {bad[0]}.")
+    return model.to(device)
+
+
+def _set_dropout(config: Any, dropout: float) -> None:
+    fields = [field for field in _DROPOUTS if hasattr(config, field)]
+    if dropout and not fields:
+        raise ConfigError(f"training.dropout = {dropout}: models of type '{config.model_type}' have none; set it to 0.")
+    for field in fields:
+        setattr(config, field, dropout)
+
+
+def skeleton(directory: Path) -> PreTrainedModel:
+    """Return the model without its weights (meta device), to find sites in it."""
+    config = read_config(directory)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, source: Path) -> None:
+    """Write a trained model as a checkpoint; tokenizer and the like are copied verbatim from `source`.
+
+    The dropout of the training does not stay in the configuration.
+    """
+    original = read_config(source)
+    for field in _DROPOUTS:
+        if hasattr(original, field):
+            setattr(model.config, field, getattr(original, field))
+    model.to(dtype).save_pretrained(directory)
+    for name in parts("model", source):
+        if name != "config.json" and not _holds_weights(name):
+            shutil.copyfile(source / name, directory / name)
+
+
+def _holds_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json"))
+
+
+class WeightFiles:
+    """The tensors of a safetensors checkpoint, one file or sharded, read one at a time without the model's class."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ConfigError when the directory holds no safetensors checkpoint."""
+        self.directory = directory
+        try:
+            self.file_of = self._locate()
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise ConfigError(f"model = {directory}: no readable model.safetensors ({error}).") from error
+
+    def _locate(self) -> dict[str, str]:
+        index = self.directory / _INDEX
+        if index.is_file():
+            return dict(json.loads(index.read_text())["weight_map"])
+        with safe_open(self.directory / "model.safetensors", framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), "model.safetensors")
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the safetensors files, sorted."""
+        return sorted(set(self.file_of.values()))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor as it is stored.
+
+        Raises:
+            ConfigError: the checkpoint has no tensor of that name.
+        """
+        if name not in self.file_of:
+            raise ConfigError(f"model = {self.directory}: the checkpoint has no weight named {name}.")
+        with safe_open(self.directory / self.file_of[name], framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) one at a time."""
+        for name in names:
+            yield name, self.tensor(name)
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256 hex digest of a tensor's bytes, row-major."""
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).hexdigest()

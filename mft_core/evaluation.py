@@ -1,0 +1,346 @@
+"""One benchmark on one model through lm-eval's Python API, with the outcome of every item kept.
+
+Two kinds of benchmark: a *local-file task* (a folder with `<task>.yaml`, in lm-eval's own format, and the JSONL file that
+its `dataset_kwargs.data_files` names), which needs neither network nor lm-eval's index; and lm-eval's *own* tasks and
+groups by name. lm-eval builds prompts, decodes, filters and scores; here stands only what it lacks: checks before
+compute, and items that can be paired between models. `lm_eval.evaluator.evaluate` is called rather than
+`simple_evaluate`, which, after the same computation, asks the hub for the model's commit and collects the environment
+with a dozen subprocesses. lm-eval's response cache is never used: it does not know the model's weights.
+
+Decoding is greedy unless the task says otherwise. Prompts are sorted by length and padded on the left, so the batch size
+changes no format and no prompt, but the padded sums round differently: a near-tie between two tokens may then fall the
+other way, rarely in float32, now and then in bfloat16. Compare models that were evaluated with one batch size.
+
+Used by the stage `evaluate`; `check_task` by whoever plans a study (imports neither torch nor lm-eval for local tasks).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from mft_core.errors import ConfigError, StageError, unknown
+from mft_core.recipes import Evaluate, Runtime
+from mft_core.stages import Progress
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of one benchmark: one row per item, in the benchmark's order, and their summary."""
+
+    items: list[dict[str, Any]]
+    """rows of {item, doc_id, outcome, target, response}; `item` names the question *and* the prompt it was put in"""
+    summary: dict[str, Any]
+    """benchmark, metric, filter, n, accuracy, standard_error, commonest_target_share, lm_eval (version)"""
+
+
+def evaluate(
+    recipe: Evaluate,
+    model: Path,
+    benchmark: Path | None = None,
+    runtime: Runtime | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    chat_template: Path | None = None,
+) -> Evaluation:
+    """Run one benchmark on one model.
+
+    Args:
+        recipe: task, metric and settings.
+        model: directory of a Hugging Face checkpoint with its tokenizer.
+        benchmark: folder of the local-file task; None for lm-eval's own tasks.
+        runtime: device, threads and `eval_batch_size` (sequences decoded together).
+        report: told how many items are answered.
+        chat_template: Jinja file to use instead of the tokenizer's own template.
+
+    Raises:
+        ConfigError: the task is unknown, or its definition or items cannot be read.
+        StageError: the metric or filter is none of the task's, or the tokenizer has no chat template.
+    """
+    runtime = runtime or Runtime.model_validate({})
+    tasks = _load_tasks(recipe, benchmark)
+    unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values())
+    if unsafe:
+        _refuse_unconfirmed_code(recipe.task)
+    with _settled(runtime):
+        from lm_eval import evaluator
+
+        results = evaluator.evaluate(
+            lm=_load_model(recipe, model, runtime, report, chat_template),
+            task_dict={"tasks": tasks},
+            limit=recipe.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            apply_chat_template=recipe.apply_chat_template,
+            fewshot_as_multiturn=recipe.apply_chat_template,
+            confirm_run_unsafe_code=unsafe,
+        )
+    assert results is not None  # None is for the other ranks of a distributed run
+    return _outcomes(recipe, results["samples"])
+
+
+def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
+    """Check before any compute that the task exists and can be scored by the recipe's metric.
+
+    A local-file task is read in milliseconds; lm-eval's own names cost the building of its index, 10–20 s per process.
+
+    Raises:
+        ConfigError: unknown task or metric, unreadable items, or code execution that was not allowed.
+    """
+    if benchmark is not None:
+        definition = _definition(benchmark, recipe.task)
+        metrics = [str(entry["metric"]) for entry in definition.get("metric_list", [])]
+        if metrics and recipe.metric not in metrics:
+            raise unknown(f"metric of task '{recipe.task}'", recipe.metric, metrics)
+        for items in _data_files(benchmark, definition).values():
+            _read_items(items)
+        return
+    index = _task_manager().task_index
+    if recipe.task not in index:
+        near = [name for name in index if name.startswith(recipe.task[:3])]
+        error = unknown("lm-eval task", recipe.task, near)
+        raise ConfigError(f"{error} These begin alike; `lm_eval ls tasks` lists all {len(index):,}.")
+    if (index[recipe.task].cfg or {}).get("unsafe_code"):
+        _refuse_unconfirmed_code(recipe.task)
+
+
+def _refuse_unconfirmed_code(task: str) -> None:
+    if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+        raise ConfigError(
+            f"task = {task}: this benchmark executes code that the model writes. Run it in a container or sandbox, "
+            "and allow it with the environment variable HF_ALLOW_CODE_EVAL=1."
+        )
+
+
+@functools.cache
+def _task_manager() -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load_tasks(recipe: Evaluate, benchmark: Path | None) -> dict[str, Task]:
+    """Return the task, or a group's tasks, by name, with few-shot number and seed as `simple_evaluate` sets them."""
+    if benchmark is not None:
+        tasks: dict[str, Task] = {recipe.task: _local_task(recipe.task, benchmark)}
+    else:
+        check_task(recipe)
+        tasks = dict(_task_manager().load([recipe.task])["tasks"])
+    for name, task in tasks.items():
+        own = task.get_config("num_fewshot")
+        wanted = recipe.num_fewshot
+        if own == 0 and wanted:
+            raise ConfigError(f"num_fewshot = {wanted}: task '{name}' is defined for 0 examples; leave it null or 0.")
+        task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
+        task.set_fewshot_seed(seed=recipe.seed)
+    return tasks
+
+
+def _local_task(name: str, folder: Path) -> Task:
+    """Return the local-file task; its items are read here, since `load_dataset` writes to the user's cache."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    definition = _definition(folder, name)
+    files = _data_files(folder, definition)
+
+    class LocalTask(ConfigurableTask):
+        def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            self.dataset = {split: Dataset.from_list(_read_items(path)) for split, path in files.items()}
+
+    return LocalTask(config=definition)
+
+
+def _definition(folder: Path, name: str) -> dict[str, Any]:
+    """Return the definition in `folder` whose `task` is `name`."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"{path.name}: not plain YAML (lm-eval's !function needs an installed task): {error}"
+            ) from error
+        if isinstance(loaded, dict) and isinstance(loaded.get("task"), str):
+            found[loaded["task"]] = loaded
+    if name not in found:
+        raise unknown(f"task in benchmark folder {folder}", name, found)
+    return found[name]
+
+
+def _data_files(folder: Path, definition: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the JSONL file of each split; as in `datasets`, a single file is the split 'train'."""
+    files = (definition.get("dataset_kwargs") or {}).get("data_files")
+    if isinstance(files, str):
+        files = {"train": files}
+    if not isinstance(files, dict) or not files:
+        raise ConfigError(
+            f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files must name the JSONL file of a split, "
+            f"for example {{test: {definition['task']}.jsonl}}; it is {files!r}."
+        )
+    return {split: folder / file for split, file in files.items()}
+
+
+def _read_items(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(f"benchmark items = {path}: no such file; dataset_kwargs.data_files names it.")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {number}: an object is expected, found {type(row).__name__}.")
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path}: the file holds no items.")
+    return rows
+
+
+def _load_model(
+    recipe: Evaluate,
+    path: Path,
+    runtime: Runtime,
+    report: Callable[[Progress], None],
+    chat_template: Path | None,
+) -> LM:
+    """Load the checkpoint as lm-eval's Hugging Face model, made to report its progress in place of lm-eval's bars."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text()
+    if recipe.apply_chat_template and not tokenizer.chat_template:
+        raise StageError(
+            "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
+            "(model.chat_template), or set apply_chat_template to false for this benchmark."
+        )
+
+    class ReportingModel(HFLM):
+        answered = 0
+        asked = 0
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            self.asked += len(requests)
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            tokens = super()._model_generate(context, *args, **kwargs)
+            self.answered += len(context)
+            report(Progress(self.answered, self.asked, "item"))
+            return tokens
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
+    return ReportingModel(
+        pretrained=str(path),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=recipe.precision,
+        batch_size=runtime.eval_batch_size,
+    )
+
+
+@functools.cache
+def _tame_lm_eval() -> None:
+    """Once per process: no bar over the prompts (it has no switch), and templates compiled once, not per item."""
+    import lm_eval.api.task
+    import lm_eval.utils
+    from tqdm import tqdm
+
+    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+    lm_eval.utils.env.from_string = functools.lru_cache(maxsize=512)(lm_eval.utils.env.from_string)
+
+
+@contextmanager
+def _settled(runtime: Runtime) -> Iterator[None]:
+    """Hold lm-eval to warnings, and torch to the runtime's number of threads."""
+    import torch
+
+    _tame_lm_eval()
+    logger = logging.getLogger("lm_eval")
+    level, threads = logger.level, torch.get_num_threads()
+    logger.setLevel(logging.WARNING)
+    torch.set_num_threads(runtime.threads or threads)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        torch.set_num_threads(threads)
+
+
+def _outcomes(recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]]) -> Evaluation:
+    """Turn lm-eval's logged samples (one per item *and filter*) into one row per item."""
+    filters = list(dict.fromkeys(sample["filter"] for rows in samples.values() for sample in rows))
+    chosen = recipe.filter or filters[0]
+    if chosen not in filters:
+        raise StageError(str(unknown(f"filter of task '{recipe.task}'", chosen, filters)))
+    items = [
+        {
+            "item": _item_id(task, sample),
+            "doc_id": sample["doc_id"],
+            "outcome": _outcome(recipe, sample),
+            "target": sample["target"],
+            "response": _only(sample["filtered_resps"]),
+        }
+        for task in sorted(samples)
+        for sample in sorted(samples[task], key=lambda row: row["doc_id"])
+        if sample["filter"] == chosen
+    ]
+    outcomes = np.array([row["outcome"] for row in items], dtype=float)
+    spread = float(outcomes.std(ddof=1)) / math.sqrt(len(items)) if len(items) > 1 else None
+    targets = Counter(json.dumps(row["target"], default=str) for row in items)
+    summary = {
+        "benchmark": recipe.task,
+        "metric": recipe.metric,
+        "filter": chosen,
+        "n": len(items),
+        "accuracy": float(outcomes.mean()),
+        "standard_error": spread,
+        # one target for all items (as in IFEval) is a placeholder, not an answer that could be guessed
+        "commonest_target_share": max(targets.values()) / len(items) if len(targets) > 1 else None,
+        "lm_eval": metadata.version("lm-eval"),
+    }
+    return Evaluation(items, summary)
+
+
+def _item_id(task: str, sample: Mapping[str, Any]) -> str:
+    """Name an item so that equal names mean the same question, answer and prompt."""
+    hashes = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
+    return f"{task}/{sample['doc_id']}/{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
+
+
+def _outcome(recipe: Evaluate, sample: Mapping[str, Any]) -> int | float:
+    if recipe.metric not in sample["metrics"]:
+        raise StageError(str(unknown(f"metric of task '{recipe.task}'", recipe.metric, sample["metrics"])))
+    value = sample[recipe.metric]
+    if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(value):
+        raise StageError(f"metric '{recipe.metric}' of task '{recipe.task}' is not one number per item: {value!r}.")
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _only(responses: Any) -> Any:
+    return responses[0] if isinstance(responses, list) and len(responses) == 1 else responses

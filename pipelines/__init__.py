@@ -1,0 +1,1 @@
+"""What people run: the `mft` command, studies, profiles, Prefect flows and deployments."""

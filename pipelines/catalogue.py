@@ -1,0 +1,155 @@
+"""Finds and reads profiles and studies: the YAML files shipped in this package, or a path of the user's own.
+
+A *profile* bundles model, data, training, mask and benchmarks of a backbone, with one section per domain. A *study* is a
+question with the grid that answers it; it composes with any profile.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError
+
+from mft_core.errors import ConfigError, explain, unknown
+from mft_core.recipes import Recipe, Runtime
+from pipelines.setup import METHODS, Method
+
+_HERE = Path(__file__).resolve().parent
+_PATH_KEYS = {"path", "chat_template"}
+Model = TypeVar("Model", bound=Recipe)
+FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
+
+
+class VariantSpec(Recipe):
+    """One family of variants: a method, its domain, and the grid over which it is spread."""
+
+    method: Method
+    domain: str | None = Field(None, description="null takes the study's, or the profile's default")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="setup key: values")
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Yield every combination of the grid's values as {setup key: value}."""
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+
+class Study(Recipe):
+    """A question and the variants that answer it."""
+
+    name: str
+    question: str
+    domain: str | None = None
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    variants: tuple[VariantSpec, ...] = Field(min_length=1)
+
+
+class Profile(Recipe):
+    """A backbone with its domains. `defaults` and each domain are partial setups."""
+
+    name: str
+    default_domain: str
+    defaults: dict[str, Any]
+    domains: dict[str, dict[str, Any]] = Field(min_length=1)
+    runtime: Runtime = Runtime.model_validate({})
+
+
+def names(kind: str) -> list[str]:
+    """List the profiles or studies shipped with the package."""
+    return sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
+
+
+def load_study(name: str) -> Study:
+    """Read a study by its name or by the path of a YAML file."""
+    path = _locate("study", name)
+    return _validate(Study, {"name": path.stem, **_read(path)}, f"study {path.name}")
+
+
+def load_profile(name: str) -> Profile:
+    """Read a profile by its name or by the path of a YAML file."""
+    path = _locate("profile", name)
+    values = _anchored_profile(path)
+    return _validate(Profile, {"name": path.stem, **values}, f"profile {path.name}")
+
+
+def _anchored_profile(path: Path) -> dict[str, Any]:
+    """Read a profile over the one that it extends, with relative paths made absolute."""
+    values: dict[str, Any] = anchored(_read(path), path.parent)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    merged = _anchored_profile(_locate("profile", parent))
+    merge(merged, values)
+    return merged
+
+
+def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Lay the values of `layer` over `into`, mapping by mapping; lists are replaced whole."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+def anchored(layer: Any, folder: Path) -> Any:
+    """Make relative local paths absolute; what is neither there nor written as a path stays a hub name."""
+    if isinstance(layer, Mapping):
+        return {
+            key: _anchor(value, folder) if key in _PATH_KEYS and isinstance(value, str) else anchored(value, folder)
+            for key, value in layer.items()
+        }
+    if isinstance(layer, list):
+        return [anchored(item, folder) for item in layer]
+    return layer
+
+
+def _anchor(text: str, folder: Path) -> str:
+    path = Path(text).expanduser()
+    local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in (".jsonl", ".json", ".jinja")
+    return str((folder / path).resolve()) if local or path.is_absolute() else text
+
+
+def domain_of(profile: Profile, name: str | None) -> str:
+    """Return the named domain, or the profile's default one."""
+    domain = name or profile.default_domain
+    if domain not in profile.domains:
+        raise unknown(f"domain of profile {profile.name}", domain, profile.domains)
+    return domain
+
+
+def methods_of(study: Study) -> set[str]:
+    """Return the methods that a study uses."""
+    return {spec.method for spec in study.variants} & set(METHODS)
+
+
+def _locate(kind: str, name: str) -> Path:
+    own = Path(name)
+    if own.suffix in (".yaml", ".yml"):
+        if not own.is_file():
+            raise ConfigError(f"{kind} = {name}: no such file; give a YAML file or one of: {', '.join(names(kind))}.")
+        return own.resolve()
+    if name not in names(kind):
+        raise unknown(kind, name, names(kind))
+    return FOLDERS[kind] / f"{name}.yaml"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(loaded).__name__}.")
+    return dict(loaded)
+
+
+def _validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model, where) from error

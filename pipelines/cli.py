@@ -1,0 +1,238 @@
+"""The `mft` command. Imports nothing heavy at the top: `mft --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mft_core.errors import ConfigError, StageError
+
+if TYPE_CHECKING:
+    from mft_core.artifacts import ArtifactStore
+    from pipelines.plan import Plan
+
+app = typer.Typer(
+    help="Can a fine-tuned LLM be made better by removing weights? Where, how much, and is the gain real?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+mask_app = typer.Typer(help="Look at mask files and apply them.", no_args_is_help=True)
+app.add_typer(mask_app, name="mask")
+
+StudyName = Annotated[str, typer.Argument(help="name of a shipped study, or a YAML file")]
+ProfileName = Annotated[str, typer.Option("--profile", help="name of a shipped profile, or a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, e.g. mask.sparsity=0.2")]
+Seeds = Annotated[str | None, typer.Option(help="comma-separated, instead of the study's own, e.g. 0,1,2")]
+Rerun = Annotated[list[str] | None, typer.Option("--rerun", help="compute this stage again even where cached")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage or configuration."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except StageError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def plan(
+    study: StudyName,
+    profile: ProfileName = "tiny",
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a study would run: variants, stages, what is cached, disk needed. Computes nothing."""
+    from pipelines.plan_view import as_dict, show
+
+    the_plan, _ = _plan(study, profile, overrides, seeds)
+    if as_json:
+        print(json.dumps(as_dict(the_plan), indent=2))
+    else:
+        show(the_plan)
+
+
+@app.command()
+def run(
+    study: StudyName,
+    profile: ProfileName = "tiny",
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    rerun: Rerun = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study (only what is not cached) and print its answer."""
+    the_plan, store = _checked_plan(study, profile, overrides, seeds, rerun)
+    rows, table, directory = _flow(store, lambda flows: flows.mft_ablation)(study, profile, overrides, seeds, rerun)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"\n{the_plan.study.question}\n\n{table}")
+    print(f"table and figure: {directory}\nbrowse the runs:   mft up   (then the MLflow and Prefect UIs)")
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="e.g. learn-mask")],
+    study: StudyName,
+    profile: ProfileName = "tiny",
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    rerun: Rerun = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run one stage of a study, and what it needs; prints where its artifacts lie."""
+    from mft_core.stages import get_stage
+
+    get_stage(name)
+    _, store = _checked_plan(study, profile, overrides, seeds, rerun)
+    made = _flow(store, lambda flows: flows.STAGE_FLOWS[name])(study, profile, overrides, seeds, rerun)
+    if as_json:
+        print(json.dumps(made, indent=2))
+        return
+    for item in made:
+        print(f"{item['label']}\n  {item['directory']}")
+
+
+@app.command()
+def report(
+    study: StudyName,
+    profile: ProfileName = "tiny",
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    as_json: AsJson = False,
+    sync: Annotated[bool, typer.Option("--sync", help="write all numbers to MLflow again")] = False,
+) -> None:
+    """Print the answer of a study that has been run, from its artifacts alone."""
+    from pipelines.report import find_report
+
+    the_plan, store = _plan(study, profile, overrides, seeds)
+    found = find_report(the_plan, store)
+    if sync:
+        from pipelines.record import sync_to_mlflow
+
+        sync_to_mlflow(the_plan, store, found)
+    if as_json:
+        print(json.dumps(found.rows, indent=2))
+    else:
+        print(f"{the_plan.study.question}\n\n{found.table}\n{found.directory}")
+
+
+@app.command()
+def up() -> None:
+    """Start (or use) the Prefect server, the MLflow UI and the served deployments; Ctrl-C stops them."""
+    from mft_core.artifacts import ArtifactStore
+    from pipelines.services import up as start_services
+
+    store = ArtifactStore.from_environment()
+    store.check_writable()
+    start_services(store.home)
+
+
+@app.command()
+def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
+    """Say what this machine lacks for a profile: models, data, disk, memory, network, packages."""
+    from pipelines.doctor import examine
+
+    findings = examine(profile)
+    if as_json:
+        print(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            print(f"{'ok     ' if finding.ok else 'MISSING'}  {finding.what}: {finding.detail}")
+    if not all(finding.ok for finding in findings):
+        sys.exit(1)
+
+
+def _plan(study: str, profile: str, overrides: list[str] | None, seeds: str | None) -> tuple[Plan, ArtifactStore]:
+    from mft_core.artifacts import ArtifactStore
+    from pipelines.catalogue import load_profile, load_study
+    from pipelines.plan import make_plan
+
+    store = ArtifactStore.from_environment()
+    the_plan = make_plan(load_study(study), load_profile(profile), store, overrides or [], _seeds(seeds))
+    return the_plan, store
+
+
+def _checked_plan(
+    study: str, profile: str, overrides: list[str] | None, seeds: str | None, rerun: list[str] | None
+) -> tuple[Plan, ArtifactStore]:
+    """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
+    from mft_core.stages import get_stage
+    from pipelines.preflight import check
+
+    for name in rerun or []:
+        get_stage(name)
+    the_plan, store = _plan(study, profile, overrides, seeds)
+    store.check_writable()
+    check(the_plan, store)
+    return the_plan, store
+
+
+def _flow(store: ArtifactStore, pick: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+    """Return a flow, ready to be called in this process, with Prefect pointed at the right server first."""
+    from pipelines.services import use_prefect
+
+    use_prefect(store.home)
+    from pipelines import flows
+
+    flow = pick(flows)
+
+    def call(study: str, profile: str, overrides: Any, seeds: str | None, rerun: Any) -> Any:
+        return flow(study=study, profile=profile, overrides=overrides or [], seeds=_seeds(seeds), rerun=rerun or [])
+
+    return call
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: give whole numbers separated by commas, e.g. 0,1,2.") from None
+    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds {text}: seeds are different whole numbers from 0 upwards, e.g. 0,1,2.")
+    return seeds
+
+
+@mask_app.command("show")
+def mask_show(mask: Path, as_json: AsJson = False) -> None:
+    """Show where a mask cuts: zeros per layer and module."""
+    from pipelines.mask_commands import show
+
+    show(mask, as_json)
+
+
+@mask_app.command("apply")
+def mask_apply(base: Path, mask: Path, out: Path) -> None:
+    """Merge a mask into its base checkpoint; OUT is an ordinary Hugging Face checkpoint."""
+    from pipelines.mask_commands import apply
+
+    apply(base, mask, out)
+
+
+@mask_app.command("compare")
+def mask_compare(a: Path, b: Path, as_json: AsJson = False) -> None:
+    """Compare two masks: overlap (Jaccard index of the removed weights) per layer and module."""
+    from pipelines.mask_commands import compare
+
+    compare(a, b, as_json)
+
+
+if __name__ == "__main__":
+    main()

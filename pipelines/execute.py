@@ -1,0 +1,108 @@
+"""Runs a plan inside a Prefect flow: submits every stage once, waits, compares, and tells display and tracker.
+
+A failing stage does not stop the others: what they compute is kept, and the run ends with the list of failures. Called by
+the flows only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefect.futures import PrefectFuture, wait
+
+from mft_core.artifacts import ArtifactRef, ArtifactStore
+from mft_core.errors import ConfigError, StageError
+from mft_core.sources import Source
+from mft_core.stages import Progress
+from pipelines.display import Display
+from pipelines.graph import Edge, Node
+from pipelines.plan import Plan
+from tasks.stage_task import StageCall, Workplace, run_stage
+
+log = logging.getLogger("mft")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one node."""
+
+    node: Node
+    artifact: ArtifactRef
+    cached: bool
+
+
+def call_of(node: Node, rerun: bool) -> StageCall:
+    """Describe a node's work to its task."""
+    return StageCall(
+        stage=node.stage,
+        recipe=node.recipe,
+        label=node.label,
+        sources={name: given for name, given in node.inputs.items() if isinstance(given, Source)},
+        parts={name: given.part for name, given in node.inputs.items() if isinstance(given, Edge)},
+        rerun=rerun,
+    )
+
+
+def run_nodes(
+    nodes: Iterable[Node], place: Workplace, display: Display, rerun: Sequence[str] = ()
+) -> dict[str, Outcome]:
+    """Run the nodes (each after the ones that it needs) and return their outcomes by node id.
+
+    Args:
+        rerun: names of stages that are computed again even where they are cached.
+
+    Raises:
+        ConfigError, StageError: after everything that could run has run; the first names all failures.
+    """
+    futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+    by_future: dict[PrefectFuture[ArtifactRef], Node] = {}
+    stage_task = run_stage.with_options(result_storage=place.results)
+    for node in nodes:
+        made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
+        call = call_of(node, node.stage in rerun)
+        future = stage_task.submit(node.label, call, made, place)
+        future.add_done_callback(lambda done, node=node: display.finished(node.label, _word(done)))
+        futures[node.id] = future
+        by_future[future] = node
+    wait(list(futures.values()))
+    outcomes: dict[str, Outcome] = {}
+    failures: list[tuple[Node, Any]] = []
+    for future, node in by_future.items():
+        result = future.result(raise_on_failure=False)
+        if isinstance(result, ArtifactRef | Mapping):
+            ref = result if isinstance(result, ArtifactRef) else ArtifactRef.model_validate(result)
+            outcomes[node.id] = Outcome(node, ref, future.state.name == "Cached")
+        else:
+            failures.append((node, result))
+    _raise(failures)
+    return outcomes
+
+
+def _word(future: PrefectFuture[ArtifactRef]) -> str:
+    if future.state.name == "Cached":
+        return "cached"
+    return "computed" if future.state.is_completed() else "failed"
+
+
+def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
+    """Raise for the failed nodes, naming causes only: what never started for want of an input is not a cause."""
+    causes = [(node, error) for node, error in failures if isinstance(error, ConfigError | StageError)]
+    causes = causes or list(failures)
+    if not causes:
+        return
+    lines = [f"{node.label}: {error}" for node, error in causes]
+    if all(isinstance(error, ConfigError) for _, error in causes):
+        raise ConfigError("\n".join(lines))
+    raise StageError("\n".join(lines)) from causes[0][1]
+
+
+def workplace(plan: Plan, store: ArtifactStore, display: Display, notes: Mapping[str, Any]) -> Workplace:
+    """Build what the tasks of this flow run share."""
+
+    def report(call: StageCall, progress: Progress) -> None:
+        display.update(call.label, progress)
+
+    return Workplace(store=store, runtime=plan.runtime, report=report, notes=notes)

@@ -1,0 +1,208 @@
+"""From a setup to the chain of stages that answers it; variants share the nodes that they have in common.
+
+A node is a stage with its recipe and where its inputs come from: outside sources, or other nodes. Its `id` is the hash
+of that structure, known before anything runs; the artifact's key needs the inputs' contents and is known when they are
+there. Used by the plan, the flows and the report.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mft_core.identity import digest
+from mft_core.recipes import (
+    Evaluate,
+    FineTune,
+    LearnMask,
+    MergeMask,
+    MixturePart,
+    PrepareData,
+    Recipe,
+    Training,
+)
+from mft_core.sources import Source
+from mft_core.stages import STAGES
+from pipelines import resolve
+from pipelines.setup import SELECTORS, BenchmarkSpec, Setup
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An input that another node makes; `part` is the path inside its payload."""
+
+    node: Node
+    part: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One stage to run: what it is called, its recipe, its inputs."""
+
+    stage: str
+    recipe: Recipe
+    inputs: Mapping[str, Source | Edge]
+    label: str
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Hash of the structure; equal for equal work."""
+        inputs = {
+            name: {"node": given.node.id, "part": given.part} if isinstance(given, Edge) else given.digest
+            for name, given in self.inputs.items()
+        }
+        version = STAGES[self.stage].version
+        return digest({"stage": self.stage, "version": version, "recipe": self.recipe, "inputs": inputs})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a study: its setup, the node that holds its model's training (if any), one evaluation a benchmark."""
+
+    setup: Setup
+    name: str
+    trained: Node | None
+    evaluations: Mapping[str, Node]
+
+    @property
+    def columns(self) -> dict[str, str | int | float | None]:
+        """What identifies the variant in tables and in MLflow."""
+        setup = self.setup
+        masked = setup.method in SELECTORS
+        seeded = setup.method in ("mft", "random", "continued-fft")
+        return {
+            "variant": self.name,
+            "method": setup.method,
+            "domain": setup.domain,
+            "layers": resolve.layers(setup) if masked else None,
+            "modules": setup.mask.modules if masked else None,
+            "sparsity": setup.mask.sparsity if masked else None,
+            "seed": setup.seed if seeded else None,
+        }
+
+
+def variant(setup: Setup) -> Variant:
+    """Build the chain of one variant.
+
+    Raises:
+        ConfigError: a model, data file, benchmark or layer that is not there.
+    """
+    if setup.method == "base":
+        model: Source | Edge = resolve.model(setup.model)
+        trained = None
+    else:
+        trained = _fine_tuned(setup)
+        model = Edge(trained, "model")
+        if setup.method == "continued-fft":
+            trained = _continued(setup, model)
+            model = Edge(trained, "model")
+        elif setup.method in SELECTORS:
+            trained = _mask(setup, model)
+            merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
+                          trained.label.replace("learn-mask", "merge-mask"))  # fmt: skip
+            model = Edge(merged, "model")
+    name = _name(setup)
+    evaluations = {bench.name: _evaluation(setup, bench, model, name) for bench in setup.benchmarks}
+    return Variant(setup, name, trained, evaluations)
+
+
+def _name(setup: Setup) -> str:
+    details = [setup.method]
+    if setup.method in SELECTORS:
+        mask = setup.mask
+        details += [f"sparsity={mask.sparsity:g}", f"layers={resolve.layers(setup)}"]
+        details += [f"modules={mask.modules}"] if mask.modules != "both" else []
+    if setup.method in ("mft", "random", "continued-fft"):
+        details.append(f"seed={setup.seed}")
+    return " ".join(details)
+
+
+def _data(setup: Setup, fraction: float) -> Node:
+    spec = setup.data
+    recipe = PrepareData(
+        mixture=tuple(MixturePart(rows=source.rows) for source in spec.mixture),
+        fraction=fraction,
+        max_length=spec.max_length,
+        validation_rows=spec.validation_rows,
+        seed=spec.seed,
+    )
+    inputs: dict[str, Source | Edge] = {"tokenizer": resolve.tokenizer(setup.model), **_template(setup)}
+    inputs |= {f"source-{i}": resolve.rows(source) for i, source in enumerate(spec.mixture)}
+    local = [bench for bench in setup.benchmarks if bench.path]
+    inputs |= {f"benchmark-{i}": resolve.benchmark_items(bench) for i, bench in enumerate(local)}
+    share = f" fraction={fraction:g}" if fraction != 1 else ""
+    return Node("prepare-data", recipe, inputs, f"prepare-data {setup.domain}{share}")
+
+
+def _template(setup: Setup) -> dict[str, Source | Edge]:
+    return {"chat_template": resolve.template(setup.model)} if setup.model.chat_template else {}
+
+
+def _fine_tuned(setup: Setup) -> Node:
+    inputs = {
+        "model": resolve.model(setup.model),
+        "data": Edge(_data(setup, setup.data.fraction)),
+        **_template(setup),
+    }
+    return Node("fine-tune", FineTune(training=setup.fine_tune), inputs, f"fine-tune {setup.domain}")
+
+
+def _continued(setup: Setup, model: Edge) -> Node:
+    training = _seeded(setup.continued, setup.seed)
+    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_data(setup, setup.data.fraction))}
+    return Node("fine-tune", FineTune(training=training), inputs, f"continue-fft {setup.domain} seed={setup.seed}")
+
+
+def _seeded(training: Training, seed: int) -> Training:
+    """Give the training its variant's own order of the data."""
+    return training.model_copy(update={"seed": training.seed + seed})
+
+
+def _mask(setup: Setup, model: Edge) -> Node:
+    selector, mask, layers = SELECTORS[setup.method], setup.mask, resolve.layers(setup)
+    details: dict[str, Any] = {}
+    inputs: dict[str, Source | Edge] = {"model": model}
+    label = f"learn-mask sparsity={mask.sparsity:g} layers={layers}"
+    if selector == "learned":
+        details = {"training": _seeded(mask.training, setup.seed), "score_init": mask.score_init}
+        inputs["data"] = Edge(_data(setup, setup.data.fraction * mask.fraction))
+    if selector != "magnitude":
+        details["seed"] = setup.seed
+        label += f" seed={setup.seed}"
+    if selector != "learned":
+        label += f" ({selector})"
+    recipe = LearnMask(selector=selector, sparsity=mask.sparsity, layers=layers, modules=mask.modules, **details)
+    return Node("learn-mask", recipe, inputs, label)
+
+
+def _evaluation(setup: Setup, bench: BenchmarkSpec, model: Source | Edge, variant_name: str) -> Node:
+    recipe = Evaluate(**bench.model_dump(exclude={"name", "path"}, exclude_defaults=True), precision=setup.precision)
+    inputs: dict[str, Source | Edge] = {"model": model}
+    if bench.path:
+        inputs["benchmark"] = resolve.benchmark(bench)
+    elif setup.model.chat_template and not isinstance(model, Edge):
+        inputs |= _template(setup)
+    return Node("evaluate", recipe, inputs, f"evaluate {bench.name} of {variant_name}")
+
+
+def closure(nodes: Iterable[Node]) -> list[Node]:
+    """Return the nodes and all that they need, each once and after the ones that it needs."""
+    ordered: dict[str, Node] = {}
+
+    def visit(node: Node) -> None:
+        if node.id not in ordered:
+            for given in node.inputs.values():
+                if isinstance(given, Edge):
+                    visit(given.node)
+            ordered[node.id] = node
+
+    for node in nodes:
+        visit(node)
+    return list(ordered.values())
+
+
+def unique_nodes(variants: Iterable[Variant]) -> list[Node]:
+    """Return every node of the variants once, each after the nodes that it needs."""
+    return closure(node for item in variants for node in item.evaluations.values())

@@ -1,0 +1,145 @@
+"""Makes the tiny profile's fine-tuning data and benchmarks, and the example stream its base model is pre-trained on.
+
+Design note. Everything follows from `SEED` and the tables below; `tasks.py` decides by content which items are reserved
+for the benchmarks, so no training row shares its operands with a benchmark item of the same family. The benchmarks hold
+no duplicates and no answer takes more than `ANSWER_CAP` of the items; `benchmarks/README.md` states the score of always
+giving the commonest answer. Needs `reasoning-gym`, which the rest of the project does not:
+
+    python make_data.py                                       # data/ and benchmarks/
+    python make_data.py --stream stream.tsv --rows 2000000    # examples for pretrain.py
+"""
+
+import argparse
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from tasks import KINDS, Item
+
+HERE = Path(__file__).resolve().parent
+SEED = 20251123
+ANSWER_CAP = 0.12
+TRAIN = {
+    "arithmetic": {"sum3": 1700, "muladd": 1300, "sum4": 500, "sum3big": 500},
+    "number_theory": {"summod": 1400, "gcd3": 1300, "simplify": 650, "mod3": 650},
+    "symbols": {"sortdown": 1200, "keep": 1000, "caesar7": 1000, "sortnum": 400, "caesar_any": 400},
+}
+BENCHMARKS = {
+    "arithmetic": {"sum3": 450, "muladd": 350},
+    "arithmetic_hard": {"sum4": 400, "sum3big": 400},
+    "number_theory": {"summod": 400, "gcd3": 400},
+    "number_theory_hard": {"simplify": 400, "mod3": 400},
+    "symbols": {"sortdown": 300, "keep": 250, "caesar7": 250},
+    "symbols_hard": {"sortnum": 400, "caesar_any": 400},
+}
+STREAMS = {"train": 1, "data": 2, "benchmark": 3, "validation": 4}
+
+
+def stream(kind: str, purpose: str, split: str) -> Iterator[Item]:
+    """Items of one kind that belong to `split`, from a seed range of their own for each purpose."""
+    seed = SEED + (STREAMS[purpose] * 100 + list(KINDS).index(kind)) * 10**10
+    return (item for item in KINDS[kind].items(seed) if item.split == split)
+
+
+def distinct(items: Iterable[Item], cap: int, limit: int = 400_000) -> Iterator[Item]:
+    """Drop repeated prompts and answers beyond `cap` occurrences; look at no more than `limit` items."""
+    seen: set[str] = set()
+    answers: Counter[str] = Counter()
+    for item in islice(items, limit):
+        if item.prompt in seen or answers[item.answer] >= cap:
+            continue
+        seen.add(item.prompt)
+        answers[item.answer] += 1
+        yield item
+
+
+def pick(counts: dict[str, int], purpose: str, split: str) -> list[Item]:
+    """`counts[kind]` distinct items of each kind, shuffled together."""
+    items: list[Item] = []
+    for kind, count in counts.items():
+        chosen = list(islice(distinct(stream(kind, purpose, split), max(1, int(ANSWER_CAP * count))), count))
+        if len(chosen) < count:
+            raise ValueError(f"{kind}: only {len(chosen)} of {count} distinct {split} items")
+        items += chosen
+    random.Random(SEED).shuffle(items)
+    return items
+
+
+def messages(item: Item) -> dict:
+    """A training row in chat form."""
+    return {"messages": [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}]}
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def describe(name: str, items: list[Item]) -> str:
+    """The benchmark's row in benchmarks/README.md."""
+    answer, count = Counter(item.answer for item in items).most_common(1)[0]
+    kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(Counter(item.kind for item in items).items()))
+    contents = len({item.content for item in items})
+    example = f"`{items[0].prompt}` → `{items[0].answer}`"
+    return f"| {name} | {len(items)} | {contents} | {kinds} | {100 * count / len(items):.1f} (`{answer}`) | {example} |"
+
+
+HEADER = """# Benchmarks of the tiny profile
+
+Written by `make_data.py`. Only reserved content (see `tasks.py`): no operands, letters or numbers of these items occur
+in the pre-training or fine-tuning data of the same family. Scored by exact match, greedy.
+
+| benchmark | n | distinct contents | kinds | always giving the commonest answer, % | an item |
+|---|---|---|---|---|---|
+"""
+
+
+def write_all() -> None:
+    """Write data/*.jsonl, benchmarks/*.jsonl and benchmarks/README.md."""
+    for domain, counts in TRAIN.items():
+        write_jsonl(HERE / "data" / f"{domain}.jsonl", map(messages, pick(counts, "data", "train")))
+    lines = []
+    for name, counts in BENCHMARKS.items():
+        items = pick(counts, "benchmark", "reserved")
+        rows = ({"question": i.prompt, "answer": i.answer, "kind": i.kind} for i in items)
+        write_jsonl(HERE / "benchmarks" / f"{name}.jsonl", rows)
+        lines.append(describe(name, items))
+    (HERE / "benchmarks" / "README.md").write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_stream(path: Path, rows: int, per_kind: int = 60) -> None:
+    """Write `rows` lines `kind<TAB>prompt<TAB>answer` for pre-training, and a validation file beside it."""
+    rng = random.Random(SEED)
+    sources = {name: stream(name, "train", "train") for name in KINDS}
+    weights = [kind.weight for kind in KINDS.values()]
+    with path.open("w", encoding="utf-8") as out:
+        for name in rng.choices(list(sources), weights, k=rows):
+            item = next(sources[name])
+            out.write(f"{item.kind}\t{item.prompt}\t{item.answer}\n")
+    held = (i for name in KINDS for i in _validation(name, per_kind))
+    text = "".join(f"{i.kind}\t{i.prompt}\t{i.answer}\n" for i in held)
+    path.with_suffix(".validation.tsv").write_text(text, encoding="utf-8")
+
+
+def _validation(kind: str, count: int) -> Iterator[Item]:
+    return islice(distinct(stream(kind, "validation", "validation"), count, 20_000), count)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stream", type=Path, help="write pre-training examples here instead")
+    parser.add_argument("--rows", type=int, default=2_000_000)
+    args = parser.parse_args()
+    if args.stream:
+        write_stream(args.stream, args.rows)
+    else:
+        write_all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""From the names and paths of a setup to sources known by content: the only place that looks at disk or hub to plan.
+
+A hub repository is pinned to the commit that its revision names: asked of the hub, or, offline, of the local hub cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mft_core.errors import ConfigError
+from mft_core.identity import digest_files
+from mft_core.layers import format_layers, parse_layers
+from mft_core.sources import Source, local_checkpoint, local_file, pinned
+from pipelines.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def model(spec: ModelSpec) -> Source:
+    """Return the base model as a source."""
+    return _checkpoint(spec, "model")
+
+
+def tokenizer(spec: ModelSpec) -> Source:
+    """Return the base model's tokenizer: the same place, but only its files count."""
+    return _checkpoint(spec, "tokenizer")
+
+
+def _checkpoint(spec: ModelSpec, kind: Any) -> Source:
+    if Path(spec.path).is_absolute():
+        return local_checkpoint(kind, Path(spec.path))
+    return pinned(spec.path, _commit(spec.path, spec.revision, "model"), kind)
+
+
+def template(spec: ModelSpec) -> Source:
+    """Return the chat template that replaces the tokenizer's own."""
+    return local_file(Path(spec.chat_template or ""), "model.chat_template")
+
+
+def rows(spec: SourceSpec) -> Source:
+    """Return one source of training rows."""
+    if Path(spec.path).is_absolute():
+        return local_file(Path(spec.path), "data.mixture.path")
+    return pinned(spec.path, _commit(spec.path, spec.revision, "dataset"), "dataset")
+
+
+def benchmark(spec: BenchmarkSpec) -> Source:
+    """Return a local-file benchmark: the folder, known by the task's definition and items alone."""
+    folder, definition, items = _task_files(spec)
+    return Source(location=str(folder), digest=digest_files(folder, [definition, items]))
+
+
+def benchmark_items(spec: BenchmarkSpec) -> Source:
+    """Return the items of a local-file benchmark, for keeping them out of the training data."""
+    folder, _, items = _task_files(spec)
+    return local_file(folder / items, f"benchmarks.{spec.name}.path")
+
+
+def _task_files(spec: BenchmarkSpec) -> tuple[Path, str, str]:
+    folder = Path(spec.path or "")
+    tasks = {}
+    for path in sorted(folder.glob("*.yaml")):
+        loaded = yaml.safe_load(path.read_text())
+        if isinstance(loaded, dict) and "task" in loaded:
+            tasks[loaded["task"]] = (path.name, loaded)
+    if spec.task not in tasks:
+        raise ConfigError(
+            f"benchmarks.{spec.name}.task = {spec.task}: no such task in {folder}. Valid: {', '.join(tasks) or 'none'}."
+        )
+    definition, loaded = tasks[spec.task]
+    files = loaded.get("dataset_kwargs", {}).get("data_files", {})
+    items = files.get(loaded.get("test_split", "test")) if isinstance(files, dict) else files
+    if not isinstance(items, str):
+        raise ConfigError(
+            f"{folder / definition}: dataset_kwargs.data_files.test must name the JSONL file of the items."
+        )
+    return folder, definition, items
+
+
+def layers(setup: Setup) -> str:
+    """Return the masked layers in canonical form, so that '2,3' and '2-3' are one recipe."""
+    return format_layers(parse_layers(setup.mask.layers, decoder_layers(setup.model)))
+
+
+def decoder_layers(spec: ModelSpec) -> int:
+    """Return how many decoder layers the model has, from its configuration alone."""
+    config = configuration(spec)
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ConfigError(f"model = {spec.path}: its config.json names no number of decoder layers; is it a decoder?")
+
+
+def configuration(spec: ModelSpec) -> dict[str, Any]:
+    """Return the model's config.json (its text part, for multimodal ones)."""
+    return _read_configuration(configuration_file(spec))
+
+
+def configuration_file(spec: ModelSpec) -> Path:
+    """Return the local path of the model's config.json; of a hub repository, that file alone is fetched."""
+    source = model(spec)
+    if source.revision is None:
+        return Path(source.location) / "config.json"
+    return _hub_file(source.location, source.revision)
+
+
+@functools.cache
+def _read_configuration(path: Path) -> dict[str, Any]:
+    config = json.loads(path.read_text())
+    return config.get("text_config", config)
+
+
+@functools.cache
+def _hub_file(name: str, commit: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json", revision=commit))
+
+
+@functools.cache
+def _commit(name: str, revision: str, kind: str) -> str:
+    """Pin a revision of a hub repository to its commit; ask the local cache first, so that planning works offline."""
+    if _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi, constants, file_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        info = api.model_info if kind == "model" else api.dataset_info
+        sha = info(name, revision=revision, timeout=10).sha
+        if sha:
+            return sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        pass  # no network, or no access: the local cache may still know the revision
+    folder = file_download.repo_folder_name(repo_id=name, repo_type=kind)
+    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
+    if reference.is_file():
+        return reference.read_text().strip()
+    raise ConfigError(
+        f"{kind} = {name}: neither a local path nor to be had from the hub or its local cache (revision {revision}). "
+        f"Check the name, network and access rights (`mft doctor`), or give a local path."
+    )

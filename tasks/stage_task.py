@@ -1,0 +1,114 @@
+"""The one Prefect task: a stage of the chain, cached by the artifact's own key.
+
+Prefect keeps a small reference as the task's result. Before it may be served, the artifact behind it is verified; a
+reference to a missing, truncated or altered artifact is forgotten, so that Prefect runs the task again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.context import TaskRunContext
+
+from mft_core.artifacts import ArtifactRef, ArtifactStore
+from mft_core.recipes import Recipe, Runtime
+from mft_core.sources import Source
+from mft_core.stages import STAGES, Progress, get_stage
+from tasks.device import device_slot
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """What one task run is asked to do."""
+
+    stage: str
+    recipe: Recipe
+    label: str
+    sources: Mapping[str, Source]
+    parts: Mapping[str, str]
+    """for each input that another stage made: the part of its payload that is taken"""
+    rerun: bool = False
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where tasks work and whom they tell; shared by all tasks of a flow run."""
+
+    store: ArtifactStore
+    runtime: Runtime
+    report: Callable[[StageCall, Progress], None] = lambda call, progress: None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """provenance of the flow run, e.g. its MLflow run id"""
+
+    @property
+    def results(self) -> Path:
+        """Where Prefect keeps the task results (references)."""
+        return self.store.home / "prefect" / "results"
+
+
+def inputs_of(call: StageCall, made: Mapping[str, ArtifactRef]) -> dict[str, Source | ArtifactRef]:
+    """Join outside sources and finished artifacts into the stage's inputs."""
+    return {**call.sources, **{name: ref.at(call.parts[name]) for name, ref in made.items()}}
+
+
+def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Return the artifact's key; forget Prefect's stored reference unless the artifact it names is whole."""
+    call, place = parameters["call"], parameters["place"]
+    stage = STAGES[call.stage]
+    key = place.store.key(stage, call.recipe, inputs_of(call, parameters["made"]))
+    record = place.results / key
+    if record.exists():
+        damage = "rerun asked for" if call.rerun else place.store.damage(stage.name, key)
+        manifest = place.store.manifest(stage.name, key)
+        if damage or manifest is None or manifest["digest"] not in record.read_text():
+            if damage and not call.rerun:
+                logging.getLogger("mft").warning("%s: cached artifact is not usable: %s", call.label, damage)
+            record.unlink(missing_ok=True)
+    return key
+
+
+@task(
+    name="stage",
+    task_run_name="{label}",
+    cache_key_fn=verified_cache_key,
+    persist_result=True,
+    result_serializer="json",
+)
+def run_stage(label: str, call: StageCall, made: dict[str, ArtifactRef], place: Workplace) -> ArtifactRef:
+    """Return the stage's artifact, computing it if the store does not hold it.
+
+    Args:
+        label: name of the task run, e.g. ``learn-mask sparsity=0.1 layers=2-5 seed=0``.
+        call: the stage, its recipe and outside inputs.
+        made: artifacts of other stages by input name.
+        place: store, runtime and reporting of the flow run.
+    """
+    stage, inputs = get_stage(call.stage), inputs_of(call, made)
+    key = place.store.key(stage, call.recipe, inputs)
+    log = logging.getLogger("mft")
+    if not call.rerun:
+        found = place.store.find(stage.name, key)
+        if found:
+            return found
+
+    def build() -> ArtifactRef:
+        return place.store.build(
+            stage,
+            call.recipe,
+            inputs,
+            place.runtime,
+            report=lambda progress: place.report(call, progress),
+            log=log,
+            force=call.rerun,
+            notes=place.notes,
+        ).ref
+
+    if not stage.heavy:
+        return build()
+    with device_slot(place.store.home, place.runtime.device, place.runtime.heavy_slots):
+        return build()
