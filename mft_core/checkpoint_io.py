@@ -61,9 +61,10 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     """
     config = read_config(directory)
     _set_dropout(config, dropout)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
     )
+    model, info = loaded
     bad = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if bad:
         raise ConfigError(f"model = {directory}: {len(bad)} weights are missing or misshapen, e.g. {bad[0]}.")
@@ -94,7 +95,8 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     for field in _DROPOUTS:
         if hasattr(original, field):
             setattr(model.config, field, getattr(original, field))
-    model.to(dtype).save_pretrained(directory)
+    model.to(dtype=dtype)  # type: ignore[arg-type]
+    model.save_pretrained(directory)
     for name in parts("model", source):
         if name != "config.json" and not _holds_weights(name):
             shutil.copyfile(source / name, directory / name)

@@ -1,14 +1,13 @@
 """One benchmark on one model through lm-eval's Python API, with the outcome of every item kept.
 
-Two kinds of benchmark: a *local-file task* (a folder with `<task>.yaml`, in lm-eval's own format, and the JSONL file that
-its `dataset_kwargs.data_files` names), which needs neither network nor lm-eval's index; and lm-eval's *own* tasks and
-groups by name. lm-eval builds prompts, decodes, filters and scores; here stands only what it lacks: checks before
-compute, and items that can be paired between models. `lm_eval.evaluator.evaluate` is called rather than
-`simple_evaluate`, which, after the same computation, asks the hub for the model's commit and collects the environment
-with a dozen subprocesses. lm-eval's response cache is never used: it does not know the model's weights.
+Two kinds of benchmark: a *local-file task* (`mft_core.benchmarks`), which needs neither network nor lm-eval's index;
+and lm-eval's *own* tasks and groups by name. lm-eval builds prompts, decodes, filters and scores; here stands only what
+it lacks: checks before compute, and items that can be paired between models. `lm_eval.evaluator.evaluate` is called
+rather than `simple_evaluate`, which, after the same computation, asks the hub for the model's commit and collects the
+environment with a dozen subprocesses. lm-eval's response cache is never used: it does not know the model's weights.
 
-Decoding is greedy unless the task says otherwise. Prompts are sorted by length and padded on the left, so the batch size
-changes no format and no prompt, but the padded sums round differently: a near-tie between two tokens may then fall the
+Decoding is greedy unless the task says otherwise. Prompts are sorted by length and padded on the left: the batch size
+changes no format and no prompt, but the padded sums round differently, so a near-tie between two tokens may fall the
 other way, rarely in float32, now and then in bfloat16. Compare models that were evaluated with one batch size.
 
 Used by the stage `evaluate`; `check_task` by whoever plans a study (imports neither torch nor lm-eval for local tasks).
@@ -31,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
+from mft_core.benchmarks import data_files, local_definition, read_items
 from mft_core.errors import ConfigError, StageError, unknown
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import Progress
@@ -106,12 +105,12 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
         ConfigError: unknown task or metric, unreadable items, or code execution that was not allowed.
     """
     if benchmark is not None:
-        definition = _definition(benchmark, recipe.task)
+        definition = local_definition(benchmark, recipe.task)
         metrics = [str(entry["metric"]) for entry in definition.get("metric_list", [])]
         if metrics and recipe.metric not in metrics:
             raise unknown(f"metric of task '{recipe.task}'", recipe.metric, metrics)
-        for items in _data_files(benchmark, definition).values():
-            _read_items(items)
+        for items in data_files(benchmark, definition).values():
+            read_items(items)
         return
     index = _task_manager().task_index
     if recipe.task not in index:
@@ -159,61 +158,14 @@ def _local_task(name: str, folder: Path) -> Task:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
-    definition = _definition(folder, name)
-    files = _data_files(folder, definition)
+    definition = local_definition(folder, name)
+    files = data_files(folder, definition)
 
     class LocalTask(ConfigurableTask):
         def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            self.dataset = {split: Dataset.from_list(_read_items(path)) for split, path in files.items()}
+            self.dataset = {split: Dataset.from_list(read_items(path)) for split, path in files.items()}
 
     return LocalTask(config=definition)
-
-
-def _definition(folder: Path, name: str) -> dict[str, Any]:
-    """Return the definition in `folder` whose `task` is `name`."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.yaml")):
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{path.name}: not plain YAML (lm-eval's !function needs an installed task): {error}"
-            ) from error
-        if isinstance(loaded, dict) and isinstance(loaded.get("task"), str):
-            found[loaded["task"]] = loaded
-    if name not in found:
-        raise unknown(f"task in benchmark folder {folder}", name, found)
-    return found[name]
-
-
-def _data_files(folder: Path, definition: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the JSONL file of each split; as in `datasets`, a single file is the split 'train'."""
-    files = (definition.get("dataset_kwargs") or {}).get("data_files")
-    if isinstance(files, str):
-        files = {"train": files}
-    if not isinstance(files, dict) or not files:
-        raise ConfigError(
-            f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files must name the JSONL file of a split, "
-            f"for example {{test: {definition['task']}.jsonl}}; it is {files!r}."
-        )
-    return {split: folder / file for split, file in files.items()}
-
-
-def _read_items(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ConfigError(f"benchmark items = {path}: no such file; dataset_kwargs.data_files names it.")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number}: an object is expected, found {type(row).__name__}.")
-        rows.append(row)
-    if not rows:
-        raise ConfigError(f"{path}: the file holds no items.")
-    return rows
 
 
 def _load_model(
@@ -270,7 +222,9 @@ def _tame_lm_eval() -> None:
     import lm_eval.api.task
     import lm_eval.utils
     from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
     lm_eval.utils.env.from_string = functools.lru_cache(maxsize=512)(lm_eval.utils.env.from_string)
 

@@ -6,11 +6,11 @@ smallest |S| and 1 elsewhere, per matrix; the layer computes with W ⊙ M. Strai
 
     dL/dM = dL/d(W ⊙ M) ⊙ W          dL/dS = dL/dM ⊙ sign(S)
 
-(the selection is on |S|, and d|S|/dS = sign(S)). M depends on S alone, and S changes only at an optimizer step, so W ⊙ M is constant while gradients are
-accumulated: it lies in the model's plain `nn.Linear`, autograd gives g = dL/d(W ⊙ M) summed over the
-micro-batches, and at the step dL/dS = g ⊙ W ⊙ sign(S). That is the computation of masking inside every
-forward, at the cost of a dense model with those few layers trainable; masked entries receive a gradient too
-(g is dense), which is how they can come back.
+(the selection is on |S|, and d|S|/dS = sign(S)). M depends on S alone, and S changes only at an optimizer step, so
+W ⊙ M is constant while gradients are accumulated: it lies in the model's plain `nn.Linear`, autograd gives
+g = dL/d(W ⊙ M) summed over the micro-batches, and at the step dL/dS = g ⊙ W ⊙ sign(S). That is the computation of
+masking inside every forward, at the cost of a dense model with those few layers trainable; masked entries receive a
+gradient too (g is dense), which is how they can come back.
 
 sign(0) = 0, as in `torch.abs`: a score of exactly zero has no gradient of its own and moves by momentum only.
 """
@@ -189,7 +189,7 @@ class MaskOptimizer:
     @torch.no_grad()
     def _refresh(self) -> None:
         for weight, original, score in zip(self._weights, self._originals, self._scores, strict=True):
-            torch.where(select(score, self.sparsity), original, 0.0, out=weight.data)
+            weight.copy_(original).masked_fill_(~select(score, self.sparsity), 0)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy of the scores: what decides the masks."""

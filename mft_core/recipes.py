@@ -9,10 +9,19 @@ A field added later must have a default that means the old behaviour, so that ol
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+
+def _share_of_zeros(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError("sparsity is the share of weights set to zero; valid: 0 <= sparsity < 1")
+    return value
+
+
+Sparsity = Annotated[float, AfterValidator(_share_of_zeros)]
+"""share of each masked matrix that is set to zero, 0.10 = 10%"""
 MaskClass = Literal["attention", "mlp", "both"]
 Selector = Literal["learned", "random", "magnitude"]
 
@@ -76,19 +85,12 @@ class LearnMask(Recipe):
     """
 
     selector: Selector = "learned"
-    sparsity: float = Field(description="share of each masked matrix that is set to zero, 0.10 = 10%")
+    sparsity: Sparsity
     layers: str = Field(description="which decoder layers, e.g. '2-5', '0,3,8-11', 'last:4', 'middle:4', 'all'")
     modules: MaskClass = "both"
     score_init: Literal["normal", "kaiming-uniform"] | None = None
     training: Training | None = None
     seed: int = Field(42, ge=0, description="of the initial scores, or of the random selection")
-
-    @field_validator("sparsity")
-    @classmethod
-    def _share(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError("sparsity is the share of weights set to zero; valid: 0 <= sparsity < 1")
-        return value
 
     @model_validator(mode="after")
     def _learned_has_training(self) -> LearnMask:

@@ -1,7 +1,7 @@
 """Finds and reads profiles and studies: the YAML files shipped in this package, or a path of the user's own.
 
-A *profile* bundles model, data, training, mask and benchmarks of a backbone, with one section per domain. A *study* is a
-question with the grid that answers it; it composes with any profile.
+A *profile* bundles model, data, training, mask and benchmarks of a backbone, with one section per domain. A *study*
+is a question with the grid that answers it; it composes with any profile.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def run(
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
     the_plan, store = _checked_plan(study, profile, overrides, seeds, rerun)
-    rows, table, directory = _flow(store, lambda flows: flows.mft_ablation)(study, profile, overrides, seeds, rerun)
+    rows, table, directory = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -100,7 +100,7 @@ def stage(
 
     get_stage(name)
     _, store = _checked_plan(study, profile, overrides, seeds, rerun)
-    made = _flow(store, lambda flows: flows.STAGE_FLOWS[name])(study, profile, overrides, seeds, rerun)
+    made = _run_flow(store, lambda flows: flows.STAGE_FLOWS[name], study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(made, indent=2))
         return
@@ -183,19 +183,24 @@ def _checked_plan(
     return the_plan, store
 
 
-def _flow(store: ArtifactStore, pick: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
-    """Return a flow, ready to be called in this process, with Prefect pointed at the right server first."""
-    from pipelines.services import use_prefect
+def _run_flow(
+    store: ArtifactStore,
+    pick: Callable[[Any], Callable[..., Any]],
+    study: str,
+    profile: str,
+    overrides: list[str] | None,
+    seeds: str | None,
+    rerun: list[str] | None,
+) -> Any:
+    """Call a flow in this process, once a Prefect server is there; it starts while the flows are imported."""
+    from pipelines.services import use_prefect, wait_for_prefect
 
     use_prefect(store.home)
-    from pipelines import flows
+    from pipelines import flows, interrupt
 
-    flow = pick(flows)
-
-    def call(study: str, profile: str, overrides: Any, seeds: str | None, rerun: Any) -> Any:
-        return flow(study=study, profile=profile, overrides=overrides or [], seeds=_seeds(seeds), rerun=rerun or [])
-
-    return call
+    wait_for_prefect()
+    interrupt.handle_ctrl_c()
+    return pick(flows)(study=study, profile=profile, overrides=overrides or [], seeds=_seeds(seeds), rerun=rerun or [])
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -14,6 +14,7 @@ from mft_core.recipes import Runtime
 from pipelines.catalogue import Profile, Study, VariantSpec, anchored, domain_of, merge
 from pipelines.setup import METHODS, Setup
 
+_OF_ALL = {"precision", "model", "benchmarks"}
 _SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "mask", "benchmarks")
 
 
@@ -113,16 +114,10 @@ def _hint(name: str, target: Mapping[str, Any]) -> str:
 def _refuse_unused(settings: Mapping[str, Any], study: Study, found: Sequence[Setup]) -> None:
     for key, value in settings.items():
         section = key.split(".")[0]
-        takers = [s for s in found if section in METHODS[s.method] | {"model", "benchmarks", "precision"}]
-        if not takers:
+        if not any(section in METHODS[setup.method] | _OF_ALL for setup in found):
             raise ConfigError(f"--set {key}={value}: no variant of study '{study.name}' uses '{section}'.")
-        if all(
-            key in point
-            for spec in study.variants
-            for point in spec.points()
-            if spec.method in {s.method for s in takers}
-        ):
+        if any(key in spec.grid for spec in study.variants):
             raise ConfigError(
-                f"--set {key}={value}: study '{study.name}' varies {key} itself, so the override has no effect; "
-                "leave it out, or write a study of your own."
+                f"--set {key}={value}: study '{study.name}' varies {key} itself; "
+                "leave the override out, or write a study of your own."
             )

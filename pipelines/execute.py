@@ -1,7 +1,7 @@
 """Runs a plan inside a Prefect flow: submits every stage once, waits, compares, and tells display and tracker.
 
-A failing stage does not stop the others: what they compute is kept, and the run ends with the list of failures. Called by
-the flows only.
+A failing stage does not stop the others: what they compute is kept, and the run ends with the list of failures. Called
+by the flows only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError, StageError
 from mft_core.sources import Source
 from mft_core.stages import Progress
+from pipelines import interrupt
 from pipelines.display import Display
 from pipelines.graph import Edge, Node
 from pipelines.plan import Plan
@@ -103,6 +104,7 @@ def workplace(plan: Plan, store: ArtifactStore, display: Display, notes: Mapping
     """Build what the tasks of this flow run share."""
 
     def report(call: StageCall, progress: Progress) -> None:
+        interrupt.check()
         display.update(call.label, progress)
 
     return Workplace(store=store, runtime=plan.runtime, report=report, notes=notes)

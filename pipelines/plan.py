@@ -1,7 +1,7 @@
 """What a study is going to do, before it does anything: its variants, its stages, what is cached, what it costs.
 
-Planning reads configuration files and manifests, never weights, and does not import torch. It refuses everything that can
-be known to fail (`compose`, `resolve`, `check`), with exit code 2.
+Planning reads configuration files and manifests, never weights, and does not import torch. It refuses everything that
+can be known to fail (`compose`, `resolve`, `check`), with exit code 2.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _other_code(store: ArtifactStore, artifact: ArtifactRef | None) -> bool:
 
 
 def _disk(node: Node, variants: Sequence[Variant]) -> int:
-    """Estimate the bytes that a node leaves: whole checkpoints dominate (a fine-tune also keeps its state meanwhile)."""
+    """Estimate the bytes that a node leaves: checkpoints dominate (a fine-tune also keeps its state meanwhile)."""
     if node.stage not in ("fine-tune", "merge-mask"):
         return 1_000_000
     setup = next(item.setup for item in variants if item.setup.method != "base")

@@ -1,9 +1,9 @@
 """Child processes that never outlive their parent: the ground under `pipelines.services`.
 
-A `Family` starts servers, each in a process group of its own (a Ctrl-C in the terminal reaches the parent only, so a flow
-can still report to its server), with its output in a log file. They are stopped group by group, by id. A watchdog process
-holds the reading end of a pipe: when the parent dies in whatever way, SIGKILL included, the pipe closes and the
-watchdog ends the groups that are left. Standard library only; nothing here knows Prefect or MLflow.
+A `Family` starts servers, each in a process group of its own (a Ctrl-C in the terminal reaches the parent only, so a
+flow can still report to its server), with its output in a log file. They are stopped group by group, by id. A watchdog
+process holds the reading end of a pipe: when the parent dies in whatever way, SIGKILL included, the pipe closes and
+the watchdog ends the groups that are left. Standard library only; nothing here knows Prefect or MLflow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class Family:
     def stop(self) -> None:
         """Stop all services, the youngest first, politely and then not; safe to call twice."""
         for child in reversed(self.children):
-            end_groups([child.process.pid], lambda child=child: child.process.poll())  # type: ignore[misc]
+            end_groups([child.process.pid], child.process.poll)
             child.process.wait()
             self._tell_watchdog(-child.process.pid)
         self.children.clear()
@@ -97,14 +97,13 @@ class Family:
             self._watchdog.stdin.flush()
 
 
-def end_groups(groups: list[int], reap: object = None) -> None:
+def end_groups(groups: list[int], reap: Callable[[], object] = lambda: None) -> None:
     """Send SIGTERM to the process groups, then SIGKILL to what is left after the grace period."""
     deadline = time.monotonic() + GRACE_SECONDS
     for group in groups:
         _signal_group(group, signal.SIGTERM)
     while time.monotonic() < deadline:
-        if callable(reap):
-            reap()  # a zombie leader still counts as a member of its group
+        reap()  # a zombie leader still counts as a member of its group
         groups = [group for group in groups if _signal_group(group, 0)]
         if not groups:
             return

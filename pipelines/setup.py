@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mft_core.recipes import MaskClass, Recipe, Selector, Training
+from mft_core.recipes import MaskClass, Recipe, Selector, Sparsity, Training
 
 METHODS: dict[str, frozenset[str]] = {
     # method: the sections of the setup that it uses, besides model and benchmarks
@@ -56,7 +56,7 @@ class DataSpec(Recipe):
 class MaskSpec(Recipe):
     """Where and how much is masked, and how a learned mask is trained."""
 
-    sparsity: float = Field(0.1, description="share set to zero")
+    sparsity: Sparsity = 0.1
     layers: str
     modules: MaskClass = "both"
     score_init: Literal["normal", "kaiming-uniform"] = "normal"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -22,9 +21,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation
 from mft_core.data.tokens import TokenDataset
-from mft_core.errors import ConfigError, unknown
+from mft_core.errors import ConfigError
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BATCH = 1_000  # conversations rendered and tokenised together, and between two reports
 
@@ -45,14 +43,6 @@ class Encoded:
     """sequences that lost their end to max_length"""
 
 
-def shipped_template(name: str) -> str:
-    """Return the text of a chat template that comes with this package, e.g. `tulu`, for `tokenizer.chat_template`."""
-    path = _TEMPLATES / f"{name}.jinja"
-    if not path.is_file():
-        raise unknown("chat template", name, (file.stem for file in _TEMPLATES.glob("*.jinja")))
-    return path.read_text(encoding="utf-8")
-
-
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the tokenizer's chat template.
 
@@ -65,7 +55,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     except ValueError as error:
         raise ConfigError(
             f"tokenizer {name}: it has no chat template, so conversations cannot be encoded; valid: a tokenizer with "
-            "a chat_template.jinja. Take that of an instruction-tuned model, or the template 'tulu' shipped here."
+            "one. Take an instruction-tuned model's, or give the shipped mft_core/data/templates/tulu.jinja."
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(

@@ -20,7 +20,7 @@ from mft_core.errors import ConfigError
 
 NGRAM_WORDS = 13
 COMMON_NGRAM_ROWS = 10
-_QUESTION_FIELDS = ("question", "prompt", "problem")
+_QUESTION_FIELDS = ("question", "prompt", "problem", "instruction", "query", "input", "text")
 _PUNCTUATION = ".,;:!?\"'()[]{}`*_"  # at the ends of words only; operators and signs carry meaning in sums
 
 
@@ -44,15 +44,12 @@ def normalise(text: str) -> str:
 
 
 def read_questions(benchmark: Path) -> list[str]:
-    """Return the questions of a local benchmark: a JSONL file, or a directory of them.
+    """Return the questions of a local benchmark, a JSONL file of items.
 
     Raises:
-        ConfigError: no such file, or a row without a text in `question`, `prompt` or `problem`.
+        ConfigError: no such file, or an item without a text in any of the usual fields.
     """
-    files = sorted(benchmark.glob("*.jsonl")) if benchmark.is_dir() else [benchmark]
-    if not files:
-        raise ConfigError(f"benchmark {benchmark}: no *.jsonl files there.")
-    return [_question(row, f"{file} line {number}") for file in files for number, row in read_json_lines(file)]
+    return [_question(row, f"{benchmark} line {number}") for number, row in read_json_lines(benchmark)]
 
 
 def _question(row: object, where: str) -> str:
@@ -60,7 +57,10 @@ def _question(row: object, where: str) -> str:
         for field in _QUESTION_FIELDS:
             if isinstance(row.get(field), str):
                 return row[field]
-    raise ConfigError(f"{where}: a benchmark item without a question. Valid fields: {', '.join(_QUESTION_FIELDS)}.")
+    raise ConfigError(
+        f"{where}: the benchmark item has no question, so training rows cannot be compared with it. "
+        f"Valid: a text in one of the fields {', '.join(_QUESTION_FIELDS)}."
+    )
 
 
 def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
@@ -72,8 +72,10 @@ def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
     """
     known = {normalise(question) for question in questions}
     grams_of_questions = {gram for question in known for gram in _ngrams(question)}
-    first_seen: set[Conversation] = set()
-    distinct = [i for i, row in enumerate(rows) if row not in first_seen and not first_seen.add(row)]  # type: ignore[func-returns-value]
+    first_place: dict[Conversation, int] = {}
+    for index, row in enumerate(rows):
+        first_place.setdefault(row, index)
+    distinct = list(first_place.values())
 
     collisions: dict[int, set[str]] = {}
     equal: set[int] = set()

@@ -38,10 +38,12 @@ Conversation = tuple[Message, ...]
 def check_rows_file(path: Path) -> int:
     """Read a JSONL file once, row by row, and return the number of its rows; cheap enough for planning.
 
+    Of a directory only the layout is checked: split `train`, column `messages`, at least one row.
+
     Raises:
-        ConfigError: missing, empty, not UTF-8, not JSON, or a row that is no conversation; with the line.
+        ConfigError: missing, empty, not UTF-8, not JSON, or the first row that is no conversation (with its line).
     """
-    return sum(1 for _ in _read_jsonl(path))
+    return len(_load_train(path)) if path.is_dir() else sum(1 for _ in _read_jsonl(path))
 
 
 def load_rows(source: Path) -> Sequence[Conversation]:
@@ -71,7 +73,7 @@ def sample(rows: Sequence[Conversation], wanted: int | None, seed: int, index: i
     """
     if wanted is not None and wanted > len(rows):
         raise ConfigError(
-            f"{where}: rows = {wanted}, but it has {len(rows)}; valid: 1 to {len(rows)}, or null for all."
+            f"{where}: rows = {wanted}, but it has only {len(rows)}; valid: 1 to {len(rows)}, or null for all."
         )
     return [rows[int(row)] for row in seeded_order(len(rows), seed, index)[:wanted]]
 

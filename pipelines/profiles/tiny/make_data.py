@@ -40,8 +40,11 @@ STREAMS = {"train": 1, "data": 2, "benchmark": 3, "validation": 4}
 
 def stream(kind: str, purpose: str, split: str) -> Iterator[Item]:
     """Items of one kind that belong to `split`, from a seed range of their own for each purpose."""
-    seed = SEED + (STREAMS[purpose] * 100 + list(KINDS).index(kind)) * 10**10
-    return (item for item in KINDS[kind].items(seed) if item.split == split)
+    return (item for item in KINDS[kind].items(_seed(kind, purpose)) if item.split == split)
+
+
+def _seed(kind: str, purpose: str) -> int:
+    return SEED + (STREAMS[purpose] * 100 + list(KINDS).index(kind)) * 10**10
 
 
 def distinct(items: Iterable[Item], cap: int, limit: int = 400_000) -> Iterator[Item]:
@@ -98,8 +101,32 @@ in the pre-training or fine-tuning data of the same family. Scored by exact matc
 """
 
 
+TASK = """\
+# lm-evaluation-harness task. `data_files` is relative to this file: whoever loads it puts the absolute path in its place.
+task: tiny_{name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["<|end|>"]
+  max_gen_toks: {tokens}
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
 def write_all() -> None:
-    """Write data/*.jsonl, benchmarks/*.jsonl and benchmarks/README.md."""
+    """Write data/*.jsonl, benchmarks/*.jsonl, their harness tasks and benchmarks/README.md."""
     for domain, counts in TRAIN.items():
         write_jsonl(HERE / "data" / f"{domain}.jsonl", map(messages, pick(counts, "data", "train")))
     lines = []
@@ -107,6 +134,9 @@ def write_all() -> None:
         items = pick(counts, "benchmark", "reserved")
         rows = ({"question": i.prompt, "answer": i.answer, "kind": i.kind} for i in items)
         write_jsonl(HERE / "benchmarks" / f"{name}.jsonl", rows)
+        tokens = 1 + max(len(item.answer.replace(" ", "")) for item in items)  # a token a character, and the end
+        task = TASK.format(name=name, tokens=tokens)
+        (HERE / "benchmarks" / f"{name}.yaml").write_text(task, encoding="utf-8")
         lines.append(describe(name, items))
     (HERE / "benchmarks" / "README.md").write_text(HEADER + "\n".join(lines) + "\n", encoding="utf-8")
 
@@ -126,7 +156,9 @@ def write_stream(path: Path, rows: int, per_kind: int = 60) -> None:
 
 
 def _validation(kind: str, count: int) -> Iterator[Item]:
-    return islice(distinct(stream(kind, "validation", "validation"), count, 20_000), count)
+    """Up to `count` validation items; none for kinds whose items are all primitives."""
+    items = islice(KINDS[kind].items(_seed(kind, "validation")), 60 * count)
+    return islice(distinct((i for i in items if i.split == "validation"), count), count)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import reasoning_gym
 
-CHUNK = 1 << 40  # entries of one kind never run into the seed range of the next
+CHUNK = 1 << 33  # entries of one kind never run into the seed range of the next
 Row = tuple[str, str, list]
 Convert = Callable[[dict[str, Any]], Row | None]
 

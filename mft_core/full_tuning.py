@@ -1,0 +1,63 @@
+"""Full fine-tuning: every weight is trained. Has the same face as `MaskOptimizer`, so one loop trains both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mft_core.masking import OptimizerFactory
+
+
+class FullOptimizer:
+    """Trains all parameters of a model in place.
+
+    Args:
+        model: its parameters in float32 (the loop computes in bfloat16 under autocast where the recipe says so, so that
+            small updates are not rounded away).
+        optimizer: makes the optimizer of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, *, optimizer: OptimizerFactory) -> None:
+        self.model = model
+        model.requires_grad_(True)
+        self._parameters = dict(model.named_parameters())
+        self.optimizer = optimizer(self._parameters.values())
+
+    def trained(self) -> list[Tensor]:
+        """Return the parameters that have a gradient."""
+        return [parameter for parameter in self._parameters.values() if parameter.grad is not None]
+
+    def step(self, learning_rate: float | None = None) -> None:
+        """Change the weights by one optimizer step."""
+        if learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def discard_gradients(self) -> None:
+        """Forget what `backward` has accumulated since the last step."""
+        self.optimizer.zero_grad()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy of the weights, on the CPU."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Go back to the weights of a `snapshot`."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(snapshot[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights and optimizer state: all that an exact resume needs."""
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict` of the same model."""
+        self.restore(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.discard_gradients()

@@ -1,0 +1,35 @@
+"""Stage `fine-tune`: every weight is trained; from a base model, or (continued) from another fine-tune's artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mft_core import compute
+from mft_core.checkpoint_io import DTYPES, load_model, save_model
+from mft_core.full_tuning import FullOptimizer
+from mft_core.recipes import FineTune
+from mft_core.stages import StageContext
+from mft_core.training import TrainingData, adamw, train
+
+
+def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    """Fine-tune `model` on `data`; writes `model/` (in the recipe's precision) and `history.jsonl`.
+
+    Weights and optimizer are float32; with precision bfloat16 the forward and backward passes are bfloat16.
+
+    Raises:
+        ConfigError: not a decoder, or the recipe asks for what model or data do not have.
+        StageError: a loss is not finite.
+    """
+    training = recipe.training
+    device = compute.settle(context.runtime)
+    data = TrainingData.load(inputs["data"])
+    model = load_model(inputs["model"], torch.float32, device, training.dropout)
+    history = train(FullOptimizer(model, optimizer=adamw(training)), data, training, context)
+    save_model(model, out / "model", DTYPES[training.precision], inputs["model"])
+    history.write(out / "history.jsonl")
+    return history.summary()

@@ -1,0 +1,37 @@
+"""Ctrl-C: running stages stop at their next step and keep their state; a second Ctrl-C ends the process at once.
+
+A thread cannot be interrupted from outside, so stages learn of it where they report progress.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+from mft_core.errors import StageError
+
+_asked = threading.Event()
+
+
+class Interrupted(StageError):  # noqa: N818  not an error: it was asked for
+    """The run was asked to stop; what is finished is kept, what is half done continues next time."""
+
+
+def handle_ctrl_c() -> None:
+    """Install the handler; called by the command line, in the main thread."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def check() -> None:
+    """Raise `Interrupted` in a working thread once Ctrl-C was pressed."""
+    if _asked.is_set():
+        raise Interrupted("interrupted; the same command continues where this one stopped")
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    if _asked.is_set():
+        os._exit(130)  # everything on disk is whole at any moment, so there is nothing to wait for
+    _asked.set()
+    raise KeyboardInterrupt
