@@ -95,8 +95,7 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     for field in _DROPOUTS:
         if hasattr(original, field):
             setattr(model.config, field, getattr(original, field))
-    model.to(dtype=dtype)  # type: ignore[arg-type]
-    model.save_pretrained(directory)
+    torch.nn.Module.to(model, dtype).save_pretrained(directory)  # transformers' own `to` is mistyped
     for name in parts("model", source):
         if name != "config.json" and not _holds_weights(name):
             shutil.copyfile(source / name, directory / name)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft_core.benchmarks import data_files, local_definition, read_items
-from mft_core.errors import ConfigError, StageError, unknown
+from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import Progress
 
@@ -114,9 +114,10 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
         return
     index = _task_manager().task_index
     if recipe.task not in index:
-        near = [name for name in index if name.startswith(recipe.task[:3])]
-        error = unknown("lm-eval task", recipe.task, near)
-        raise ConfigError(f"{error} These begin alike; `lm_eval ls tasks` lists all {len(index):,}.")
+        raise ConfigError(
+            f"unknown lm-eval task '{recipe.task}'.{did_you_mean(recipe.task, index)} "
+            f"`lm-eval ls tasks` lists the {len(index):,} tasks and groups; for a task of your own give its folder."
+        )
     if (index[recipe.task].cfg or {}).get("unsafe_code"):
         _refuse_unconfirmed_code(recipe.task)
 

@@ -1,8 +1,9 @@
 """A study's rows as a figure: gain against what is varied (sparsity, else layers or modules), one panel a benchmark.
 
 The y axis shows what the question is about, the learned masks and continued FFT; a control that falls far below stands
-at the lower edge with its value beside it. Colours are Okabe and Ito's (told apart by colour-blind readers), methods differ in marker too. The same rows give the
-same bytes: no pyplot state, matplotlib's own defaults and font, no version in the file. Used by the stage `compare`.
+at the lower edge with its value. Colours are Okabe and Ito's (told apart by colour-blind readers), and methods differ
+in marker too. The same rows give the same bytes: no pyplot state, matplotlib's own defaults and font, no version in the
+file. Used by the stage `compare`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SPARE = (("#D55E00", "D"), ("#56B4E9", "v"), ("#000000", "P"))
 _BAND = "#CC79A7"
 _REFERENCES = {"base", "fft"}
 _AXES = {
-    "sparsity": "Sparsity (% of each masked matrix set to zero)",
+    "sparsity": "Sparsity (% of the masked weights set to zero)",
     "layers": "Masked layers",
     "modules": "Masked modules",
 }
@@ -82,21 +83,16 @@ def _draw(rows: Sequence[Row], question: str, confidence: float) -> Figure:
         if index % across == 0:
             axes.set_ylabel("Gain over FFT (percentage points)")
         if index + across >= len(panels):
-            axes.tick_params(labelbottom=True)
-    figure.supxlabel(_AXES[axis.column], fontsize=9)
+            axes.set_xlabel(_AXES[axis.column])
     figure.suptitle(textwrap.fill(question, 32 * across + 10), fontsize=11)
-    figure.legend(handles=_legend(rows, styles, confidence), loc="outside lower center", ncols=min(4, 2 + across),
+    figure.legend(handles=_legend(rows, styles, confidence), loc="outside lower center", ncols=across + 1,
                   frameon=False, fontsize=8.5)  # fmt: skip
     return figure
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Return colour and marker of each method drawn as points, in the study's order."""
-    drawn = [
-        row["method"]
-        for row in rows
-        if row["gain"] is not None and row["method"] not in {*_REFERENCES, "continued-fft"}
-    ]
+    """Return colour and marker of each kind of mask, in the study's order."""
+    drawn = [row["method"] for row in rows if row["gain"] is not None and row["sparsity"] is not None]
     spare = iter(_SPARE)
     return {method: _STYLES.get(method) or next(spare) for method in dict.fromkeys(drawn)}
 
@@ -166,9 +162,8 @@ def _series(axes: Axes, rows: Sequence[Row], axis: _Axis, style: tuple[str, str]
         )  # fmt: skip
         if gain < edge:
             axes.annotate(
-                f"{gain:+.0f} ↓", (x, edge), (-6, 0), textcoords="offset points", ha="right", va="center",
-                color=color, fontsize=8,
-            )  # fmt: skip
+                f"{gain:+.0f} ↓", (x, edge), (0, 6), textcoords="offset points", ha="center", color="0.25", fontsize=8
+            )
     for row in apart(rows):
         x = axis.places[row[axis.column]] + shift + 0.06 * axis.step
         axes.plot(x, 100 * row["gain"], ".", color=color, markersize=4.5, alpha=0.75, markeredgewidth=0, zorder=2.5)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, StageError
 from mft_core.identity import digest, digest_file, digest_files
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ _TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+# What is fetched of a hub repository: Llama's hold every weight a second and a third time (*.bin, original/*.pth).
+_WANTED: dict[str, list[str] | None] = {
+    "model": ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES],
+    "tokenizer": ["config.json", *_TOKENIZER_FILES],
+    "dataset": None,
+}
 
 
 class Source(BaseModel):
@@ -39,13 +45,32 @@ class Source(BaseModel):
     kind: Literal["model", "tokenizer", "dataset", "file"] = "file"
 
     def local_path(self, store: ArtifactStore | None = None) -> Path:
-        """Return the local file or directory; a hub repository is looked up in the local hub cache, or fetched."""
+        """Return the local file or directory; a hub repository is looked up in the local hub cache, or fetched.
+
+        Raises:
+            StageError: the hub repository is not in the cache and cannot be fetched.
+        """
         if self.revision is None:
             return Path(self.location)
         from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import httpx
 
         kind = "dataset" if self.kind == "dataset" else "model"
-        return Path(snapshot_download(self.location, revision=self.revision, repo_type=kind))
+        try:
+            folder = snapshot_download(
+                self.location, revision=self.revision, repo_type=kind, allow_patterns=_WANTED[self.kind]
+            )
+        except (OSError, httpx.HTTPError) as error:
+            raise StageError(
+                f"{self.kind} {self.location} (commit {self.revision[:12]}) cannot be fetched from the hub: "
+                f"{first_line(error)} `mft doctor` says what is missing."
+            ) from error
+        return Path(folder)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what the hub's client says; the rest is advice for its own users."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:

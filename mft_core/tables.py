@@ -66,7 +66,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     columns = [key for key in ("domain", "layers", "modules") if len(_values(rows, key)) > 1]
     columns += ["sparsity"] if _values(rows, "sparsity") else []
-    columns += ["seed"] if any(row["seed"] not in (None, "all") for row in rows) else ["seeds"]
+    columns += ["seed"] if _values(rows, "seed") - {"all"} and "all" not in _values(rows, "seed") else ["seeds"]
     lines: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in sorted(rows, key=_order(rows)):
         head = (method_label(row["method"]), *(_plain(key, row.get(key)) for key in columns))

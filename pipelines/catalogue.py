@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from mft_core.errors import ConfigError, explain, unknown
 from mft_core.recipes import Recipe, Runtime
-from pipelines.setup import METHODS, Method
+from pipelines.setup import Method
 
 _HERE = Path(__file__).resolve().parent
 _PATH_KEYS = {"path", "chat_template"}
@@ -120,11 +120,6 @@ def domain_of(profile: Profile, name: str | None) -> str:
     if domain not in profile.domains:
         raise unknown(f"domain of profile {profile.name}", domain, profile.domains)
     return domain
-
-
-def methods_of(study: Study) -> set[str]:
-    """Return the methods that a study uses."""
-    return {spec.method for spec in study.variants} & set(METHODS)
 
 
 def _locate(kind: str, name: str) -> Path:

@@ -56,21 +56,24 @@ def runtime_of(profile: Profile, overrides: Mapping[str, Any]) -> Runtime:
 
 def setups(
     study: Study, profile: Profile, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
-) -> list[Setup]:
+) -> list[tuple[Setup, dict[str, Any]]]:
     """Expand the study into the setups of its variants, in the study's order, without repeats.
+
+    Returns:
+        each setup with its point of the grid, {setup key: value}.
 
     Raises:
         ConfigError: an unknown key, an invalid value, or an override that no variant of the study uses.
     """
     settings = {key: value for key, value in overrides.items() if not key.startswith("runtime.")}
-    found: list[Setup] = []
+    found: list[tuple[Setup, dict[str, Any]]] = []
     for spec in study.variants:
         for point in spec.points():
             for seed in _seeds(spec, point, seeds or study.seeds):
                 setup = _compose(study, profile, spec, {**settings, **point}, seed)
-                if setup not in found:
-                    found.append(setup)
-    _refuse_unused(settings, study, found)
+                if all(setup != other for other, _ in found):
+                    found.append((setup, point))
+    _refuse_unused(settings, study, [setup for setup, _ in found])
     return found
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from prefect import serve
+from typing import Any
+
+from prefect import Flow, serve
 
 from pipelines.flows import STAGE_FLOWS, mft_ablation, mft_pipeline
 
 
 def serve_deployments() -> None:
     """Serve all deployments until stopped; each flow run is a process of its own."""
-    flows = [mft_ablation, mft_pipeline, *STAGE_FLOWS.values()]
-    serve(*(flow.to_deployment(name=flow.name, tags=["mft"], description=flow.description) for flow in flows))
+    flows: list[Flow[Any, Any]] = [mft_ablation, mft_pipeline, *STAGE_FLOWS.values()]
+    deployments: list[Any] = [flow.to_deployment(name=flow.name, tags=["mft"]) for flow in flows]
+    serve(*deployments)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ by the flows only.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError, StageError
@@ -64,8 +66,9 @@ def run_nodes(
     for node in nodes:
         made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
         call = call_of(node, node.stage in rerun)
-        future = stage_task.submit(node.label, call, made, place)
-        future.add_done_callback(lambda done, node=node: display.finished(node.label, _word(done)))
+        # Prefect hands the task the artifacts in place of the futures
+        future = stage_task.submit(node.label, call, made, place)  # type: ignore[arg-type]
+        future.add_done_callback(functools.partial(_announce, display, node))
         futures[node.id] = future
         by_future[future] = node
     wait(list(futures.values()))
@@ -80,6 +83,11 @@ def run_nodes(
             failures.append((node, result))
     _raise(failures)
     return outcomes
+
+
+def _announce(display: Display, node: Node, future: PrefectFuture[ArtifactRef]) -> None:
+    future.wait()  # it is done: this takes its final state instead of asking the server
+    display.finished(node.label, _word(future))
 
 
 def _word(future: PrefectFuture[ArtifactRef]) -> str:
@@ -100,11 +108,18 @@ def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
     raise StageError("\n".join(lines)) from causes[0][1]
 
 
-def workplace(plan: Plan, store: ArtifactStore, display: Display, notes: Mapping[str, Any]) -> Workplace:
-    """Build what the tasks of this flow run share."""
+def workplace(
+    plan: Plan,
+    store: ArtifactStore,
+    display: Display,
+    record: Callable[[StageCall, Progress], None] = lambda call, progress: None,
+) -> Workplace:
+    """Build what the tasks of this flow run share: progress goes to the display and to `record`."""
 
     def report(call: StageCall, progress: Progress) -> None:
         interrupt.check()
         display.update(call.label, progress)
+        record(call, progress)
 
-    return Workplace(store=store, runtime=plan.runtime, report=report, notes=notes)
+    run_id = getattr(flow_run, "id", None)
+    return Workplace(store=store, runtime=plan.runtime, report=report, notes={"prefect_flow_run": run_id})

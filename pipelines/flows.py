@@ -5,6 +5,7 @@ All of them plan, check, and run nodes through `execute`; what differs is which 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from prefect import Flow, flow
@@ -16,7 +17,7 @@ from mft_core.stages import STAGES, get_stage
 from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_study
 from pipelines.display import Display
 from pipelines.execute import run_nodes, workplace
-from pipelines.graph import Node, closure, unique_nodes
+from pipelines.graph import Node, closure
 from pipelines.logs import log_to
 from pipelines.plan import Plan, make_plan
 from pipelines.preflight import check
@@ -28,7 +29,7 @@ _WORKERS = 8
 """threads that wait for or do work; heavy stages take turns by themselves (`runtime.heavy_slots`)"""
 
 
-def _runner() -> ThreadPoolTaskRunner[Any]:
+def _runner() -> Any:
     return ThreadPoolTaskRunner(max_workers=_WORKERS)
 
 
@@ -80,20 +81,22 @@ def _run_study(
     study: Study, profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
 ) -> Report:
     plan, store = _checked(study, profile, overrides, seeds, rerun)
-    nodes = [*unique_nodes(plan.variants), comparison_node(plan)]
+    comparison = comparison_node(plan)
+    nodes = closure([comparison])
     with (
         log_to(store.home, study.name) as logfile,
         Recorder(plan, store, logfile) as recorder,
         Display(len(nodes)) as display,
     ):
-        place = workplace(plan, store, display, recorder)
-        outcomes = run_nodes(nodes, place, display, rerun)
+        outcomes = run_nodes(nodes, workplace(plan, store, display, recorder.progress), display, rerun)
+        artifacts = {node_id: outcome.artifact for node_id, outcome in outcomes.items()}
         cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
-        report = read_report(plan, store, outcomes[nodes[-1].id].artifact, cached)
-        recorder.record(report, outcomes)
+        report = read_report(plan, store, artifacts[comparison.id], cached)
+        recorder.record(report, artifacts, cached)
+        links = recorder.links()
     create_markdown_artifact(
-        f"{study.question}\n\n{report.table}\n\n{recorder.links()}",
-        key=f"{study.name}-{profile.name}".replace("_", "-").lower(),
+        f"{study.question}\n\n{report.table}\n\n{links}",
+        key=re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{profile.name}".lower()),
         description=f"{study.name} on {profile.name}",
     )
     return report
@@ -136,8 +139,7 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
 
 def _up_to(stage: str, plan: Plan) -> list[Node]:
     """Return the nodes of a stage, each after the ones that it needs."""
-    nodes = [*unique_nodes(plan.variants), comparison_node(plan)]
-    return closure(node for node in nodes if node.stage == stage)
+    return closure(node for node in closure([comparison_node(plan)]) if node.stage == stage)
 
 
 STAGE_FLOWS: dict[str, Flow[Any, Any]] = {name: _stage_flow(name) for name in STAGES}

@@ -28,6 +28,8 @@ from mft_core.stages import STAGES
 from pipelines import resolve
 from pipelines.setup import SELECTORS, BenchmarkSpec, Setup
 
+_COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -65,6 +67,8 @@ class Variant:
     name: str
     trained: Node | None
     evaluations: Mapping[str, Node]
+    details: Mapping[str, Any]
+    """what the study varies besides sparsity, layers, modules and seed: {setup key: value}"""
 
     @property
     def columns(self) -> dict[str, str | int | float | None]:
@@ -80,11 +84,15 @@ class Variant:
             "modules": setup.mask.modules if masked else None,
             "sparsity": setup.mask.sparsity if masked else None,
             "seed": setup.seed if seeded else None,
+            **{key: value if isinstance(value, int | float) else str(value) for key, value in self.details.items()},
         }
 
 
-def variant(setup: Setup) -> Variant:
+def variant(setup: Setup, point: Mapping[str, Any]) -> Variant:
     """Build the chain of one variant.
+
+    Args:
+        point: the variant's point of the study's grid; its settings tell it apart in names and tables.
 
     Raises:
         ConfigError: a model, data file, benchmark or layer that is not there.
@@ -103,17 +111,19 @@ def variant(setup: Setup) -> Variant:
             merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
                           trained.label.replace("learn-mask", "merge-mask"))  # fmt: skip
             model = Edge(merged, "model")
-    name = _name(setup)
+    details = {key: value for key, value in point.items() if key not in _COLUMNS}
+    name = _name(setup, details)
     evaluations = {bench.name: _evaluation(setup, bench, model, name) for bench in setup.benchmarks}
-    return Variant(setup, name, trained, evaluations)
+    return Variant(setup, name, trained, evaluations, details)
 
 
-def _name(setup: Setup) -> str:
-    details = [setup.method]
+def _name(setup: Setup, settings: Mapping[str, Any]) -> str:
+    details: list[str] = [setup.method]
     if setup.method in SELECTORS:
         mask = setup.mask
         details += [f"sparsity={mask.sparsity:g}", f"layers={resolve.layers(setup)}"]
         details += [f"modules={mask.modules}"] if mask.modules != "both" else []
+    details += [f"{key}={value}" for key, value in settings.items()]
     if setup.method in ("mft", "random", "continued-fft"):
         details.append(f"seed={setup.seed}")
     return " ".join(details)

@@ -96,7 +96,7 @@ def make_plan(
     """
     settings = compose.parse_overrides(overrides)
     runtime = compose.runtime_of(profile, settings)
-    variants = [variant(setup) for setup in compose.setups(study, profile, settings, seeds)]
+    variants = [variant(setup, point) for setup, point in compose.setups(study, profile, settings, seeds)]
     steps = _steps(unique_nodes(variants), store)
     needed = sum(_disk(step.node, variants) for step in steps if step.artifact is None)
     return Plan(study, profile, runtime, variants, steps, needed)
@@ -122,7 +122,7 @@ def _steps(nodes: Sequence[Node], store: ArtifactStore) -> list[Step]:
 
 def _other_code(store: ArtifactStore, artifact: ArtifactRef | None) -> bool:
     manifest = store.manifest(artifact.stage, artifact.key) if artifact else None
-    return bool(manifest) and manifest["provenance"].get("source_digest") != provenance.source_digest()
+    return manifest is not None and manifest["provenance"].get("source_digest") != provenance.source_digest()
 
 
 def _disk(node: Node, variants: Sequence[Variant]) -> int:

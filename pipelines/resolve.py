@@ -16,7 +16,7 @@ import yaml
 from mft_core.errors import ConfigError
 from mft_core.identity import digest_files
 from mft_core.layers import format_layers, parse_layers
-from mft_core.sources import Source, local_checkpoint, local_file, pinned
+from mft_core.sources import Source, first_line, local_checkpoint, local_file, pinned
 from pipelines.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -119,31 +119,45 @@ def _read_configuration(path: Path) -> dict[str, Any]:
 @functools.cache
 def _hub_file(name: str, commit: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import httpx
 
-    return Path(hf_hub_download(name, "config.json", revision=commit))
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=commit))
+    except (OSError, httpx.HTTPError) as error:
+        raise _not_to_be_had("model", name, commit, first_line(error)) from error
 
 
 @functools.cache
 def _commit(name: str, revision: str, kind: str) -> str:
-    """Pin a revision of a hub repository to its commit; ask the local cache first, so that planning works offline."""
+    """Pin a revision of a hub repository to its commit: the hub's word, else that of the local cache."""
     if _COMMIT.fullmatch(revision):
         return revision
-    from huggingface_hub import HfApi, constants, file_download
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import httpx
 
     try:
         api = HfApi()
         info = api.model_info if kind == "model" else api.dataset_info
-        sha = info(name, revision=revision, timeout=10).sha
-        if sha:
-            return sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        pass  # no network, or no access: the local cache may still know the revision
-    folder = file_download.repo_folder_name(repo_id=name, repo_type=kind)
-    reference = Path(constants.HF_HUB_CACHE) / folder / "refs" / revision
-    if reference.is_file():
-        return reference.read_text().strip()
-    raise ConfigError(
-        f"{kind} = {name}: neither a local path nor to be had from the hub or its local cache (revision {revision}). "
-        f"Check the name, network and access rights (`mft doctor`), or give a local path."
+        return str(info(name, revision=revision, timeout=10).sha)
+    except (OSError, httpx.HTTPError) as error:  # no network, or no access: the cache may still know the revision
+        commit = cached_commit(name, revision, kind)
+        if commit is None:
+            raise _not_to_be_had(kind, name, revision, first_line(error)) from error
+        return commit
+
+
+def cached_commit(name: str, revision: str, kind: str) -> str | None:
+    """Return the commit that a revision had when it was fetched into the local hub cache, or None."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    reference = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "refs" / revision
+    return reference.read_text().strip() if reference.is_file() else None
+
+
+def _not_to_be_had(kind: str, name: str, revision: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{kind} = {name}: no such local path, and revision {revision} is to be had neither from the hub nor from its "
+        f"local cache ({reason}). Check the name, network and access rights (`mft doctor --profile NAME` does), or "
+        "give a local path."
     )

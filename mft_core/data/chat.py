@@ -184,7 +184,7 @@ def _render_by_prefix(
         before = render(turn, True)
         through = text if turn + 1 == len(messages) else render(turn + 1, False)
         if not (text.startswith(through) and through.startswith(before)):
-            raise _UnfitTemplateError(f"it rewrites history: messages[{turn}] looks different once turns follow")
+            raise _UnfitTemplateError(f"it rewrites history: messages[{turn}] is shown otherwise once turns follow")
         spoken = through[len(before) :]
         content = spoken.find(message.content.strip())
         if content < 0:

@@ -129,10 +129,9 @@ def losses_by_example(model, dataset, packing, limit):
             loss = torch.nn.functional.cross_entropy(
                 logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=IGNORED
             )
-            padded = torch.nn.functional.pad(loss, (1, 0))
-            for (ids, _), (values, _) in zip(
-                examples_in(batch), examples_in({**batch, "input_ids": padded + 1.0}), strict=True
-            ):
+            marked = (torch.nn.functional.pad(loss, (1, 0)) + 1) * (batch["input_ids"] != 0)
+            parts = zip(examples_in(batch), examples_in({**batch, "input_ids": marked}), strict=True)
+            for (ids, _), (values, _) in parts:
                 losses[tuple(ids)] = torch.tensor(values) - 1.0
     return losses
 

@@ -1,9 +1,10 @@
-"""Makes the tiny profile's fine-tuning data and benchmarks, and the example stream its base model is pre-trained on.
+"""Makes the tiny profile's fine-tuning data and benchmarks, and the stream for its base model.
 
-Design note. Everything follows from `SEED` and the tables below; `tasks.py` decides by content which items are reserved
-for the benchmarks, so no training row shares its operands with a benchmark item of the same family. The benchmarks hold
-no duplicates and no answer takes more than `ANSWER_CAP` of the items; `benchmarks/README.md` states the score of always
-giving the commonest answer. Needs `reasoning-gym`, which the rest of the project does not:
+Design note. Everything follows from `SEED` and the tables below; `tasks.py` decides by content which items
+are reserved for the benchmarks, so no training row shares its operands with a benchmark item of the same
+family. The benchmarks hold no duplicates and no answer takes more than `ANSWER_CAP` of the items;
+`benchmarks/README.md` states the score of always giving the commonest answer. Needs `reasoning-gym`, which
+the rest of the project does not:
 
     python make_data.py                                       # data/ and benchmarks/
     python make_data.py --stream stream.tsv --rows 2000000    # examples for pretrain.py
@@ -88,13 +89,14 @@ def describe(name: str, items: list[Item]) -> str:
     kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(Counter(item.kind for item in items).items()))
     contents = len({item.content for item in items})
     example = f"`{items[0].prompt}` → `{items[0].answer}`"
-    return f"| {name} | {len(items)} | {contents} | {kinds} | {100 * count / len(items):.1f} (`{answer}`) | {example} |"
+    commonest = f"{100 * count / len(items):.1f} (`{answer}`)"
+    return f"| {name} | {len(items)} | {contents} | {kinds} | {commonest} | {example} |"
 
 
 HEADER = """# Benchmarks of the tiny profile
 
-Written by `make_data.py`. Only reserved content (see `tasks.py`): no operands, letters or numbers of these items occur
-in the pre-training or fine-tuning data of the same family. Scored by exact match, greedy.
+Written by `make_data.py`. Only reserved content (see `tasks.py`): no item's operands, letters or numbers
+occur together in the pre-training or fine-tuning data of the same family. Scored by exact match, greedy.
 
 | benchmark | n | distinct contents | kinds | always giving the commonest answer, % | an item |
 |---|---|---|---|---|---|
@@ -102,7 +104,8 @@ in the pre-training or fine-tuning data of the same family. Scored by exact matc
 
 
 TASK = """\
-# lm-evaluation-harness task. `data_files` is relative to this file: whoever loads it puts the absolute path in its place.
+# lm-evaluation-harness task. `data_files` is relative to this file:
+# whoever loads it puts the absolute path in its place.
 task: tiny_{name}
 dataset_path: json
 dataset_kwargs:

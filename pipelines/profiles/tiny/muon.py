@@ -1,8 +1,9 @@
 """Muon in float32, with matrices of one shape orthogonalised together.
 
-Design note. `torch.optim.Muon` iterates in bfloat16, which CPUs without bfloat16 units emulate at a fraction of the
-speed; for this profile's matrices that would cost more than the forward and backward pass. Same update otherwise:
-Nesterov momentum, five quintic Newton-Schulz iterations, decoupled weight decay, rate times sqrt(max(1, rows/columns)).
+Design note. `torch.optim.Muon` iterates in bfloat16, which CPUs without bfloat16 units emulate at a fraction
+of the speed; for this profile's matrices that would cost more than the forward and backward pass. Same update
+otherwise: Nesterov momentum, five quintic Newton-Schulz iterations, decoupled weight decay, rate times
+sqrt(max(1, rows/columns)).
 """
 
 from collections import defaultdict

@@ -1,20 +1,22 @@
-"""Pre-trains the tiny profile's base model, a 1.6 M parameter Llama, on the stream that `make_data.py` writes.
+"""Pre-trains the tiny profile's base model, a 1.6 M parameter Llama, on the stream of `make_data.py`.
 
-Design note. Examples are short, so they are never packed: a step takes a random set of examples, sorts it by length and
-runs it in a few right-padded batches. With causal attention right padding needs no attention mask, and nothing attends
-across examples. The loss covers assistant tokens only, and only these reach the output layer. Hidden matrices are
-trained with Muon (a float32 one, see `muon.py`), the rest with AdamW. The learning rate is a trapezoid over *time*:
-warm-up, plateau, and a linear decay over the last `DECAY` of the time allowed, so a deadline can be met on any machine.
-A killed run continues from its last state when started again with the same command.
+Design note. Examples are short, so they are never packed: a step takes a random set of examples, sorts it by
+length and runs it in a few right-padded batches. With causal attention right padding needs no attention mask,
+and nothing attends across examples. The loss covers assistant tokens only, and only these reach the output
+layer. Hidden matrices are trained with Muon (a float32 one, see `muon.py`), the rest with AdamW. The learning
+rate is a trapezoid over *time*: warm-up, plateau, and a linear decay over the last `DECAY` of the time
+allowed, so a deadline can be met on any machine. A killed run continues from its last state when started
+again with the same command.
 
-    python pretrain.py WORK --stream stream.tsv --until 16:05     # trains; WORK holds state, tokenizer and record
-    python pretrain.py WORK --export model                        # writes the newest state as a Hugging Face folder
+    python pretrain.py WORK --stream stream.tsv --until 16:05   # WORK holds state, tokenizer, record
+    python pretrain.py WORK --export model                      # the newest state as a Hugging Face folder
 """
 
 import argparse
 import json
 import os
 import time
+from array import array
 from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +29,7 @@ from tokenizer import ASSISTANT, END, chat_text, train_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 DECAY = 0.15
-WARMUP_STEPS = 100
+WARMUP_STEPS = 40
 SAVE_SECONDS, REPORT_SECONDS = 150, 100
 
 
@@ -57,14 +59,15 @@ class Examples:
     def __init__(self, path: Path, tokenizer) -> None:
         rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
         self.kinds = [row[0] for row in rows]
-        ids: list[np.ndarray] = []
+        flat, lengths = array("h"), array("h")
         for start in range(0, len(rows), 50_000):
             texts = [chat_text(prompt, answer) for _, prompt, answer in rows[start : start + 50_000]]
-            encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ids += [np.array(e.ids, dtype=np.int16) for e in encoded]
-        self.lengths = np.array([len(x) for x in ids])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.flat = np.concatenate(ids)
+            for encoded in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+                ids = encoded.ids
+                flat.extend(ids)
+                lengths.append(len(ids))
+        self.flat, self.lengths = np.array(flat), np.array(lengths)
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
         self.assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
         self.pad = tokenizer.pad_token_id
 
@@ -72,7 +75,7 @@ class Examples:
         return len(self.lengths)
 
     def batches(self, chosen: np.ndarray, parts: int) -> list[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
-        """Right-padded (indices, inputs, labels) of the chosen examples, in `parts` batches of similar lengths."""
+        """Right-padded (indices, inputs, labels) of the chosen examples, in `parts` batches."""
         chosen = chosen[np.argsort(self.lengths[chosen], kind="stable")]
         return [self._batch(part) for part in np.array_split(chosen, parts)]
 
@@ -183,7 +186,12 @@ def train(run: Run, data: Examples, held: Examples, until: float, size: int, par
 
 def record(run: Run, losses: list[float], accuracy: dict[str, float]) -> None:
     """Append a line to the training record."""
-    line = {"step": run.step, "tokens": run.tokens, "seconds": round(run.seconds), "loss": round(np.mean(losses), 4)}
+    line = {
+        "step": run.step,
+        "tokens": run.tokens,
+        "seconds": round(run.seconds),
+        "loss": round(np.mean(losses), 4),
+    }
     with (run.work / "training_record.jsonl").open("a", encoding="utf-8") as out:
         out.write(json.dumps({**line, "accuracy": accuracy}) + "\n")
 
@@ -214,10 +222,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--stream", type=Path)
     parser.add_argument("--until", help="HH:MM today, local time")
-    parser.add_argument("--size", type=int, default=384, help="examples a step")
-    parser.add_argument("--parts", type=int, default=3, help="batches a step")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--size", type=int, default=192, help="examples a step")
+    parser.add_argument("--parts", type=int, default=2, help="batches a step")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="compile the model (slow to start)")
     parser.add_argument("--export", type=Path, help="write the newest state here and stop")
     args = parser.parse_args()
     if args.export:
@@ -228,7 +236,7 @@ def main() -> None:
     hour, minute = map(int, args.until.split(":"))
     until = datetime.now().replace(hour=hour, minute=minute, second=0).timestamp()
     data, held = (Examples(p, tokenizer) for p in (args.stream, args.stream.with_suffix(".validation.tsv")))
-    train(Run(args.work, tokenizer), data, held, until, args.size, args.parts, not args.eager)
+    train(Run(args.work, tokenizer), data, held, until, args.size, args.parts, args.compile)
 
 
 if __name__ == "__main__":

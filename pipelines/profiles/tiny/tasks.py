@@ -1,15 +1,15 @@
 """Task kinds of the tiny profile: reasoning-gym entries rewritten as short symbolic questions.
 
-Design note. A tiny model can afford some 15 tokens an example, so every kind turns the *metadata* of a reasoning-gym
-entry into a compact prompt; the answer is reasoning-gym's own, or follows from it in one step (a remainder of its sum,
-a term added to its product). Each kind also names its *content*: the sorted operands, letters or numbers of the item,
-with no trace of wording, operation or order.
+Design note. A tiny model can afford some 15 tokens an example, so every kind turns the *metadata* of a
+reasoning-gym entry into a compact prompt; the answer is reasoning-gym's own, or follows from it in one step
+(a remainder of its sum, a term added to its product). Each kind also names its *content*: the sorted
+operands, letters or numbers of the item, with no trace of wording, operation or order.
 
 One rule over the content decides where an item may appear, for all kinds of a family alike: the sha256 of
-``family:content`` modulo 100. Residues divisible by 10 are *reserved*: benchmarks only. Residue 1 is validation during
-pre-training only. Everything else may be trained on. Items with at most two operands and at most two digits in all
-(``7*8``, ``4 mod 3``) are *primitives*: always trainable, never in a benchmark, because such spaces are too small to be
-held out.
+``family:content`` modulo 100. Residues divisible by 10 are *reserved*: benchmarks only. Residue 1 is
+validation during pre-training only. Everything else may be trained on. Items with at most two operands and at
+most two digits in all (``7*8``, ``4 mod 3``) are *primitives*: always trainable, never in a benchmark,
+because such spaces are too small to be held out.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ def _product_and_term(entry: dict[str, Any]) -> Row:
 
 
 def _pick(entry: dict[str, Any], n: int) -> int:
-    """A number below `n` fixed by the entry's index and question, independent of its operands' order statistics."""
+    """A number below `n` fixed by the entry's index and question."""
     key = f"{entry['metadata']['source_index']}:{entry['question']}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest()) % n
 
@@ -203,35 +203,37 @@ def _base(high: int, bases: int, low: int = 2) -> dict[str, Any]:
 ARITHMETIC, NUMBERS, SYMBOLS = "arithmetic", "number_theory", "symbols"
 _TEXT = {"min_words": 2, "max_words": 40}
 _ALL = (
-    Kind("add1", ARITHMETIC, "chain_sum", _chain, 2, _terms(2, 1, 1)),
-    Kind("add2", ARITHMETIC, "chain_sum", _chain, 13, _terms(2, 2, 2)),
+    Kind("add1", ARITHMETIC, "chain_sum", _chain, 5, _terms(2, 1, 1)),
+    Kind("add2", ARITHMETIC, "chain_sum", _chain, 14, _terms(2, 2, 2)),
     Kind("sum3", ARITHMETIC, "chain_sum", _chain, 3, _terms(3, 1, 2)),
-    Kind("sum4", ARITHMETIC, "chain_sum", _chain, 1.5, _terms(4, 1, 2)),
-    Kind("sum3big", ARITHMETIC, "chain_sum", _chain, 1.5, _terms(3, 3, 3)),
-    Kind("add3", ARITHMETIC, "chain_sum", _chain, 4, _terms(2, 3, 3)),
-    Kind("mul", ARITHMETIC, "products", _chain, 3, _terms(2, 1, 1)),
+    Kind("sum4", ARITHMETIC, "chain_sum", _chain, 1, _terms(4, 1, 2)),
+    Kind("sum3big", ARITHMETIC, "chain_sum", _chain, 0.7, _terms(3, 3, 3)),
+    Kind("add3", ARITHMETIC, "chain_sum", _chain, 1.5, _terms(2, 3, 3)),
+    Kind("mul", ARITHMETIC, "products", _chain, 4, _terms(2, 1, 1)),
     Kind("muladd", ARITHMETIC, "products", _product_and_term, 2, _terms(2, 1, 1)),
     Kind("gcd", NUMBERS, "gcd", _gcd, 8, {"min_value": 2, "max_value": 99}),
-    Kind("gcd3", NUMBERS, "gcd", _gcd, 1.5, {"min_numbers": 3, "max_numbers": 3, "min_value": 2, "max_value": 99}),
-    Kind("lcm", NUMBERS, "lcm", _lcm, 3, {"min_value": 2, "max_value": 30}),
-    Kind("mod", NUMBERS, "base_conversion", _remainder, 7, _base(99, 12)),
-    Kind("mod3", NUMBERS, "base_conversion", _remainder, 3, _base(999, 12, 100)),
-    Kind("summod", NUMBERS, "chain_sum", _sum_remainder, 3, _terms(2, 2, 2)),
-    Kind("simplify", NUMBERS, "fraction_simplification", _simplify, 3,
+    Kind("gcd3", NUMBERS, "gcd", _gcd, 1.5,
+         {"min_numbers": 3, "max_numbers": 3, "min_value": 2, "max_value": 99}),
+    Kind("lcm", NUMBERS, "lcm", _lcm, 1, {"min_value": 2, "max_value": 30}),
+    Kind("mod", NUMBERS, "base_conversion", _remainder, 8, _base(99, 12)),
+    Kind("mod3", NUMBERS, "base_conversion", _remainder, 1.5, _base(999, 12, 100)),
+    Kind("summod", NUMBERS, "chain_sum", _sum_remainder, 2.5, _terms(2, 2, 2)),
+    Kind("simplify", NUMBERS, "fraction_simplification", _simplify, 2,
          {"min_value": 1, "max_value": 50, "min_factor": 2, "max_factor": 12, "styles": ("plain",)}),
-    Kind("base", NUMBERS, "base_conversion", _to_base, 3, _base(99, 12)),
-    Kind("factor", NUMBERS, "prime_factorization", _factors, 3, {"min_value": 2, "max_value": 199}),
+    Kind("base", NUMBERS, "base_conversion", _to_base, 1, _base(99, 12)),
+    Kind("factor", NUMBERS, "prime_factorization", _factors, 1, {"min_value": 2, "max_value": 199}),
     Kind("sort", SYMBOLS, "number_sorting", _sort("sort", "ascending", ""), 7, _digits(7, 4)),
     Kind("sortdown", SYMBOLS, "number_sorting", _sort("sort down", "descending", ""), 1.5, _digits(7)),
-    Kind("sortnum", SYMBOLS, "number_sorting", _sort("sort down", "descending", ","), 1.5,
+    Kind("sortnum", SYMBOLS, "number_sorting", _sort("sort down", "descending", ","), 1,
          {**_digits(4), "max_value": 99}),
     Kind("drop", SYMBOLS, "number_filtering", _filter("remove_smaller", "drop <"), 5, _digits(8, 5)),
     Kind("keep", SYMBOLS, "number_filtering", _filter("keep_larger", "keep >"), 1.5, _digits(8, 7)),
-    Kind("reverse", SYMBOLS, "spell_backward", _reverse, 6, {"min_word_len": 3, "max_word_len": 7}),
-    Kind("caesar", SYMBOLS, "caesar_cipher", _caesar(1, 3), 6, {**_TEXT, "max_rotation": 3}),
-    Kind("caesar7", SYMBOLS, "caesar_cipher", _caesar(7, 7), 1, {**_TEXT, "min_rotation": 7, "max_rotation": 7}),
-    Kind("caesar_any", SYMBOLS, "caesar_cipher", _caesar(4, 25), 2, {**_TEXT, "min_rotation": 4}),
-    Kind("turn", SYMBOLS, "rotate_matrix", _turn, 2,
+    Kind("reverse", SYMBOLS, "spell_backward", _reverse, 4, {"min_word_len": 3, "max_word_len": 7}),
+    Kind("caesar", SYMBOLS, "caesar_cipher", _caesar(1, 3), 5, {**_TEXT, "max_rotation": 3}),
+    Kind("caesar7", SYMBOLS, "caesar_cipher", _caesar(7, 7), 1,
+         {**_TEXT, "min_rotation": 7, "max_rotation": 7}),
+    Kind("caesar_any", SYMBOLS, "caesar_cipher", _caesar(4, 25), 1, {**_TEXT, "min_rotation": 4}),
+    Kind("turn", SYMBOLS, "rotate_matrix", _turn, 1,
          {"min_n": 3, "max_n": 3, "min_rotations": 1, "max_rotations": 1}),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ALL}

@@ -1,9 +1,10 @@
 """The tiny profile's tokenizer: byte-level BPE with single digits, spelled letters and a chat template.
 
-Design note. Every digit is a token of its own (place value is then learnable) and so is every spelled letter with its
-space; only words such as `sort` or `gcd` are merged. The template is prefix-consistent: the tokens of a conversation's
-first turns are a prefix of the tokens of the whole. Assistant content with its end token stands between generation
-markers, so `apply_chat_template(..., return_assistant_tokens_mask=True)` marks exactly what is trained on.
+Design note. Every digit is a token of its own (place value is then learnable) and so is every spelled letter
+with its space; only words such as `sort` or `gcd` are merged. The template is prefix-consistent: the tokens
+of a conversation's first turns are a prefix of the tokens of the whole. Assistant content with its end token
+stands between generation markers, so `apply_chat_template(..., return_assistant_tokens_mask=True)` marks
+exactly what is trained on.
 """
 
 from collections.abc import Iterable

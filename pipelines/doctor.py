@@ -1,0 +1,221 @@
+"""What this machine lacks for a profile, each thing in one line; nothing is computed, and no weights are fetched.
+
+`examine` never fails itself: whatever cannot be found out becomes a finding that says so. The parts that need the hub
+or lm-eval are in `doctor_hub`. Called by `mft doctor`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from mft_core.artifacts import ArtifactStore
+from mft_core.errors import ConfigError
+from mft_core.layers import parse_layers
+from pipelines import resolve
+from pipelines.catalogue import Profile, Study, VariantSpec, load_profile
+from pipelines.compose import setups
+from pipelines.plan import parameter_count
+from pipelines.setup import ModelSpec, Setup
+
+_CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
+_TRAINING_BYTES = 16
+"""per trained weight: the weight, its gradient and AdamW's two moments, all float32"""
+_BYTES = {"float32": 4, "bfloat16": 2}
+_GPU_ADVISED = 500_000_000
+"""weights; training more of them on a CPU takes days"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run on the profile needs."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many weights the base model has, and how that is known."""
+
+    weights: int
+    source: str
+
+
+def examine(profile: str) -> list[Finding]:
+    """Look at everything that a study on the profile needs, all of its domains.
+
+    Raises:
+        ConfigError: no such profile, or one that cannot be read.
+    """
+    from pipelines import doctor_hub
+
+    domains = _setups(load_profile(profile))
+    first = domains[0]
+    store = ArtifactStore.from_environment()
+    findings = [_python(), _packages(), _home(store)]
+    findings += doctor_hub.model_and_data(domains)
+    size = _size(first.model)
+    findings += _space(first, size, store) if size else [_unknown_size(first.model)]
+    findings += doctor_hub.benchmarks(domains)
+    findings += [_port(4200, "the Prefect server", store), _port(5000, "the MLflow server", store)]
+    return findings
+
+
+def _setups(profile: Profile) -> list[Setup]:
+    """Return the setup of a mask in each domain of the profile."""
+    specs = tuple(VariantSpec.model_validate({"method": "mft", "domain": domain}) for domain in profile.domains)
+    study = Study.model_validate({"name": "doctor", "question": "What is missing?", "variants": specs, "seeds": (0,)})
+    return [setup for setup, _ in setups(study, profile, {})]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), f"{version}; 3.11 or newer is needed")
+
+
+def _packages() -> Finding:
+    """Compare what is installed with what the project requires, and with the tested set where that is at hand."""
+    required = [Requirement(line) for line in metadata.requires("mft-pipeline") or []]
+    wrong, tested = [], _tested_versions()
+    differing = []
+    for requirement in required:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement} is not installed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} (needed: {requirement.specifier})")
+        wanted = tested.get(_normal(requirement.name))
+        if wanted and version.split("+")[0] != wanted:
+            differing.append(f"{requirement.name} {version} (tested: {wanted})")
+    if wrong:
+        return Finding("packages", False, f"{'; '.join(wrong)}; run `make install`, or pip with -c constraints.txt")
+    detail = f"not the tested versions, may work: {', '.join(differing)}" if differing else "the tested versions"
+    return Finding("packages", True, detail if tested else "as required")
+
+
+def _tested_versions() -> dict[str, str]:
+    """Read constraints.txt; it is there in a checkout, not beside an installed wheel."""
+    if not _CONSTRAINTS.is_file():
+        return {}
+    lines = _CONSTRAINTS.read_text().splitlines()
+    pins = [line.split("#")[0].strip().split("==") for line in lines if "==" in line.split("#")[0]]
+    return {_normal(name): version for name, version in pins}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _home(store: ArtifactStore) -> Finding:
+    try:
+        store.check_writable()
+    except ConfigError as error:
+        return Finding("MFT_HOME", False, str(error))
+    return Finding("MFT_HOME", True, f"{store.home} is writable")
+
+
+def _size(spec: ModelSpec) -> Size | None:
+    """Count the weights from config.json; where that cannot be had, take the number in the model's name."""
+    try:
+        return Size(parameter_count(resolve.configuration(spec)), "from its config.json")
+    except ConfigError:
+        named = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", Path(spec.path).name, re.IGNORECASE)
+    if not named:
+        return None
+    scale = 1e9 if named[2].lower() == "b" else 1e6
+    return Size(int(float(named[1]) * scale), f"estimated from the '{named[0]}' in its name, config.json not readable")
+
+
+def _unknown_size(spec: ModelSpec) -> Finding:
+    return Finding("memory and disk", False, f"cannot be estimated: config.json of {spec.path} is not readable")
+
+
+def _space(setup: Setup, size: Size, store: ArtifactStore) -> list[Finding]:
+    """Compare what fine-tuning, mask and evaluation need with the disk and the device's memory."""
+    stored = _BYTES[setup.precision] * size.weights
+    disk = {
+        "download": 0 if Path(setup.model.path).is_absolute() else 2 * size.weights,
+        "fine-tuned model": stored,
+        "resumable state": 12 * size.weights,
+        "merged model": stored,
+    }
+    there = next(path for path in (store.home, *store.home.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    memory = _memory(setup, size.weights)
+    device, available = _device(setup)
+    findings = [
+        Finding("model size", True, f"{_amount(size.weights, 'weights')} ({size.source})"),
+        _enough("disk", disk, sum(disk.values()), free),
+        _enough(f"memory of {device}, before activations", memory, max(memory.values()), available),
+    ]
+    if device == "cpu" and size.weights > _GPU_ADVISED:
+        findings.append(
+            Finding("GPU", False, "torch finds none; on the CPU, training a model of this size takes weeks")
+        )
+    return findings
+
+
+def _memory(setup: Setup, weights: int) -> dict[str, int]:
+    """Estimate the bytes that each heavy stage holds on its device, without activations and caches."""
+    training = setup.mask.training
+    needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": _BYTES[setup.precision] * weights}
+    try:
+        layers = resolve.decoder_layers(setup.model)
+        share = len(parse_layers(setup.mask.layers, layers)) / layers
+    except ConfigError:  # no config.json: fine-tuning, which needs the most, is known all the same
+        return needs
+    stored = _BYTES[training.precision]
+    needs["mask learning"] = int(weights * (stored + share * (stored + _TRAINING_BYTES)))
+    return needs
+
+
+def _device(setup: Setup) -> tuple[str, int]:
+    """Return what a heavy stage would run on here, and its memory in bytes."""
+    import psutil
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", int(psutil.virtual_memory().total)
+    return torch.cuda.get_device_name(), int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _enough(what: str, parts: Mapping[str, int], needed: int, available: int) -> Finding:
+    listed = ", ".join(f"{name} {_amount(size, 'B')}" for name, size in parts.items() if size)
+    detail = f"{_amount(needed, 'B')} needed ({listed}), {_amount(available, 'B')} there"
+    return Finding(what, needed <= available, detail)
+
+
+def _amount(value: float, unit: str) -> str:
+    """Write a number of bytes or weights with three digits at most: '13.5 GB', '1.7 M weights'."""
+    for limit, prefix in ((1e9, "G"), (1e6, "M")):
+        if value >= limit:
+            return f"{value / limit:.3g} {prefix}{unit}" if unit == "B" else f"{value / limit:.3g} {prefix} {unit}"
+    return f"{value / 1e3:.3g} k{unit}" if unit == "B" else f"{value / 1e3:.3g} k {unit}"
+
+
+def _port(port: int, whose: str, store: ArtifactStore) -> Finding:
+    """Say who has a port that `mft up` would like; one that is taken is no obstacle, another is used then."""
+    from pipelines.services import living_server
+
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+    if not taken:
+        return Finding(f"port {port}", True, f"free for {whose}")
+    own = living_server(store.home) or {}
+    served = any(f":{port}" in str(address) for address in own.values())
+    return Finding(f"port {port}", True, f"served by `mft up`, {whose}" if served else f"taken; {whose} gets another")

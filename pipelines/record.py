@@ -1,0 +1,129 @@
+"""What of a run goes to MLflow, and when; `tasks.tracking` knows how.
+
+Parent run = one execution, nested run = one variant. Training curves arrive while training runs; those of cached stages
+are copied from their artifacts, so that nothing is missing in the UI. `mft report --sync` writes the same again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mft_core.artifacts import ArtifactRef, ArtifactStore
+from mft_core.errors import StageError
+from mft_core.stages import Progress
+from pipelines.graph import Variant
+from pipelines.plan import Plan
+from pipelines.report import Report
+from tasks.stage_task import StageCall
+from tasks.tracking import Tracker, variant_key
+
+
+class Recorder:
+    """Records one execution of a plan; a context manager that closes the runs with the right status."""
+
+    def __init__(self, plan: Plan, store: ArtifactStore, log: Path) -> None:
+        """Open the execution's run and one nested run per variant.
+
+        Args:
+            log: the execution's log file, attached to its run.
+        """
+        self._plan, self._store, self._log = plan, store, log
+        name = f"{plan.study.name} on {plan.profile.name}"
+        params = {"study": plan.study.name, "profile": plan.profile.name, "question": plan.study.question}
+        self._tracker = Tracker(store.home, plan.study.name, name, params, {"log_file": log.name})
+        self._owners: dict[str, str] = {}
+        self._sent: dict[str, set[int]] = defaultdict(set)
+        for item in plan.variants:
+            key = variant_key(item.columns)
+            self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
+            if item.trained:
+                self._owners.setdefault(item.trained.label, key)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tracker.log_files([self._log])
+        if kind is None:
+            self._tracker.finish("FINISHED")
+        else:
+            self._tracker.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def progress(self, call: StageCall, progress: Progress) -> None:
+        """Send one measurement of a training while it runs."""
+        key = self._owners.get(call.label)
+        if key is not None and "loss" in progress.metrics:
+            self._sent[key].add(progress.step)
+            self._tracker.log_curve(key, [{"step": progress.step, **progress.metrics}])
+
+    def record(self, report: Report, artifacts: Mapping[str, ArtifactRef], cached: Mapping[str, bool]) -> None:
+        """Send the results: numbers, curves not seen live, artifact keys, table and figure.
+
+        Args:
+            artifacts: of every node, by node id.
+            cached: by node id, whether the node was served from the cache.
+        """
+        for item in self._plan.variants:
+            key = variant_key(item.columns)
+            nodes = [node for node in (item.trained, *item.evaluations.values()) if node is not None]
+            tags: dict[str, Any] = {f"artifact.{node.stage}": artifacts[node.id].key for node in nodes}
+            tags["cached"] = all(cached.get(node.id, False) for node in nodes)
+            self._tracker.set_tags(key, tags)
+            if item.trained and self._owners[item.trained.label] == key:
+                rows = _history(self._store, artifacts[item.trained.id])
+                self._tracker.log_curve(key, [row for row in rows if row["step"] not in self._sent[key]])
+        self._tracker.log_rows(report.rows)
+        self._tracker.log_files([path for path in sorted(report.directory.iterdir()) if path.name != "manifest.json"])
+
+    def links(self) -> str:
+        """Return Markdown with the addresses of the runs in the MLflow UI."""
+        links = self._tracker.links()
+        return "\n".join(["MLflow runs:", "", *(f"- [{name}]({address})" for name, address in links.items())])
+
+    @property
+    def problem(self) -> str | None:
+        """Why not everything was recorded, or None."""
+        return self._tracker.problem
+
+
+def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report) -> None:
+    """Write a finished study to MLflow again, from its artifacts, as a new execution.
+
+    Raises:
+        StageError: MLflow cannot be reached.
+    """
+    artifacts = {step.node.id: step.artifact for step in plan.steps if step.artifact}
+    with Recorder(plan, store, report.directory / "table.md") as recorder:
+        recorder.record(report, artifacts, dict.fromkeys(artifacts, True))
+    if recorder.problem:
+        raise StageError(recorder.problem)
+
+
+def _settings(item: Variant) -> dict[str, Any]:
+    """Return what else people filter and plot by: backbone and the numbers of the variant's own training."""
+    setup = item.setup
+    training = {
+        "fft": setup.fine_tune,
+        "continued-fft": setup.continued,
+        "mft": setup.mask.training,
+    }.get(setup.method)
+    found: dict[str, Any] = {"backbone": setup.backbone, "data_fraction": setup.data.fraction}
+    if training:
+        found |= {f"training.{name}": value for name, value in training.model_dump().items()}
+    if setup.method == "mft":
+        found["score_init"] = setup.mask.score_init
+    return found
+
+
+def _history(store: ArtifactStore, artifact: ArtifactRef) -> Iterator[dict[str, Any]]:
+    path = artifact.local_path(store) / "history.jsonl"
+    if path.is_file():  # random and magnitude masks have no training
+        with path.open() as lines:
+            yield from (json.loads(line) for line in lines)

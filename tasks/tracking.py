@@ -1,0 +1,372 @@
+"""Records a study's execution in MLflow without ever being in its way.
+
+Experiment = study, parent run = one execution, nested run = one variant. Calls only put work into a queue; one
+background thread imports MLflow, connects and writes. When MLflow cannot be reached, the thread warns once and drops
+the rest: every number is in the artifacts, and `mft report --sync` sends them again through the same calls. Curves are
+thinned (a point costs half a millisecond of CPU; all of them are in `history.jsonl`). Default store: `mlflow.db` under
+`$MFT_HOME` with files under `mlartifacts`; `MLFLOW_TRACKING_URI` wins. Used by `pipelines` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from mft_core import provenance
+from mft_core.artifacts import ArtifactStore
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+BATCH = 1000
+"""metrics that MLflow takes in one request"""
+LONGEST = {"param": 6000, "tag": 8000}
+FLUSH_SECONDS = 1.0
+"""curve points wait this long for company"""
+CURVE_POINTS = 50
+"""of a curve that is sent as a whole"""
+LIVE_SECONDS = 0.25
+"""between the points of a curve that is sent while it grows"""
+OWNER = "mft.owner"
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+log = logging.getLogger("mft")
+
+
+class Tracker:
+    """One execution of a study in MLflow; every method returns at once, except `links` and `finish`.
+
+    Args:
+        home: the `MFT_HOME`.
+        experiment: name of the study.
+        name: of this execution, the parent run.
+        params: of the execution (profile, overrides, ...).
+        tags: of the execution; git commit and owner are added.
+        ui: address of the MLflow UI for links, when it is not the tracking URI itself.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        experiment: str,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        *,
+        ui: str = "http://127.0.0.1:5000",
+    ) -> None:
+        self.problem: str | None = None
+        """why nothing more is recorded, or None"""
+        self._home, self._experiment = home.absolute(), experiment
+        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self._home / 'mlflow.db'}"
+        self._ui = self._uri if self._uri.startswith("http") else ui
+        self._runs: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._experiment_id = ""
+        self._points: dict[str, list[Any]] = {}
+        self._last_point: dict[str, float] = {}
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._jobs.put(self._connect)
+        self._open("", name, params, tags)
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    # -- what the caller says -------------------------------------------------------------------------------------
+
+    def variant(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any] | None = None) -> None:
+        """Open the nested run of a variant; later calls name it by `key`. None values are left out."""
+        if key not in self._names:
+            self._open(key, name, params, tags)
+
+    def log_point(self, key: str, row: Mapping[str, Any]) -> None:
+        """Add a point while training runs, a row of `history.jsonl`; dropped if it follows another one too closely."""
+        now = time.monotonic()
+        if "validation_loss" in row or now - self._last_point.get(key, 0.0) >= LIVE_SECONDS:
+            self._last_point[key] = now
+            self._add_points(key, [row])
+
+    def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add a finished curve, all rows of `history.jsonl`: evenly spaced ones, all validations, and the last."""
+        stride = max(1, -(-len(rows) // CURVE_POINTS))
+        last = len(rows) - 1
+        self._add_points(
+            key, [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
+        )
+
+    def _add_points(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        now = int(time.time() * 1000)
+
+        def add() -> None:
+            from mlflow.entities import Metric
+
+            self._points.setdefault(key, []).extend(
+                Metric(f"train/{name}", float(value), now, int(row["step"]))
+                for row in rows
+                for name, value in row.items()
+                if name != "step" and _is_number(value)
+            )
+
+        self._jobs.put(add)
+
+    def log_metrics(self, key: str, metrics: Mapping[str, Any]) -> None:
+        """Set final numbers of a variant; None values are left out."""
+        self._batch(key, metrics=metrics)
+
+    def set_tags(self, key: str, tags: Mapping[str, Any]) -> None:
+        """Set tags of a variant ("" is the execution), e.g. artifact keys or `cached`."""
+        self._batch(key, tags=tags)
+
+    def log_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
+        """Attach files (tables, figures) to the execution."""
+
+        def attach() -> None:
+            for path in paths:
+                self._client.log_artifact(self._runs[""], str(path), folder)
+
+        self._jobs.put(attach)
+
+    def log_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
+        columns: dict[str, dict[str, Any]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            key = variant_key(row)
+            columns[key] = _columns(row)
+            numbers.setdefault(key, {}).update(_numbers(row))
+        for key, params in columns.items():
+            self.variant(key, str(params["variant"]), {})
+            self._batch(key, params=params)
+            self._batch(key, metrics=numbers[key])
+
+    def log_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
+        """Attach files (tables, figures) to the execution."""
+
+        def attach() -> None:
+            for path in paths:
+                self._client.log_artifact(self._runs[""], str(path), folder)
+
+        self._jobs.put(attach)
+
+    def log_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
+        by_variant: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            key = variant_key(row)
+            self.variant(key, str(row["variant"]), _columns(row))
+            by_variant.setdefault(key, {}).update(_numbers(row))
+        for key, metrics in by_variant.items():
+            self.log_metrics(key, metrics)
+
+    def links(self, seconds: float = 5.0) -> dict[str, str]:
+        """Return the runs' addresses in the MLflow UI by name, those known within `seconds`."""
+        reached = threading.Event()
+        self._jobs.put(reached.set)
+        deadline = time.monotonic() + seconds
+        while self.problem is None and time.monotonic() < deadline and not reached.wait(0.05):
+            pass
+        base = f"{self._ui}/#/experiments/{self._experiment_id}/runs"
+        return {self._names[key]: f"{base}/{run_id}" for key, run_id in list(self._runs.items())}
+
+    def run_id(self, key: str = "") -> str | None:
+        """Return the MLflow run id of a variant ("" is the execution), or None while it is not known."""
+        return self._runs.get(key)
+
+    def finish(self, status: Status = "FINISHED", seconds: float = 60.0) -> str | None:
+        """Write what is waiting, close all runs; return the problem if not everything was recorded.
+
+        Args:
+            status: of the execution and of the variants that are still open.
+            seconds: how long to wait for a slow MLflow; one that is known to be down costs nothing.
+        """
+
+        def close() -> None:
+            self._flush()
+            for run_id in reversed(list(self._runs.values())):
+                self._client.set_terminated(run_id, status)
+
+        self._jobs.put(close)
+        self._jobs.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive() and self.problem is None:
+            self._give_up(f"no answer within {seconds:.0f} s")
+        return self.problem
+
+    # -- what the thread does -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        flushed = time.monotonic()
+        while True:
+            try:
+                job = self._jobs.get(timeout=FLUSH_SECONDS)
+            except queue.Empty:
+                job = self._flush
+            if job is None:
+                return
+            self._attempt(job)
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                self._attempt(self._flush)
+                flushed = time.monotonic()
+
+    def _attempt(self, job: Callable[[], None]) -> None:
+        if self.problem is not None:
+            return
+        try:
+            job()
+        except Exception as error:  # whatever MLflow, its store or its network throw: the study goes on
+            if _is_refusal(error):
+                log.warning("MLflow refused a record, the rest goes on: %s", _cause(error))
+            else:
+                self._give_up(_cause(error))
+
+    def _give_up(self, why: str) -> None:
+        self.problem = f"MLflow at {self._uri} cannot be used: {why}"
+        log.warning("%s. The run goes on; `mft report %s --sync` records it later.", self.problem, self._experiment)
+
+    def _connect(self) -> None:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        with ArtifactStore(self._home).lock("mlflow-init", log):  # two processes must not make one database at once
+            self._client = MlflowClient(tracking_uri=self._uri)
+            self._experiment_id = self._find_experiment()
+            self._let_readers_in()
+        self._close_orphans()
+
+    def _let_readers_in(self) -> None:
+        """Put our own database into write-ahead mode, which stays: the UI can read while a run writes."""
+        if self._uri == f"sqlite:///{self._home / 'mlflow.db'}":
+            with contextlib.closing(sqlite3.connect(self._home / "mlflow.db")) as database:
+                database.execute("PRAGMA journal_mode=WAL")
+
+    def _find_experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            remote = self._uri.startswith("http")
+            location = None if remote else (self._home / "mlartifacts" / self._experiment).as_uri()
+            return str(self._client.create_experiment(self._experiment, artifact_location=location))
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    def _close_orphans(self) -> None:
+        """Mark as KILLED the runs that a dead process of this machine left RUNNING."""
+        running = self._client.search_runs([self._experiment_id], "attributes.status = 'RUNNING'")
+        for run in running:
+            if _is_dead(run.data.tags.get(OWNER, "")):
+                self._client.set_terminated(run.info.run_id, "KILLED")
+
+    def _open(self, key: str, name: str, params: Mapping[str, Any] | None, tags: Mapping[str, Any] | None) -> None:
+        self._names[key] = name
+
+        def create() -> None:
+            own = {OWNER: _owner(), "mlflow.source.git.commit": provenance.describe()["git_commit"]}
+            own |= {"mlflow.parentRunId": self._runs[""]} if key else {}
+            all_tags = _texts("tag", {**(tags or {}), **own})
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=all_tags)
+            self._runs[key] = run.info.run_id
+            self._write(key, params=params or {})
+
+        self._jobs.put(create)
+
+    def _batch(self, key: str, **what: Mapping[str, Any]) -> None:
+        self._jobs.put(lambda: self._write(key, **what))
+
+    def _write(
+        self,
+        key: str,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self._runs[key],
+            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if _is_number(v)],
+            params=[Param(k, v) for k, v in _texts("param", params or {}).items()],
+            tags=[RunTag(k, v) for k, v in _texts("tag", tags or {}).items()],
+        )
+
+    def _flush(self) -> None:
+        points, self._points = self._points, {}
+        for key, metrics in points.items():
+            for start in range(0, len(metrics), BATCH):
+                self._client.log_batch(self._runs[key], metrics=metrics[start : start + BATCH])
+
+
+def variant_key(row: Mapping[str, Any]) -> str:
+    """Return the key of a report row's variant: rows of its benchmarks share it."""
+    return f"{row.get('domain')}/{row['variant']}"
+
+
+_RESULTS = ("accuracy", "gain", "gain_low", "gain_high", "p_value", "p_holm")
+_NOT_PARAMS = {*_RESULTS, "benchmark", "metric", "n", "baseline", "cached", "seconds"}
+
+
+def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in _NOT_PARAMS}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}/{row['benchmark']}": row.get(name) for name in _RESULTS}
+
+
+def _texts(kind: Literal["param", "tag"], values: Mapping[str, Any]) -> dict[str, str]:
+    """Turn values into the texts that MLflow keeps: numbers plain, None left out, too long ones cut and said so."""
+    texts = {name: str(value) for name, value in values.items() if value is not None}
+    for name, text in texts.items():
+        if len(text) > LONGEST[kind]:
+            note = f" ... (cut, {len(text)} characters)"
+            texts[name] = text[: LONGEST[kind] - len(note)] + note
+    return texts
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _owner() -> str:
+    """Name this process so that another one can tell whether it still lives."""
+    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the owner was a process of this machine that is gone; unknown owners are left alone."""
+    host, _, rest = owner.rpartition(":")[0].rpartition(":")
+    started = owner.rpartition(":")[2]
+    if host != platform.node() or not rest.isdigit():
+        return False
+    try:
+        return f"{psutil.Process(int(rest)).create_time():.2f}" != started
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow answered, but did not take this one record."""
+    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+
+
+def _cause(error: BaseException) -> str:
+    """Say in one line what was at the bottom of an error: "Connection refused" and not the layers above it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,72 @@
+"""What is kept out of the training data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mft_core.data.overlap import COMMON_NGRAM_ROWS, clean, normalise, read_questions
+from mft_core.data.rows import Message
+from mft_core.errors import ConfigError
+
+LONG = "A farmer has twelve sheep and buys thirty more, then sells seven of them at the market on Monday."
+
+
+def row(user, answer="a"):
+    return (Message("user", user), Message("assistant", answer))
+
+
+def test_the_same_conversation_twice_is_kept_once_and_counted():
+    cleaned = clean([row("1+1", "2"), row("1+2", "3"), row("1+1", "2"), row("1+1", "two")], [])
+    assert cleaned.kept == [0, 1, 3]
+    assert cleaned.duplicates == 1
+
+
+def test_a_row_that_asks_a_benchmarks_question_goes_whatever_its_case_and_spaces():
+    rows = [row("What is  7 + 5 ?"), row("What is 7 - 5 ?"), row("WHAT IS 7 + 5 ?\n"), row("What is 7 + 55 ?")]
+    cleaned = clean(rows, ["what is 7 + 5 ?"])
+    assert cleaned.kept == [1, 3]
+    assert cleaned.equal_questions == 2
+
+
+def test_a_question_asked_in_a_later_turn_counts_too_but_the_assistants_words_do_not():
+    later = (Message("user", "Hello"), Message("assistant", "Yes?"), *row("7+5", "12"))
+    assert clean([later], ["7+5"]).kept == []
+    assert clean([row("Hello", "7+5")], ["7+5"]).kept == [0]
+
+
+def test_a_long_text_that_shares_thirteen_words_with_a_question_goes():
+    words = LONG.split()
+    thirteen, twelve = " ".join(words[2:15]), " ".join(words[2:14])
+    rows = [row(f"So: {thirteen.upper()}! Right?"), row(f"So: {twelve}! Right?"), row("x", f"I quote: {thirteen}")]
+    cleaned = clean(rows, [LONG])
+    assert cleaned.kept == [1]
+    assert cleaned.shared_ngrams == 2
+    assert cleaned.equal_questions == 0
+
+
+def test_phrasing_that_more_than_ten_rows_share_is_no_copy():
+    template = "Sort these numbers in ascending order and answer with nothing but the sorted list please: {}"
+    many = [row(template.format(i)) for i in range(COMMON_NGRAM_ROWS + 1)]
+    assert clean(many, [template.format("99 3")]).shared_ngrams == 0
+    assert clean(many[:-1], [template.format("99 3")]).shared_ngrams == COMMON_NGRAM_ROWS
+
+
+def test_normalising_keeps_what_carries_meaning():
+    assert normalise(" Straße\tＡ1\n+ -2 ") == "strasse a1 + -2"
+    assert normalise("3-4") != normalise("3+4")
+
+
+def test_questions_are_read_from_the_fields_that_benchmarks_use(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n" + json.dumps({"prompt": "def f():"}) + "\n")
+    assert read_questions(path) == ["1+1", "def f():"]
+
+
+@pytest.mark.parametrize("item", [{"answer": "2"}, {"question": 3}, ["x"]])
+def test_an_item_without_a_question_is_named(tmp_path, item):
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"question": "1+1"}) + "\n" + json.dumps(item) + "\n")
+    with pytest.raises(ConfigError, match=r"items\.jsonl line 2: .*question.*prompt"):
+        read_questions(path)

@@ -1,0 +1,133 @@
+"""Killed at any step and started again: the same losses to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mft_core.errors import StageError
+from mft_core.stages import Progress, StageContext
+from mft_core.training import History, train
+from tests.small_training import make_context, make_data, make_recipe, make_trainable
+from tests.tiny import make_model
+
+_RECIPE = {"epochs": 12, "validations": 12, "keep": "best", "learning_rate": 0.03, "max_grad_norm": 1.0}
+_CHILD = """
+import sys
+from pathlib import Path
+from tests.core.test_training_resume import run_training
+run_training(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+class _Killed(BaseException):
+    """Stands for whatever ends a process between two steps."""
+
+
+def run_training(
+    kind: str, work: Path, out: Path, die_at: int | None = None
+) -> tuple[History, dict[str, torch.Tensor]]:
+    """Train with dropout noise, saving after every step; write history and weights to `out`."""
+    recipe, model = make_recipe(**_RECIPE), make_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.2
+
+    def report(progress: Progress) -> None:
+        if progress.step == die_at:
+            raise _Killed
+
+    context = make_context(work, checkpoint_seconds=0.0)
+    context = StageContext(context.runtime, work, report, context.log)
+    history = train(make_trainable(kind, model, recipe), make_data(), recipe, context)
+    out.mkdir(parents=True, exist_ok=True)
+    history.write(out / "history.jsonl")
+    torch.save(model.state_dict(), out / "weights.pt")
+    return history, model.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["full", "mask"])
+def test_a_training_killed_with_sigkill_at_random_moments_ends_as_if_undisturbed(kind: str, tmp_path: Path) -> None:
+    _, expected = run_training(kind, tmp_path / "undisturbed", tmp_path / "expected")
+    steps = len((tmp_path / "expected/history.jsonl").read_text().splitlines())
+    work, out, kills = tmp_path / "work", tmp_path / "out", 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    while True:
+        child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, kind, str(work), str(out)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+        )
+        if kills < 2:
+            _wait_for_progress(child, work)
+            child.send_signal(signal.SIGKILL)
+            kills += child.wait() == -signal.SIGKILL
+            saved = torch.load(work / "state.pt", weights_only=True)["content"]["history"]["rows"]
+            assert 0 < len(saved) < steps
+        else:
+            assert child.wait() == 0
+            break
+    assert (out / "history.jsonl").read_bytes() == (tmp_path / "expected/history.jsonl").read_bytes()
+    weights = torch.load(out / "weights.pt", weights_only=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+
+
+def _wait_for_progress(child: subprocess.Popen[bytes], work: Path) -> None:
+    """Return at a random moment after the child has saved a state of its own."""
+    state = work / "state.pt"
+    before = state.stat().st_ino if state.exists() else None
+    while not state.exists() or state.stat().st_ino == before:
+        assert child.poll() is None
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.05))
+
+
+@pytest.mark.parametrize("step", [1, 5, 59])
+def test_a_training_stopped_at_this_step_ends_as_if_undisturbed(step: int, tmp_path: Path) -> None:
+    history, expected = run_training("mask", tmp_path / "undisturbed", tmp_path / "expected")
+    with pytest.raises(_Killed):
+        run_training("mask", tmp_path / "work", tmp_path / "out", die_at=step)
+    resumed, weights = run_training("mask", tmp_path / "work", tmp_path / "out")
+    assert json.dumps(resumed.rows) == json.dumps(history.rows)
+    assert resumed.summary() == history.summary()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+
+
+def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
+    for seed, refused in ((1, False), (2, True)):
+        recipe = make_recipe(seed=seed)
+        trainable, context = (
+            make_trainable("full", make_model(), recipe),
+            make_context(tmp_path, checkpoint_seconds=0.0),
+        )
+        if refused:
+            with pytest.raises(StageError, match="is the state of another training"):
+                train(trainable, make_data(), recipe, context)
+        else:
+            train(trainable, make_data(), recipe, context)
+
+
+def test_a_damaged_state_is_dropped_with_a_warning_and_the_numbers_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, context = make_recipe(), make_context(tmp_path, checkpoint_seconds=0.0)
+    first = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    again = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
+    assert again.rows == first.rows
+    assert "the saved state cannot be read, training begins again" in caplog.text
+
+
+def test_no_state_is_saved_before_its_time(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    train(make_trainable("mask", make_model(), recipe), make_data(), recipe, make_context(tmp_path))
+    assert list(tmp_path.iterdir()) == []

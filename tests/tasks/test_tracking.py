@@ -1,0 +1,176 @@
+"""What reaches MLflow, and that nothing about MLflow reaches the run."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import tracking
+from tasks.tracking import Tracker, variant_key
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "study": "sparsity", "profile": "tiny", "variant": f"mft {sparsity}", "method": "mft", "domain": "sums",
+        "layers": "2-5", "modules": "both", "sparsity": sparsity, "seed": 0, "benchmark": benchmark,
+        "metric": "exact_match", "n": 500, "accuracy": 0.5, "baseline": 0.4, "gain": 0.1, "gain_low": 0.05,
+        "gain_high": 0.15, "p_value": 0.01, "p_holm": 0.02, "cached": False, "seconds": 1.5,
+    }
+    for sparsity in (0.1, 0.2)
+    for benchmark in ("sums", "gcd")
+]  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    with socket.socket() as taken:  # bound, not listening: connections are refused and nobody else gets it
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def runs_of(home: Path, experiment: str = "sparsity") -> list[Any]:
+    """Read all runs of the experiment, the oldest first."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"])) if found else []
+
+
+def curve_of(home: Path, run: Any, name: str) -> list[int]:
+    from mlflow.tracking import MlflowClient
+
+    history = MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(run.info.run_id, name)
+    return sorted(point.step for point in history)
+
+
+def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(home: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    table.write_text("| a |")
+    tracker = Tracker(home, "sparsity", "sparsity on tiny", {"profile": "tiny", "note": "x" * 7000}, {"kind": "demo"})
+    tracker.variant("sums/mft 0.1", "mft 0.1", {"sparsity": 0.1}, {"artifact/learn-mask": "abc", "cached": True})
+    tracker.log_curve("sums/mft 0.1", [{"step": step, "loss": 1.0, "tokens": 64} for step in range(1, 151)])
+    tracker.log_rows(ROWS)
+    tracker.log_files([table], "report")
+    links = tracker.links(60)
+    assert tracker.finish() is None
+    parent, *nested = runs_of(home)
+    assert [run.info.run_name for run in nested] == ["mft 0.1", "mft 0.2"]
+    assert {run.info.status for run in (parent, *nested)} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in nested} == {parent.info.run_id}
+    assert len(parent.data.params["note"]) == 6000
+    assert "cut, 7000 characters" in parent.data.params["note"]
+    first = nested[0]
+    assert first.data.params["sparsity"] == "0.1"
+    assert first.data.params["layers"] == "2-5"
+    assert first.data.tags["artifact/learn-mask"] == "abc"
+    assert first.data.metrics["gain_low/gcd"] == 0.05
+    assert first.data.metrics["p_value/sums"] == 0.01
+    steps = curve_of(home, first, "train/loss")
+    assert (steps[0], steps[-1]) == (1, 150)
+    assert 40 <= len(steps) <= 60
+    assert list(links) == ["sparsity on tiny", "mft 0.1", "mft 0.2"]
+    assert first.info.run_id in links["mft 0.1"]
+    assert list((home / "mlartifacts" / "sparsity").rglob("report/table.md"))
+
+
+def test_live_points_are_thinned_but_validations_are_all_kept_and_arrive_before_the_end(home: Path) -> None:
+    tracker = Tracker(home, "sparsity", "live")
+    tracker.variant("v", "v", {})
+    for step in range(200):
+        extra = {"validation_loss": 2.0} if step % 50 == 0 else {}
+        tracker.log_point("v", {"step": step, "loss": 1.0, **extra})
+    tracker.links(60)
+    time.sleep(2 * tracking.FLUSH_SECONDS)
+    tracker.links(60)
+    run = next(run for run in runs_of(home) if run.info.run_name == "v")
+    assert run.info.status == "RUNNING"
+    assert curve_of(home, run, "train/validation_loss") == [0, 50, 100, 150]
+    assert len(curve_of(home, run, "train/loss")) < 20
+    tracker.finish()
+
+
+def test_an_outage_costs_no_time_raises_nothing_warns_once_and_sync_records_all(
+    home: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
+    before = time.process_time()
+    started = time.monotonic()
+    tracker = Tracker(home, "sparsity", "during an outage")
+    tracker.log_rows(ROWS)
+    for step in range(1000):
+        tracker.log_point(variant_key(ROWS[0]), {"step": step, "loss": 1.0})
+    assert time.monotonic() - started < 0.5, "the calls themselves must not wait"
+    problem = tracker.finish()
+    assert problem is not None
+    assert "Connection refused" in problem
+    assert time.process_time() - before < 8, "importing MLflow is most of it"
+    assert len([record for record in caplog.records if "MLflow" in record.message]) == 1
+    assert "mft report sparsity --sync" in caplog.text
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    again = Tracker(home, "sparsity", "sync")
+    again.log_rows(ROWS)
+    assert again.finish() is None
+    assert len(runs_of(home)) == 3
+
+
+def test_an_mlflow_that_never_answers_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tracker, "_connect", lambda self: time.sleep(30))
+    tracker = Tracker(home, "sparsity", "hangs")
+    started = time.monotonic()
+    assert "no answer within 1 s" in (tracker.finish(seconds=1.0) or "")
+    assert time.monotonic() - started < 5
+
+
+def test_one_refused_record_does_not_stop_the_others(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(home, "sparsity", "refusal")
+    tracker.log_metrics("", {"not?a*name": 1.0})
+    tracker.log_metrics("", {"accuracy/sums": 0.5})
+    assert tracker.finish() is None
+    assert "refused a record" in caplog.text
+    assert runs_of(home)[0].data.metrics == {"accuracy/sums": 0.5}
+
+
+def test_runs_of_a_killed_process_are_closed_by_the_next_execution(home: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from tasks.tracking import Tracker\n"
+        "tracker = Tracker(Path(sys.argv[1]), 'sparsity', 'killed')\n"
+        "tracker.variant('v', 'v', {}); tracker.links(60); os.kill(os.getpid(), 9)\n"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code, str(home)], cwd=root, check=False).returncode == -9
+    assert {run.info.status for run in runs_of(home)} == {"RUNNING"}
+    living = Tracker(home, "sparsity", "living")
+    living.links(60)
+    another = Tracker(home, "sparsity", "another")
+    another.links(60)
+    status = {run.info.run_name: run.info.status for run in runs_of(home)}
+    assert status == {"killed": "KILLED", "v": "KILLED", "living": "RUNNING", "another": "RUNNING"}
+    living.finish()
+    another.finish("FAILED")
+    status = {run.info.run_name: run.info.status for run in runs_of(home)}
+    assert (status["living"], status["another"]) == ("FINISHED", "FAILED")
+
+
+@pytest.mark.slow
+def test_two_processes_that_make_the_database_at_once_both_record(home: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tasks.tracking import Tracker\n"
+        "sys.exit(Tracker(Path(sys.argv[1]), 'sparsity', sys.argv[2]).finish())\n"
+    )
+    root = Path(__file__).parents[2]
+    both = [subprocess.Popen([sys.executable, "-c", code, str(home), name], cwd=root) for name in ("one", "two")]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert sorted(run.info.run_name for run in runs_of(home)) == ["one", "two"]
