@@ -209,6 +209,7 @@ class ArtifactStore:
         temporary.mkdir(parents=True)
         work = self.work(key)
         work.mkdir(parents=True, exist_ok=True)
+        log.info("computing %s %s", stage.name, key)
         started = time.perf_counter()
         paths = {name: ref.local_path(self) for name, ref in inputs.items()}
         try:
@@ -238,6 +239,7 @@ class ArtifactStore:
             },
         }
         self._commit(temporary, final, manifest)
+        log.info("finished %s %s", stage.name, key)
         shutil.rmtree(work, ignore_errors=True)
         return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), True, manifest)
 

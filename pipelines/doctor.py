@@ -20,9 +20,10 @@ from packaging.requirements import Requirement
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError
 from mft_core.layers import parse_layers
-from pipelines import resolve
+from pipelines import doctor_hub, resolve
 from pipelines.catalogue import Profile, Study, VariantSpec, load_profile
 from pipelines.compose import setups
+from pipelines.doctor_hub import Finding
 from pipelines.plan import parameter_count
 from pipelines.setup import ModelSpec, Setup
 
@@ -32,15 +33,6 @@ _TRAINING_BYTES = 16
 _BYTES = {"float32": 4, "bfloat16": 2}
 _GPU_ADVISED = 500_000_000
 """weights; training more of them on a CPU takes days"""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a run on the profile needs."""
-
-    what: str
-    ok: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -57,8 +49,6 @@ def examine(profile: str) -> list[Finding]:
     Raises:
         ConfigError: no such profile, or one that cannot be read.
     """
-    from pipelines import doctor_hub
-
     domains = _setups(load_profile(profile))
     first = domains[0]
     store = ArtifactStore.from_environment()
@@ -163,9 +153,7 @@ def _space(setup: Setup, size: Size, store: ArtifactStore) -> list[Finding]:
         _enough(f"memory of {device}, before activations", memory, max(memory.values()), available),
     ]
     if device == "cpu" and size.weights > _GPU_ADVISED:
-        findings.append(
-            Finding("GPU", False, "torch finds none; on the CPU, training a model of this size takes weeks")
-        )
+        findings.append(Finding("GPU", False, "torch finds none; on a CPU this model takes weeks to train"))
     return findings
 
 
@@ -199,12 +187,11 @@ def _enough(what: str, parts: Mapping[str, int], needed: int, available: int) ->
     return Finding(what, needed <= available, detail)
 
 
-def _amount(value: float, unit: str) -> str:
-    """Write a number of bytes or weights with three digits at most: '13.5 GB', '1.7 M weights'."""
-    for limit, prefix in ((1e9, "G"), (1e6, "M")):
-        if value >= limit:
-            return f"{value / limit:.3g} {prefix}{unit}" if unit == "B" else f"{value / limit:.3g} {prefix} {unit}"
-    return f"{value / 1e3:.3g} k{unit}" if unit == "B" else f"{value / 1e3:.3g} k {unit}"
+def _amount(size: float, unit: str) -> str:
+    """Write a size with three digits: '13.5 GB', '6.74 billion weights'."""
+    names = ("G", "M", "k") if unit == "B" else (" billion ", " million ", " thousand ")
+    scale, name = next(pair for pair in zip((1e9, 1e6, 0), names, strict=True) if size >= pair[0])
+    return f"{size / (scale or 1e3):.3g}{name if unit != 'B' else ' ' + name}{unit}"
 
 
 def _port(port: int, whose: str, store: ArtifactStore) -> Finding:

@@ -7,29 +7,38 @@ gets its report in seconds. Used by `pipelines.doctor` alone.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from mft_core.errors import ConfigError, did_you_mean
 from pipelines import resolve
-from pipelines.doctor import Finding
 from pipelines.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
 _TIMEOUT = 5.0
 Kind = Literal["model", "dataset"]
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run on the profile needs."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
 def model_and_data(domains: Sequence[Setup]) -> list[Finding]:
     """Look for the profile's model and for every source of its mixtures."""
     spec = domains[0].model
     sources = list(dict.fromkeys(source for setup in domains for source in setup.data.mixture))
-    remote = [source for source in (spec, *sources) if not Path(source.path).is_absolute()]
-    findings = [hub_finding()] if remote else []
+    paths = [spec.path, *(source.path for source in sources)]
+    findings = [] if all(Path(path).is_absolute() for path in paths) else [hub_finding()]
     online = bool(findings) and findings[0].ok
     findings.append(_model(spec, online))
     with ThreadPoolExecutor(8) as pool:
@@ -51,13 +60,13 @@ def hub_finding() -> Finding:
 
 
 def _model(spec: ModelSpec, online: bool) -> Finding:
-    what = f"model {spec.path}"
+    what = f"model {'/'.join(Path(spec.path).parts[-2:])}"
     if Path(spec.path).is_absolute():
         try:
             resolve.model(spec)
         except ConfigError as error:
-            return Finding(f"model {Path(spec.path).name}", False, str(error))
-        return Finding(f"model {Path(spec.path).name}", True, "a local checkpoint")
+            return Finding(what, False, str(error))
+        return Finding(what, True, "a local checkpoint")
     if cached(spec.path, spec.revision, "model", "*.safetensors"):
         return Finding(what, True, "in the local hub cache")
     if not online:
@@ -128,9 +137,10 @@ def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
     index = TaskManager().task_index
     online = hub_finding().ok
     for bench in named:
-        leaves = _leaves(bench.task, index)
-        findings.append(_definition(bench, leaves, index))
+        leaves = task_leaves(bench.task, index)
+        findings.append(task_finding(bench, leaves, index))
         findings += [_dataset(f"items of {bench.name}: {name}", name, "main", online) for name in _repositories(leaves)]
+        findings += _fetched_by_code(bench, leaves, online)
         if any(leaf.cfg.get("unsafe_code") for leaf in leaves):
             findings.append(_code_execution(bench))
     return findings
@@ -144,7 +154,7 @@ def _local_benchmark(bench: BenchmarkSpec) -> Finding:
     return Finding(f"benchmark {bench.name}", True, f"local task {bench.task}")
 
 
-def _leaves(task: str, index: dict[str, Any]) -> list[Any]:
+def task_leaves(task: str, index: dict[str, Any]) -> list[Any]:
     """Return the index's entries of a task, or of all tasks of a group."""
     entry = index.get(task)
     if entry is None:
@@ -152,14 +162,14 @@ def _leaves(task: str, index: dict[str, Any]) -> list[Any]:
     children = (entry.cfg or {}).get("task")
     if not isinstance(children, list):
         return [entry]
-    return [leaf for child in children if isinstance(child, str) for leaf in _leaves(child, index)]
+    return [leaf for child in children if isinstance(child, str) for leaf in task_leaves(child, index)]
 
 
 def _repositories(leaves: Iterable[Any]) -> list[str]:
     return sorted({leaf.cfg["dataset_path"] for leaf in leaves if "/" in str(leaf.cfg.get("dataset_path"))})
 
 
-def _definition(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, Any]) -> Finding:
+def task_finding(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, Any]) -> Finding:
     """Check that lm-eval has the task, with the benchmark's filter and metric, and what its code imports."""
     what = f"benchmark {bench.name}"
     if not leaves:
@@ -172,24 +182,45 @@ def _definition(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, An
         by_code = any(metric.endswith(".pass_at_k") for metric in metrics)  # its result is named pass@1
         if bench.metric not in metrics and not (by_code and bench.metric.startswith("pass@")):
             return Finding(what, False, f"task {leaf.name} has no metric '{bench.metric}'; valid: {', '.join(metrics)}")
-    missing = sorted({name for leaf in leaves for name in _missing_imports(Path(leaf.yaml_path).parent)})
+    missing = [name for name in sorted(_imports(leaves)) if name not in sys.modules and not find_spec(name)]
     if missing:
         advice = "install the extra of the paper's profiles: pip install -c constraints.txt -e '.[paper]'"
         return Finding(what, False, f"task {bench.task} needs {', '.join(missing)}; {advice}")
     return Finding(what, True, f"lm-eval task {bench.task}, metric {bench.metric}")
 
 
-def _missing_imports(folder: Path) -> set[str]:
-    """Return the packages that the Python files of a task's folder import and that are not installed."""
+def _imports(leaves: Iterable[Any]) -> set[str]:
+    """Return the packages that the Python files in the tasks' folders import."""
+    files = {path for leaf in leaves for path in Path(leaf.yaml_path).parent.glob("*.py")}
     names: set[str] = set()
-    for path in folder.glob("*.py"):
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.split(".")[0])
-    local = {path.stem for path in folder.glob("*.py")}
-    return {name for name in names - local if name not in sys.modules and importlib.util.find_spec(name) is None}
+    return names - {path.stem for path in files}
+
+
+def _fetched_by_code(bench: BenchmarkSpec, leaves: Iterable[Any], online: bool) -> list[Finding]:
+    """Look for what the code of lm-eval's tasks downloads when imported: nltk's punkt_tab, the metric code_eval."""
+    findings, imports = [], _imports(leaves)
+    if "nltk" in imports and find_spec("nltk"):
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+            findings.append(Finding(f"nltk data of {bench.name}", True, "punkt_tab is installed"))
+        except LookupError:
+            advice = "punkt_tab is not installed: run `python -m nltk.downloader punkt_tab`"
+            findings.append(Finding(f"nltk data of {bench.name}", False, advice))
+    if "evaluate" in imports:
+        from evaluate import config
+
+        metric = Path(config.HF_MODULES_CACHE) / "evaluate_modules" / "metrics" / "evaluate-metric--code_eval"
+        detail = "in the local cache" if metric.is_dir() else "to be had from the hub" if online else "needs the hub"
+        findings.append(Finding(f"metric code_eval of {bench.name}", metric.is_dir() or online, detail))
+    return findings
 
 
 def _code_execution(bench: BenchmarkSpec) -> Finding:

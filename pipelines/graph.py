@@ -192,7 +192,7 @@ def _evaluation(setup: Setup, bench: BenchmarkSpec, model: Source | Edge, varian
     inputs: dict[str, Source | Edge] = {"model": model}
     if bench.path:
         inputs["benchmark"] = resolve.benchmark(bench)
-    elif setup.model.chat_template and not isinstance(model, Edge):
+    if isinstance(model, Source):  # checkpoints that a stage has made carry the template
         inputs |= _template(setup)
     return Node("evaluate", recipe, inputs, f"evaluate {bench.name} of {variant_name}")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import queue
 import sqlite3
 import threading
@@ -21,16 +20,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from mft_core import provenance
 from mft_core.artifacts import ArtifactStore
+from tasks.records import cause, columns, is_dead, is_number, is_refusal, numbers, owner, texts, variant_key
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 BATCH = 1000
 """metrics that MLflow takes in one request"""
-LONGEST = {"param": 6000, "tag": 8000}
 FLUSH_SECONDS = 1.0
 """curve points wait this long for company"""
 CURVE_POINTS = 50
@@ -92,12 +89,14 @@ class Tracker:
         if key not in self._names:
             self._open(key, name, params, tags)
 
-    def log_point(self, key: str, row: Mapping[str, Any]) -> None:
-        """Add a point while training runs, a row of `history.jsonl`; dropped if it follows another one too closely."""
+    def log_point(self, key: str, row: Mapping[str, Any]) -> bool:
+        """Add a point while training runs, a row of `history.jsonl`; False if dropped, too close behind another one."""
         now = time.monotonic()
-        if "validation_loss" in row or now - self._last_point.get(key, 0.0) >= LIVE_SECONDS:
-            self._last_point[key] = now
-            self._add_points(key, [row])
+        if "validation_loss" not in row and now - self._last_point.get(key, 0.0) < LIVE_SECONDS:
+            return False
+        self._last_point[key] = now
+        self._add_points(key, [row])
+        return True
 
     def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add a finished curve, all rows of `history.jsonl`: evenly spaced ones, all validations, and the last."""
@@ -117,7 +116,7 @@ class Tracker:
                 Metric(f"train/{name}", float(value), now, int(row["step"]))
                 for row in rows
                 for name, value in row.items()
-                if name != "step" and _is_number(value)
+                if name != "step" and is_number(value)
             )
 
         self._jobs.put(add)
@@ -130,27 +129,18 @@ class Tracker:
         """Set tags of a variant ("" is the execution), e.g. artifact keys or `cached`."""
         self._batch(key, tags=tags)
 
-    def log_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
-        """Attach files (tables, figures) to the execution."""
-
-        def attach() -> None:
-            for path in paths:
-                self._client.log_artifact(self._runs[""], str(path), folder)
-
-        self._jobs.put(attach)
-
     def log_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
-        columns: dict[str, dict[str, Any]] = {}
-        numbers: dict[str, dict[str, Any]] = {}
+        params: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
         for row in rows:
             key = variant_key(row)
-            columns[key] = _columns(row)
-            numbers.setdefault(key, {}).update(_numbers(row))
-        for key, params in columns.items():
-            self.variant(key, str(params["variant"]), {})
-            self._batch(key, params=params)
-            self._batch(key, metrics=numbers[key])
+            params[key] = columns(row)
+            metrics.setdefault(key, {}).update(numbers(row))
+        for key in params:
+            self.variant(key, str(params[key]["variant"]), {})
+            self._batch(key, params=params[key])
+            self._batch(key, metrics=metrics[key])
 
     def log_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
         """Attach files (tables, figures) to the execution."""
@@ -160,16 +150,6 @@ class Tracker:
                 self._client.log_artifact(self._runs[""], str(path), folder)
 
         self._jobs.put(attach)
-
-    def log_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
-        by_variant: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            key = variant_key(row)
-            self.variant(key, str(row["variant"]), _columns(row))
-            by_variant.setdefault(key, {}).update(_numbers(row))
-        for key, metrics in by_variant.items():
-            self.log_metrics(key, metrics)
 
     def links(self, seconds: float = 5.0) -> dict[str, str]:
         """Return the runs' addresses in the MLflow UI by name, those known within `seconds`."""
@@ -227,10 +207,10 @@ class Tracker:
         try:
             job()
         except Exception as error:  # whatever MLflow, its store or its network throw: the study goes on
-            if _is_refusal(error):
-                log.warning("MLflow refused a record, the rest goes on: %s", _cause(error))
+            if is_refusal(error):
+                log.warning("MLflow refused a record, the rest goes on: %s", cause(error))
             else:
-                self._give_up(_cause(error))
+                self._give_up(cause(error))
 
     def _give_up(self, why: str) -> None:
         self.problem = f"MLflow at {self._uri} cannot be used: {why}"
@@ -269,16 +249,16 @@ class Tracker:
         """Mark as KILLED the runs that a dead process of this machine left RUNNING."""
         running = self._client.search_runs([self._experiment_id], "attributes.status = 'RUNNING'")
         for run in running:
-            if _is_dead(run.data.tags.get(OWNER, "")):
+            if is_dead(run.data.tags.get(OWNER, "")):
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _open(self, key: str, name: str, params: Mapping[str, Any] | None, tags: Mapping[str, Any] | None) -> None:
         self._names[key] = name
 
         def create() -> None:
-            own = {OWNER: _owner(), "mlflow.source.git.commit": provenance.describe()["git_commit"]}
+            own = {OWNER: owner(), "mlflow.source.git.commit": provenance.describe()["git_commit"]}
             own |= {"mlflow.parentRunId": self._runs[""]} if key else {}
-            all_tags = _texts("tag", {**(tags or {}), **own})
+            all_tags = texts("tag", {**(tags or {}), **own})
             run = self._client.create_run(self._experiment_id, run_name=name, tags=all_tags)
             self._runs[key] = run.info.run_id
             self._write(key, params=params or {})
@@ -300,9 +280,9 @@ class Tracker:
         now = int(time.time() * 1000)
         self._client.log_batch(
             self._runs[key],
-            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if _is_number(v)],
-            params=[Param(k, v) for k, v in _texts("param", params or {}).items()],
-            tags=[RunTag(k, v) for k, v in _texts("tag", tags or {}).items()],
+            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if is_number(v)],
+            params=[Param(k, v) for k, v in texts("param", params or {}).items()],
+            tags=[RunTag(k, v) for k, v in texts("tag", tags or {}).items()],
         )
 
     def _flush(self) -> None:
@@ -310,63 +290,3 @@ class Tracker:
         for key, metrics in points.items():
             for start in range(0, len(metrics), BATCH):
                 self._client.log_batch(self._runs[key], metrics=metrics[start : start + BATCH])
-
-
-def variant_key(row: Mapping[str, Any]) -> str:
-    """Return the key of a report row's variant: rows of its benchmarks share it."""
-    return f"{row.get('domain')}/{row['variant']}"
-
-
-_RESULTS = ("accuracy", "gain", "gain_low", "gain_high", "p_value", "p_holm")
-_NOT_PARAMS = {*_RESULTS, "benchmark", "metric", "n", "baseline", "cached", "seconds"}
-
-
-def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in _NOT_PARAMS}
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{name}/{row['benchmark']}": row.get(name) for name in _RESULTS}
-
-
-def _texts(kind: Literal["param", "tag"], values: Mapping[str, Any]) -> dict[str, str]:
-    """Turn values into the texts that MLflow keeps: numbers plain, None left out, too long ones cut and said so."""
-    texts = {name: str(value) for name, value in values.items() if value is not None}
-    for name, text in texts.items():
-        if len(text) > LONGEST[kind]:
-            note = f" ... (cut, {len(text)} characters)"
-            texts[name] = text[: LONGEST[kind] - len(note)] + note
-    return texts
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _owner() -> str:
-    """Name this process so that another one can tell whether it still lives."""
-    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether the owner was a process of this machine that is gone; unknown owners are left alone."""
-    host, _, rest = owner.rpartition(":")[0].rpartition(":")
-    started = owner.rpartition(":")[2]
-    if host != platform.node() or not rest.isdigit():
-        return False
-    try:
-        return f"{psutil.Process(int(rest)).create_time():.2f}" != started
-    except psutil.NoSuchProcess:
-        return True
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether MLflow answered, but did not take this one record."""
-    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
-
-
-def _cause(error: BaseException) -> str:
-    """Say in one line what was at the bottom of an error: "Connection refused" and not the layers above it."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

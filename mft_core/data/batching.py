@@ -148,7 +148,7 @@ def _group(widths: list[int], limit: int) -> list[list[int]]:
 
 
 def _collate(dataset: TokenDataset, rows: list[list[int]], width: int, packing: bool) -> dict[str, torch.Tensor]:
-    """Lay rows out as tensors [rows, width]; padding is token 0, outside loss and attention."""
+    """Lay rows out as tensors [rows, width]; padding is token 0, outside loss and the examples' attention."""
     ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
@@ -159,12 +159,10 @@ def _collate(dataset: TokenDataset, rows: list[list[int]], width: int, packing: 
             tokens, in_loss = dataset.example(index)
             stop = start + len(tokens)
             ids[row, start:stop] = tokens
-            labels[row, start:stop] = np.where(in_loss, tokens, IGNORED)
-            labels[row, start : start + 1] = IGNORED  # else predicted from the previous example's last token
+            labels[row, start:stop] = np.where(in_loss, tokens, IGNORED)  # never the first, see TokenDataset
             positions[row, start:stop] = np.arange(len(tokens))
             attended[row, start:stop] = 1
             start = stop
-        positions[row, start:] = np.arange(width - start)  # the padding is a sequence of its own
     extra = {"position_ids": positions} if packing else {"attention_mask": attended}
     tensors = {"input_ids": ids, "labels": labels, **extra}
     return {name: torch.from_numpy(array) for name, array in tensors.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     """Fine-tune `model` on `data`; writes `model/` (in the recipe's precision) and `history.jsonl`.
 
     Weights and optimizer are float32; with precision bfloat16 the forward and backward passes are bfloat16.
+    A `chat_template` given becomes the checkpoint's own, and so that of every checkpoint made from it.
 
     Raises:
         ConfigError: not a decoder, or the recipe asks for what model or data do not have.
@@ -31,5 +34,16 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     model = load_model(inputs["model"], torch.float32, device, training.dropout)
     history = train(FullOptimizer(model, optimizer=adamw(training)), data, training, context)
     save_model(model, out / "model", DTYPES[training.precision], inputs["model"])
+    if "chat_template" in inputs:
+        _set_chat_template(out / "model", inputs["chat_template"])
     history.write(out / "history.jsonl")
     return history.summary()
+
+
+def _set_chat_template(checkpoint: Path, template: Path) -> None:
+    """Write the template's file, and drop the one in tokenizer_config.json, which some tools would read instead."""
+    shutil.copyfile(template, checkpoint / "chat_template.jinja")
+    settings = checkpoint / "tokenizer_config.json"
+    config = json.loads(settings.read_text()) if settings.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -113,10 +113,17 @@ def test_examples_of_similar_length_share_a_micro_batch():
     assert [tuple(batch["input_ids"].shape) for batch in step.batches] == [(3, 10), (3, 2)]
 
 
-def test_packing_fills_rows_as_wide_as_the_longest_example():
-    dataset = random_dataset([10, 6, 4, 5, 5])
-    step = micro_batches(dataset, np.arange(5), 100, packing=True)
-    assert [tuple(batch["input_ids"].shape) for batch in step.batches] == [(3, 10)]
+@pytest.mark.parametrize(
+    ("lengths", "limit", "shapes"),
+    [
+        ([10, 6, 4, 5, 5], 100, [(3, 10)]),
+        ([10, 6, 4, 5, 5], 20, [(2, 10), (1, 10)]),
+        ([10, 6, 4, 7], 100, [(3, 10)]),
+    ],
+)
+def test_packing_fills_rows_as_wide_as_the_longest_example(lengths, limit, shapes):
+    step = micro_batches(random_dataset(lengths), np.arange(len(lengths)), limit, packing=True)
+    assert [tuple(batch["input_ids"].shape) for batch in step.batches] == shapes
 
 
 def losses_by_example(model, dataset, packing, limit):

@@ -155,6 +155,13 @@ def test_a_tokenizer_in_the_manner_of_llama_2_is_cut_at_the_same_places(template
     assert learned == ["is", "▁", "<0xC3>", "<0xA9>", "</s>", "▁a", "</s>"]
 
 
+def test_a_token_across_a_boundary_belongs_to_where_it_begins():
+    marked = "{%% for m in messages %%}%s{%% generation %%}{{ m.content }}{%% endgeneration %%}%s{%% endfor %%}"
+    tokens, learned = spoken(with_template(marked % ("ai", "s"), metaspace_tokenizer()), "a:s ai")
+    assert tokens == ["▁a", "is", "▁a", "is"]
+    assert learned == ["▁a", "is"]
+
+
 def test_a_long_example_is_cut_at_the_right_and_counted():
     rows = [conversation("u:What?", "a:The answer is 7."), conversation("u:What?", "a:7.")]
     whole = encode(rows, TOKENIZER, 1000)

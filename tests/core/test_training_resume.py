@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,9 @@ from mft_core.training import History, train
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.tiny import make_model
 
-_RECIPE = {"epochs": 12, "validations": 12, "keep": "best", "learning_rate": 0.03, "max_grad_norm": 1.0}
-_CHILD = """
-import sys
-from pathlib import Path
-from tests.core.test_training_resume import run_training
-run_training(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
-"""
+_RECIPE = {"epochs": 8, "validations": 8, "keep": "best", "learning_rate": 0.03, "max_grad_norm": 1.0}
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload([__name__])
 
 
 class _Killed(BaseException):
@@ -58,39 +53,33 @@ def run_training(
 def test_a_training_killed_with_sigkill_at_random_moments_ends_as_if_undisturbed(kind: str, tmp_path: Path) -> None:
     _, expected = run_training(kind, tmp_path / "undisturbed", tmp_path / "expected")
     steps = len((tmp_path / "expected/history.jsonl").read_text().splitlines())
-    work, out, kills = tmp_path / "work", tmp_path / "out", 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    while True:
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, kind, str(work), str(out)],
-            cwd=Path(__file__).parents[2],
-            env=environment,
-        )
-        if kills < 2:
-            _wait_for_progress(child, work)
-            child.send_signal(signal.SIGKILL)
-            kills += child.wait() == -signal.SIGKILL
-            saved = torch.load(work / "state.pt", weights_only=True)["content"]["history"]["rows"]
-            assert 0 < len(saved) < steps
-        else:
-            assert child.wait() == 0
-            break
+    work, out = tmp_path / "work", tmp_path / "out"
+    for _ in range(3):
+        child = _PROCESSES.Process(target=run_training, args=(kind, work, out))
+        child.start()
+        _wait_for_progress(child, work)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        saved = torch.load(work / "state.pt", weights_only=True)["content"]["history"]["rows"]
+        assert 0 < len(saved) < steps
+    run_training(kind, work, out)
     assert (out / "history.jsonl").read_bytes() == (tmp_path / "expected/history.jsonl").read_bytes()
     weights = torch.load(out / "weights.pt", weights_only=True)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
 
 
-def _wait_for_progress(child: subprocess.Popen[bytes], work: Path) -> None:
+def _wait_for_progress(child: BaseProcess, work: Path) -> None:
     """Return at a random moment after the child has saved a state of its own."""
     state = work / "state.pt"
     before = state.stat().st_ino if state.exists() else None
     while not state.exists() or state.stat().st_ino == before:
-        assert child.poll() is None
+        assert child.exitcode is None
         time.sleep(0.002)
     time.sleep(random.uniform(0, 0.05))
 
 
-@pytest.mark.parametrize("step", [1, 5, 59])
+@pytest.mark.parametrize("step", [1, 5, 39])
 def test_a_training_stopped_at_this_step_ends_as_if_undisturbed(step: int, tmp_path: Path) -> None:
     history, expected = run_training("mask", tmp_path / "undisturbed", tmp_path / "expected")
     with pytest.raises(_Killed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from tasks import tracking
-from tasks.tracking import Tracker, variant_key
+from tasks.records import variant_key
+from tasks.tracking import Tracker
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -27,10 +29,23 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without experiments, made once: its migrations take seconds."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path / "home"
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copy(empty_database, home)
+    return home
 
 
 @pytest.fixture
@@ -166,6 +181,7 @@ def test_runs_of_a_killed_process_are_closed_by_the_next_execution(home: Path) -
 
 @pytest.mark.slow
 def test_two_processes_that_make_the_database_at_once_both_record(home: Path) -> None:
+    (home / "mlflow.db").unlink()
     code = (
         "import sys; from pathlib import Path; from tasks.tracking import Tracker\n"
         "sys.exit(Tracker(Path(sys.argv[1]), 'sparsity', sys.argv[2]).finish())\n"

@@ -1,0 +1,188 @@
+"""A whole study as a user runs it: real processes, a tiny random model, real Prefect, MLflow and lm-eval."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.mini import write_profile, write_study
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PREFECT_LOGGING_LEVEL": "ERROR"}
+IGNORED = {"cached", "seconds"}
+
+
+def start(folder, *arguments, home="home"):
+    """Start the command line in a session of its own, so that a test can kill all of it."""
+    environment = {**os.environ, **ENVIRONMENT, "MFT_HOME": str(folder / home)}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def run(folder, *arguments, home="home"):
+    """Run `mft run` on the mini study; returns (rows, stderr)."""
+    study = [folder / "mini-study.yaml", "--profile", folder / "mini.yaml"]
+    process = start(folder, "run", *study, "--json", *arguments, home=home)
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    return json.loads(out), err
+
+
+def computed(stderr):
+    """Return the labels of the stages that were computed, from what the display printed."""
+    return [line.split("computed", 1)[1].strip() for line in stderr.splitlines() if "] computed" in line]
+
+
+def results(rows):
+    """Return the rows without what may differ between runs."""
+    return [{key: value for key, value in row.items() if key not in IGNORED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study")
+    write_profile(path)
+    write_study(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    return run(folder)
+
+
+def test_a_study_answers_with_one_row_per_variant_and_benchmark(first):
+    rows, _ = first
+    assert [row["method"] for row in rows] == ["base", "fft", "continued-fft", "mft", "mft", "random", "magnitude"]
+    expected = {
+        "study", "profile", "variant", "method", "domain", "layers", "modules", "sparsity", "seed", "benchmark",
+        "metric", "n", "accuracy", "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "cached", "seconds",
+    }  # fmt: skip
+    assert all(expected <= set(row) for row in rows)
+    assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in rows if row["gain"] is not None)
+
+
+def test_the_merged_checkpoint_has_the_exact_zeros_and_loads_without_this_project(folder, first):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('mft_core', 'tasks', 'pipelines')))\n"
+        "import json, torch; from transformers import AutoModelForCausalLM\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); f = AutoModelForCausalLM.from_pretrained(sys.argv[2])\n"
+        "b = dict(f.named_parameters())\n"
+        "print(json.dumps({n: [int(((p == 0) & (b[n] != 0)).sum()), int((p != b[n]).sum()), p.numel()]"
+        " for n, p in m.named_parameters()}))"
+    )
+    artifacts = folder / "home" / "artifacts"
+    manifests = [json.loads(path.read_text()) for path in (artifacts / "learn-mask").glob("*/manifest.json")]
+    mask = next(m for m in manifests if m["recipe"]["selector"] == "learned" and m["recipe"]["sparsity"] == 0.3)
+    merged = next(
+        path.parent
+        for path in (artifacts / "merge-mask").glob("*/manifest.json")
+        if json.loads(path.read_text())["inputs"]["mask"] == mask["digest"]
+    )
+    base = next(
+        path.parent
+        for path in (artifacts / "fine-tune").glob("*/manifest.json")
+        if json.loads(path.read_text())["digest"] == mask["inputs"]["model"]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(merged / "model"), str(base / "model")],
+        capture_output=True, text=True, check=True, cwd="/",
+    )  # fmt: skip
+    for name, (zeros, changed, size) in json.loads(done.stdout).items():
+        masked = ".layers.1." in name or ".layers.2." in name
+        expected = int(0.3 * size) if masked and name.endswith("_proj.weight") else 0
+        assert (zeros, changed) == (expected, expected), name
+
+
+def test_a_second_run_executes_no_stage_and_gives_the_same_answer(folder, first):
+    rows, err = run(folder)
+    assert computed(err) == []
+    assert results(rows) == results(first[0])
+    assert all(row["cached"] for row in rows)
+
+
+def test_what_was_damaged_or_deleted_is_computed_again_and_nothing_else(folder, first):
+    artifacts = folder / "home" / "artifacts"
+    mask = sorted((artifacts / "learn-mask").iterdir())[0]
+    (mask / "mask" / "mask.safetensors").write_bytes(b"short")
+    evaluation = sorted((artifacts / "evaluate").iterdir())[0]
+    items = evaluation / "items.jsonl"
+    items.write_bytes(bytes([items.read_bytes()[0] ^ 1]) + items.read_bytes()[1:])
+    rows, err = run(folder)
+    again = computed(err)
+    assert len(again) == 2
+    assert [label.split()[0] for label in sorted(again)] == ["evaluate", "learn-mask"]
+    assert results(rows) == results(first[0])
+
+
+def test_mlflow_has_a_run_per_variant_with_numbers_and_curves(folder, first):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'home' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mini-study")
+    runs = client.search_runs([experiment.experiment_id], max_results=200)
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    oldest = min(parents, key=lambda r: r.info.start_time)
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == oldest.info.run_id}
+    assert {row["variant"] for row in first[0]} <= set(children)
+    assert all(r.info.status == "FINISHED" for r in runs)
+    for row in first[0]:
+        metrics = children[row["variant"]].data.metrics
+        assert metrics["accuracy/sums"] == row["accuracy"]
+        assert metrics.get("gain/sums") == row["gain"]
+    curve = client.get_metric_history(children["mft sparsity=0.3 layers=1-2 seed=0"].info.run_id, "train/loss")
+    assert [point.step for point in curve] == list(range(1, len(curve) + 1))
+    assert len(curve) == 14  # (60 - 8) rows, 8 a step, 2 epochs
+
+
+def test_report_and_plan_read_what_the_run_made(folder, first):
+    study = [folder / "mini-study.yaml", "--profile", folder / "mini.yaml", "--json"]
+    report = start(folder, "report", *study)
+    out, err = report.communicate(timeout=60)
+    assert report.returncode == 0, err
+    assert results(json.loads(out)) == results(first[0])
+    plan = start(folder, "plan", *study)
+    out, err = plan.communicate(timeout=60)
+    assert plan.returncode == 0, err
+    assert {stage["state"] for stage in json.loads(out)["stages"]} == {"cached"}
+
+
+def test_two_runs_at_once_compute_each_key_once(folder, first):
+    study = ["run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml", "--json"]
+    both = [start(folder, *study, home="shared") for _ in range(2)]
+    outputs = [process.communicate(timeout=280) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    runs = [json.loads(path.read_text())["provenance"] for path in (folder / "shared/artifacts").rglob("manifest.json")]
+    logs = "".join(path.read_text() for path in (folder / "shared/logs").glob("*mini-study*.log"))
+    started = [line.split("computing ")[1] for line in logs.splitlines() if "computing " in line]
+    assert len(started) == len(set(started)) == len(runs)
+    assert [results(json.loads(out)) for out, _ in outputs] == [results(first[0])] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_killed_at_random_moments_ends_with_the_same_table_and_repeats_no_finished_stage(folder, first):
+    dice = random.Random(20261123)
+    study = ["run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml", "--json"]
+    kills = 0
+    while kills < 10:
+        process = start(folder, *study, home="killed")
+        time.sleep(dice.uniform(4, 16))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    rows, _ = run(folder, home="killed")
+    assert kills > 0
+    assert results(rows) == results(first[0])
+    logs = "".join(path.read_text() for path in (folder / "killed/logs").glob("*mini-study*.log"))
+    finished = [line.split("finished ")[1] for line in logs.splitlines() if "finished " in line]
+    assert len(finished) == len(set(finished))
