@@ -128,14 +128,19 @@ class WeightFiles:
         """Names of the safetensors files, sorted."""
         return sorted(set(self.file_of.values()))
 
+    def check(self, names: list[str]) -> None:
+        """Raise a ConfigError if the checkpoint lacks one of these tensors."""
+        for name in names:
+            if name not in self.file_of:
+                raise ConfigError(f"model = {self.directory}: the checkpoint has no weight named {name}.")
+
     def tensor(self, name: str) -> Tensor:
         """Return one tensor as it is stored.
 
         Raises:
             ConfigError: the checkpoint has no tensor of that name.
         """
-        if name not in self.file_of:
-            raise ConfigError(f"model = {self.directory}: the checkpoint has no weight named {name}.")
+        self.check([name])
         with safe_open(self.directory / self.file_of[name], framework="pt") as handle:
             return handle.get_tensor(name)
 

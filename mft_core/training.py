@@ -191,8 +191,13 @@ class _Loop:
         self._save()
         raise StageError(
             f"step {step + 1} of {self.steps}: the {what} is not finite (loss {loss}, gradient norm {norm}). "
-            f"The step was not applied; the state after step {step} is kept. Lower training.learning_rate (now "
-            f"{self.recipe.learning_rate}), set training.max_grad_norm, or use precision float32."
+            f"The step was not applied; the state after step {step} is kept. {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        return (
+            f"Lower training.learning_rate (now {self.recipe.learning_rate}), set training.max_grad_norm, "
+            "or use precision float32."
         )
 
     def _validate(self, step: int) -> float:
@@ -201,6 +206,11 @@ class _Loop:
         batches = self._cut(self.data.validation, np.arange(len(self.data.validation)))
         with torch.no_grad():
             loss = sum(self._loss(batch).double().item() for batch in batches.batches) / batches.loss_tokens
+        if not math.isfinite(loss):
+            raise StageError(
+                f"step {step} of {self.steps}: the validation loss is not finite ({loss}); the last state saved before "
+                f"this step is kept. {self._advice()}"
+            )
         if self.recipe.keep == "best" and loss < self.history.best_loss:
             self.saved.save_best(step, self.trainable.snapshot())
             self.history.best_step, self.history.best_loss = step, loss

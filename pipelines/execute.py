@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +75,11 @@ def run_nodes(
     outcomes: dict[str, Outcome] = {}
     failures: list[tuple[Node, Any]] = []
     for future, node in by_future.items():
-        result = future.result(raise_on_failure=False)
-        if isinstance(result, ArtifactRef | Mapping):
-            ref = result if isinstance(result, ArtifactRef) else ArtifactRef.model_validate(result)
+        if future.state.is_completed():
+            ref = ArtifactRef.model_validate(future.result())
             outcomes[node.id] = Outcome(node, ref, future.state.name == "Cached")
-        else:
-            failures.append((node, result))
+        elif not future.state.is_pending():  # pending: never started, for want of an input that failed
+            failures.append((node, future.result(raise_on_failure=False)))
     _raise(failures)
     return outcomes
 
@@ -97,15 +96,20 @@ def _word(future: PrefectFuture[ArtifactRef]) -> str:
 
 
 def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
-    """Raise for the failed nodes, naming causes only: what never started for want of an input is not a cause."""
-    causes = [(node, error) for node, error in failures if isinstance(error, ConfigError | StageError)]
-    causes = causes or list(failures)
-    if not causes:
+    """Raise one error that names every failure; a ConfigError if nothing but the configuration was at fault."""
+    if not failures:
         return
-    lines = [f"{node.label}: {error}" for node, error in causes]
-    if all(isinstance(error, ConfigError) for _, error in causes):
-        raise ConfigError("\n".join(lines))
-    raise StageError("\n".join(lines)) from causes[0][1]
+    for node, error in failures:
+        log.error("%s failed", node.label, exc_info=error)
+    lines = "\n".join(f"{node.label}: {_told(error)}" for node, error in failures)
+    if all(isinstance(error, ConfigError) for _, error in failures):
+        raise ConfigError(lines)
+    raise StageError(lines) from failures[0][1]
+
+
+def _told(error: BaseException) -> str:
+    """Put an error into words; one that is not ours is named by its type, its traceback is in the log."""
+    return str(error) if isinstance(error, ConfigError | StageError) else f"{type(error).__name__}: {error}"
 
 
 def workplace(

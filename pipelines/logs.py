@@ -19,6 +19,7 @@ def log_to(home: Path, name: str) -> Iterator[Path]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(threadName)s %(message)s"))
     logger = logging.getLogger("mft")
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # people see the display; Prefect's UI gets the records by its own handler
     logger.addHandler(handler)
     try:
         yield path

@@ -32,6 +32,7 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
     sites = choose_sites(find_sites(model), layers, recipe.modules)
     names = [site.name for site in sites]
     files = WeightFiles(inputs["model"])
+    files.check(names)
     summary: dict[str, Any] = {}
     if recipe.selector == "learned":
         kept, history = _learn(recipe, sites, inputs, context)

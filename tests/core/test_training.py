@@ -156,6 +156,16 @@ def test_a_loss_that_is_not_finite_stops_at_that_step_and_keeps_the_last_good_st
     assert all(good)
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, model = make_recipe(max_steps=1, validations=1), make_model()
+    trainable = make_trainable("mask", model, recipe)
+    monkeypatch.setattr(trainable, "step", lambda rate: model.model.norm.weight.data.fill_(math.nan))
+    with pytest.raises(StageError, match=r"step 1 of 1: the validation loss is not finite \(nan\)"):
+        train(trainable, make_data(), recipe, make_context(tmp_path))
+
+
 def test_validations_without_validation_rows_are_refused(tmp_path: Path) -> None:
     recipe, data = make_recipe(validations=2), make_data(validation=0)
     with pytest.raises(ConfigError, match=r"training\.validations = 2: the data has no validation rows"):

@@ -151,7 +151,7 @@ def test_report_and_plan_read_what_the_run_made(folder, first):
     plan = start(folder, "plan", *study)
     out, err = plan.communicate(timeout=60)
     assert plan.returncode == 0, err
-    assert {stage["state"] for stage in json.loads(out)["stages"]} == {"cached"}
+    assert all(stage["state"].startswith("cached") for stage in json.loads(out)["stages"])
 
 
 def test_two_runs_at_once_compute_each_key_once(folder, first):
@@ -159,10 +159,10 @@ def test_two_runs_at_once_compute_each_key_once(folder, first):
     both = [start(folder, *study, home="shared") for _ in range(2)]
     outputs = [process.communicate(timeout=280) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    runs = [json.loads(path.read_text())["provenance"] for path in (folder / "shared/artifacts").rglob("manifest.json")]
+    made = list((folder / "shared/artifacts").rglob("manifest.json"))
     logs = "".join(path.read_text() for path in (folder / "shared/logs").glob("*mini-study*.log"))
     started = [line.split("computing ")[1] for line in logs.splitlines() if "computing " in line]
-    assert len(started) == len(set(started)) == len(runs)
+    assert len(started) == len(set(started)) == len(made)
     assert [results(json.loads(out)) for out, _ in outputs] == [results(first[0])] * 2
 
 

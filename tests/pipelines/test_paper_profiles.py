@@ -13,15 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mft_core.data.rows import parse_row
-from mft_core.errors import ConfigError, StageError
-from mft_core.sources import pinned
-from mft_core.stages.fine_tune import _set_chat_template
-from pipelines import resolve
+from mft_core.sources import Source
 from pipelines.catalogue import Study, load_profile
 from pipelines.compose import setups
 from tests.tiny import TULU, make_tokenizer
@@ -172,21 +167,21 @@ def write_dataset(snapshot, name):
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
-    """Return a function that runs one of this module's `on_local_hub_...` functions offline, and its answer."""
+    """Return what `on_local_hub` found in a process of its own, with nothing but the local hub."""
     folder = tmp_path_factory.mktemp("hub")
     write_local_hub(folder / "huggingface")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_HOME": str(folder / "huggingface"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"MFT_HOME": str(folder / "mft")}
+    code = f"import json; from {__name__} import on_local_hub; print(json.dumps(on_local_hub()))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
-    def run(name):
-        code = f"import json; from {__name__} import {name}; print(json.dumps({name}()))"
-        own = environment | {"MFT_HOME": str(folder / "mft")}
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=own, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
 
-    return run
+def on_local_hub():
+    return {"planned": {profile: planned_on(profile) for profile in PROFILES}, "made": run_to_the_mask()}
 
 
 def plan_on(profile, *overrides, domains=tuple(MIXTURES)):
@@ -199,30 +194,26 @@ def plan_on(profile, *overrides, domains=tuple(MIXTURES)):
     return make_plan(study, load_profile(profile), store, overrides), store
 
 
-def on_local_hub_plan():
-    """Plan all domains of both profiles; say what each stage takes from outside."""
-    planned = {}
-    for profile in PROFILES:
-        plan, _ = plan_on(profile)
-        planned[profile] = [
-            {
-                "stage": step.node.stage,
-                "label": step.node.label,
-                "sources": {
-                    name: [given.location, given.revision]
-                    for name, given in step.node.inputs.items()
-                    if hasattr(given, "location")
-                },
-            }
-            for step in plan.steps
-        ]
-    return planned
+def planned_on(profile):
+    """Plan all domains; say what each stage takes from outside."""
+    plan, _ = plan_on(profile)
+    return [
+        {
+            "stage": step.node.stage,
+            "label": step.node.label,
+            "sources": [
+                [name, given.location, given.revision]
+                for name, given in step.node.inputs.items()
+                if isinstance(given, Source)
+            ],
+        }
+        for step in plan.steps
+    ]
 
 
 def test_all_domains_are_planned_offline_with_revisions_pinned_by_the_local_cache(offline):
-    planned = offline("on_local_hub_plan")
-    for profile, steps in planned.items():
-        sources = {tuple(source) for step in steps for source in step["sources"].values()}
+    for profile, steps in offline["planned"].items():
+        sources = {(location, revision) for step in steps for _, location, revision in step["sources"]}
         names = {name for mixture in MIXTURES.values() for name in mixture}
         assert {(name, COMMITS["dataset"]) for name in names} <= sources
         assert (domain_setups(profile)["math"].model.path, COMMITS["model"]) in sources
@@ -233,10 +224,10 @@ def test_all_domains_are_planned_offline_with_revisions_pinned_by_the_local_cach
             assert any(step["label"].startswith(f"learn-mask sparsity=0.1 layers={layers} ") for step in steps), domain
         bases = [step for step in steps if step["label"].endswith(" of base")]
         assert len(bases) == 5
-        assert all("chat_template" in step["sources"] for step in bases)
+        assert all("chat_template" in [name for name, *_ in step["sources"]] for step in bases)
 
 
-def on_local_hub_mask():
+def run_to_the_mask():
     """Prepare data, fine-tune and learn a mask in two steps each, through the stages that every profile uses."""
     from mft_core.stages import STAGES
     from pipelines.graph import Edge, closure
@@ -258,7 +249,7 @@ def on_local_hub_mask():
 
 @pytest.mark.timeout(180)
 def test_data_fine_tuning_and_mask_run_offline_through_the_common_stages(offline):
-    made = offline("on_local_hub_mask")
+    made = offline["made"]
     _, data = made["prepare-data"]
     assert data["rows"] == [30] * 6
     assert data["train"]["loss_tokens"] > 0
@@ -277,55 +268,3 @@ def test_data_fine_tuning_and_mask_run_offline_through_the_common_stages(offline
     example = json.loads((Path(made["prepare-data"][0]) / "examples.json").read_text())[0]
     assert example["text"].startswith("<|user|>\n(")
     assert "<|assistant|>\n" in example["text"]
-
-
-def test_a_given_template_replaces_the_one_in_the_tokenizers_settings(tmp_path):
-    tokenizer = make_tokenizer(chat_template=False)
-    tokenizer.save_pretrained(tmp_path)
-    settings = tmp_path / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": "old"}))
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "old"
-    _set_chat_template(tmp_path, TULU)
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == TULU.read_text()
-    assert "chat_template" not in json.loads(settings.read_text())  # what tools without the file would read
-
-
-LLAMA_REPOSITORY = [
-    ".gitattributes", "LICENSE.txt", "README.md", "config.json", "generation_config.json", "original/params.json",
-    "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
-    "original/consolidated.00.pth", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
-    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-]  # fmt: skip
-TOKENIZER = {"config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
-WEIGHTS = {name for name in LLAMA_REPOSITORY if "safetensors" in name}
-
-
-@pytest.mark.parametrize(
-    ("kind", "wanted"),
-    [
-        ("model", TOKENIZER | WEIGHTS | {"generation_config.json"}),
-        ("tokenizer", TOKENIZER),
-        ("dataset", set(LLAMA_REPOSITORY)),
-    ],
-)
-def test_of_a_hub_repository_only_what_is_used_is_fetched(monkeypatch, tmp_path, kind, wanted):
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert pinned("a/b", "0" * 40, kind).local_path() == tmp_path
-    assert asked["revision"] == "0" * 40
-    assert set(filter_repo_objects(LLAMA_REPOSITORY, allow_patterns=asked["allow_patterns"])) == wanted
-
-
-def test_what_is_neither_on_the_hub_nor_cached_is_refused_by_the_plan_and_named_by_the_stage(monkeypatch, tmp_path):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    resolve._commit.cache_clear()
-    with pytest.raises(ConfigError, match=r"model = meta-llama/Llama-2-7b-hf: no such local path.*mft doctor"):
-        plan_on("llama2-7b")
-    with pytest.raises(StageError, match=r"dataset a/b \(commit 000000000000\) cannot be fetched"):
-        pinned("a/b", "0" * 40, "dataset").local_path()
