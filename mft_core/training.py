@@ -31,7 +31,7 @@ from mft_core.data.batching import StepBatches, micro_batches, plan_epochs
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
 from mft_core.identity import digest
-from mft_core.loss import LossHead
+from mft_core.loss import LossHead, keeps_packed_apart
 from mft_core.masking import OptimizerFactory
 from mft_core.recipes import Training
 from mft_core.schedule import learning_rate, validation_steps
@@ -128,6 +128,7 @@ class _Loop:
         self.steps = min(len(self.plan), recipe.max_steps or len(self.plan))
         self.validations = validation_steps(self.steps, recipe.validations)
         self.device = next(trainable.model.parameters()).device
+        self.packing = keeps_packed_apart(trainable.model)
         self.history = History()
         identity = digest({"recipe": recipe, "examples": len(data.train), "kind": type(trainable).__name__})
         self.saved = ResumableState(context.work, identity, context.runtime.checkpoint_seconds, context.log)
@@ -166,7 +167,7 @@ class _Loop:
         self.history.loss_tokens += batches.loss_tokens
 
     def _cut(self, dataset: TokenDataset, indices: np.ndarray) -> StepBatches:
-        return micro_batches(dataset, indices, self.context.runtime.micro_batch_tokens, packing=False)
+        return micro_batches(dataset, indices, self.context.runtime.micro_batch_tokens, self.packing)
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the summed cross-entropy (nats) over the loss tokens of one micro-batch."""

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from mft_core.adapter import load_mask
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
+from mft_core.loss import keeps_packed_apart
 from mft_core.recipes import FineTune, LearnMask
 from mft_core.schedule import learning_rate, validation_steps
 from mft_core.stages import Progress, StageContext, get_stage
@@ -229,3 +230,15 @@ def test_data_written_by_prepare_data_is_read_back(tmp_path: Path) -> None:
     data = TrainingData.load(save_data(tmp_path))
     assert len(data.train) == 40
     assert len(data.validation) == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_packing_is_used_where_a_model_keeps_packed_examples_apart(family: str) -> None:
+    assert keeps_packed_apart(make_model(family))
+
+
+def test_packing_is_not_used_where_a_model_would_mix_packed_examples() -> None:
+    model = make_model()
+    forward = model.model.forward
+    model.model.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})
+    assert not keeps_packed_apart(model)
