@@ -97,33 +97,33 @@ def variant(setup: Setup, point: Mapping[str, Any]) -> Variant:
     Raises:
         ConfigError: a model, data file, benchmark or layer that is not there.
     """
+    details = {key: value for key, value in point.items() if key not in _COLUMNS}
+    suffix = "".join(f" {key.split('.')[-1]}={value}" for key, value in details.items())
     if setup.method == "base":
         model: Source | Edge = resolve.model(setup.model)
         trained = None
     else:
-        trained = _fine_tuned(setup)
+        trained = _fine_tuned(setup, suffix if setup.method == "fft" else "")
         model = Edge(trained, "model")
         if setup.method == "continued-fft":
-            trained = _continued(setup, model)
+            trained = _continued(setup, model, suffix)
             model = Edge(trained, "model")
         elif setup.method in SELECTORS:
-            trained = _mask(setup, model)
+            trained = _mask(setup, model, suffix)
             merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
                           trained.label.replace("learn-mask", "merge-mask"))  # fmt: skip
             model = Edge(merged, "model")
-    details = {key: value for key, value in point.items() if key not in _COLUMNS}
-    name = _name(setup, details)
+    name = _name(setup) + suffix
     evaluations = {bench.name: _evaluation(setup, bench, model, name) for bench in setup.benchmarks}
     return Variant(setup, name, trained, evaluations, details)
 
 
-def _name(setup: Setup, settings: Mapping[str, Any]) -> str:
+def _name(setup: Setup) -> str:
     details: list[str] = [setup.method]
     if setup.method in SELECTORS:
         mask = setup.mask
         details += [f"sparsity={mask.sparsity:g}", f"layers={resolve.layers(setup)}"]
         details += [f"modules={mask.modules}"] if mask.modules != "both" else []
-    details += [f"{key}={value}" for key, value in settings.items()]
     if setup.method in ("mft", "random", "continued-fft"):
         details.append(f"seed={setup.seed}")
     return " ".join(details)
@@ -150,19 +150,21 @@ def _template(setup: Setup) -> dict[str, Source | Edge]:
     return {"chat_template": resolve.template(setup.model)} if setup.model.chat_template else {}
 
 
-def _fine_tuned(setup: Setup) -> Node:
+def _fine_tuned(setup: Setup, suffix: str) -> Node:
     inputs = {
         "model": resolve.model(setup.model),
         "data": Edge(_data(setup, setup.data.fraction)),
         **_template(setup),
     }
-    return Node("fine-tune", FineTune(training=setup.fine_tune), inputs, f"fine-tune {setup.domain}")
+    return Node("fine-tune", FineTune(training=setup.fine_tune), inputs, f"fine-tune {setup.domain}{suffix}")
 
 
-def _continued(setup: Setup, model: Edge) -> Node:
+def _continued(setup: Setup, model: Edge, suffix: str) -> Node:
     training = _seeded(setup.continued, setup.seed)
     inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_data(setup, setup.data.fraction))}
-    return Node("fine-tune", FineTune(training=training), inputs, f"continue-fft {setup.domain} seed={setup.seed}")
+    return Node(
+        "fine-tune", FineTune(training=training), inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}"
+    )
 
 
 def _seeded(training: Training, seed: int) -> Training:
@@ -170,7 +172,7 @@ def _seeded(training: Training, seed: int) -> Training:
     return training.model_copy(update={"seed": training.seed + seed})
 
 
-def _mask(setup: Setup, model: Edge) -> Node:
+def _mask(setup: Setup, model: Edge, suffix: str) -> Node:
     selector, mask, layers = SELECTORS[setup.method], setup.mask, resolve.layers(setup)
     details: dict[str, Any] = {}
     inputs: dict[str, Source | Edge] = {"model": model}
@@ -183,6 +185,7 @@ def _mask(setup: Setup, model: Edge) -> Node:
         label += f" seed={setup.seed}"
     if selector != "learned":
         label += f" ({selector})"
+    label += suffix
     recipe = LearnMask(selector=selector, sparsity=mask.sparsity, layers=layers, modules=mask.modules, **details)
     return Node("learn-mask", recipe, inputs, label)
 

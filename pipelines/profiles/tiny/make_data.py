@@ -24,17 +24,17 @@ HERE = Path(__file__).resolve().parent
 SEED = 20251123
 ANSWER_CAP = 0.12
 TRAIN = {
-    "arithmetic": {"sum3": 1700, "muladd": 1300, "sum4": 500, "sum3big": 500},
-    "number_theory": {"summod": 1400, "gcd3": 1300, "simplify": 650, "mod3": 650},
-    "symbols": {"sortdown": 1200, "keep": 1000, "caesar7": 1000, "sortnum": 400, "caesar_any": 400},
+    "arithmetic": {"sum3": 800, "muladd": 1200, "sum4": 1200, "sum3big": 800},
+    "number_theory": {"summod": 1400, "gcd3": 800, "simplify": 900, "mod3": 900},
+    "symbols": {"sortdown": 1000, "sortnum": 1400, "sortlong": 800, "caesar_any": 800},
 }
 BENCHMARKS = {
-    "arithmetic": {"sum3": 450, "muladd": 350},
-    "arithmetic_hard": {"sum4": 400, "sum3big": 400},
-    "number_theory": {"summod": 400, "gcd3": 400},
-    "number_theory_hard": {"simplify": 400, "mod3": 400},
-    "symbols": {"sortdown": 300, "keep": 250, "caesar7": 250},
-    "symbols_hard": {"sortnum": 400, "caesar_any": 400},
+    "arithmetic": {"sum3": 200, "muladd": 200, "sum4": 200},
+    "arithmetic_hard": {"sum3big": 600},
+    "number_theory": {"summod": 300, "gcd3": 300},
+    "number_theory_hard": {"simplify": 300, "mod3": 300},
+    "symbols": {"sortdown": 250, "sortnum": 350},
+    "symbols_hard": {"sortlong": 600},
 }
 STREAMS = {"train": 1, "data": 2, "benchmark": 3, "validation": 4}
 
