@@ -195,6 +195,8 @@ def _evaluation(setup: Setup, bench: BenchmarkSpec, model: Source | Edge, varian
     inputs: dict[str, Source | Edge] = {"model": model}
     if bench.path:
         inputs["benchmark"] = resolve.benchmark(bench)
+    else:
+        inputs["harness"] = resolve.harness()
     if isinstance(model, Source):  # checkpoints that a stage has made carry the template
         inputs |= _template(setup)
     return Node("evaluate", recipe, inputs, f"evaluate {bench.name} of {variant_name}")

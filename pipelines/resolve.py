@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mft_core.errors import ConfigError
-from mft_core.identity import digest_files
+from mft_core.identity import digest, digest_files
 from mft_core.layers import format_layers, parse_layers
 from mft_core.sources import Source, first_line, local_checkpoint, local_file, pinned
 from pipelines.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
@@ -54,6 +55,11 @@ def benchmark(spec: BenchmarkSpec) -> Source:
     """Return a local-file benchmark: the folder, known by the task's definition and items alone."""
     folder, definition, items = _task_files(spec)
     return Source(location=str(folder), digest=digest_files(folder, [definition, items]))
+
+
+def harness() -> Source:
+    """Return lm-eval itself as a source: the definitions of its own tasks are as its version has them."""
+    return Source(location="lm-eval", digest=digest({"lm-eval": metadata.version("lm-eval")}))
 
 
 def benchmark_items(spec: BenchmarkSpec) -> Source:
