@@ -1,6 +1,6 @@
 """Makes the tiny profile's fine-tuning data and benchmarks, and the stream for its base model.
 
-Design note. Everything follows from `SEED` and the tables below; `tasks.py` decides by content which items
+Design note. Everything follows from `SEED` and the tables below; `kinds.py` decides by content which items
 are reserved for the benchmarks, so no training row shares its operands with a benchmark item of the same
 family. The benchmarks hold no duplicates and no answer takes more than `ANSWER_CAP` of the items;
 `benchmarks/README.md` states the score of always giving the commonest answer. Needs `reasoning-gym`, which
@@ -18,23 +18,23 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from tasks import KINDS, Item
+from kinds import KINDS, Item
 
 HERE = Path(__file__).resolve().parent
 SEED = 20251123
 ANSWER_CAP = 0.12
 TRAIN = {
     "arithmetic": {"sum3": 800, "muladd": 1200, "sum4": 1200, "sum3big": 800},
-    "number_theory": {"summod": 1400, "gcd3": 800, "simplify": 900, "mod3": 900},
-    "symbols": {"sortdown": 1000, "sortnum": 1400, "sortlong": 800, "caesar_any": 800},
+    "number_theory": {"summod": 1400, "gcd3": 600, "simplify": 1100, "mod3": 900},
+    "symbols": {"sortnum": 1400, "sortlong": 1400, "sortbig": 800, "caesar_any": 400},
 }
 BENCHMARKS = {
-    "arithmetic": {"sum3": 200, "muladd": 200, "sum4": 200},
+    "arithmetic": {"sum3": 100, "muladd": 250, "sum4": 250},
     "arithmetic_hard": {"sum3big": 600},
-    "number_theory": {"summod": 300, "gcd3": 300},
-    "number_theory_hard": {"simplify": 300, "mod3": 300},
-    "symbols": {"sortdown": 250, "sortnum": 350},
-    "symbols_hard": {"sortlong": 600},
+    "number_theory": {"summod": 300, "gcd3": 150, "simplify": 150},
+    "number_theory_hard": {"mod3": 600},
+    "symbols": {"sortnum": 300, "sortlong": 300},
+    "symbols_hard": {"sortbig": 600},
 }
 STREAMS = {"train": 1, "data": 2, "benchmark": 3, "validation": 4}
 
@@ -95,7 +95,7 @@ def describe(name: str, items: list[Item]) -> str:
 
 HEADER = """# Benchmarks of the tiny profile
 
-Written by `make_data.py`. Only reserved content (see `tasks.py`): no item's operands, letters or numbers
+Written by `make_data.py`. Only reserved content (see `kinds.py`): no item's operands, letters or numbers
 occur together in the pre-training or fine-tuning data of the same family. Scored by exact match, greedy.
 
 | benchmark | n | distinct contents | kinds | always giving the commonest answer, % | an item |

@@ -235,8 +235,10 @@ _ALL = (
     Kind("caesar_any", SYMBOLS, "caesar_cipher", _caesar(4, 25), 1, {**_TEXT, "min_rotation": 4}),
     Kind("turn", SYMBOLS, "rotate_matrix", _turn, 1,
          {"min_n": 3, "max_n": 3, "min_rotations": 1, "max_rotations": 1}),
-    # at the end: a kind's seeds follow from its place; the pre-training, made before it, has not seen this one
+    # at the end, since a kind's seeds follow from its place; the pre-training has not seen these
     Kind("sortlong", SYMBOLS, "number_sorting", _sort("sort down", "descending", ","), 0,
          {**_digits(6), "max_value": 99}),
+    Kind("sortbig", SYMBOLS, "number_sorting", _sort("sort down", "descending", ","), 0,
+         {**_digits(4), "min_value": 100, "max_value": 999}),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _ALL}
