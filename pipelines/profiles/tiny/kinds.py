@@ -108,6 +108,14 @@ def _gcd(entry: dict[str, Any]) -> Row:
     return "gcd " + ",".join(map(str, numbers)), entry["answer"], numbers
 
 
+def _gcd_and_term(entry: dict[str, Any]) -> Row:
+    """`gcd 84,36+17`: the content held out is the pair, whatever is added to its divisor."""
+    question, answer, numbers = _gcd(entry)
+    pick = _pick(entry, 180)
+    term, sign = 10 + pick // 2, (1, -1)[pick % 2]
+    return f"{question}{'+-'[pick % 2]}{term}", str(int(answer) + sign * term), numbers
+
+
 def _lcm(entry: dict[str, Any]) -> Row:
     numbers = entry["metadata"]["numbers"]
     return "lcm " + ",".join(map(str, numbers)), entry["answer"], numbers
@@ -238,6 +246,7 @@ _ALL = (
     # at the end, since a kind's seeds follow from its place; the pre-training has not seen these
     Kind("sortlong", SYMBOLS, "number_sorting", _sort("sort down", "descending", ","), 0,
          {**_digits(6), "max_value": 99}),
+    Kind("gcdadd", NUMBERS, "gcd", _gcd_and_term, 0, {"min_value": 2, "max_value": 99}),
     Kind("sortbig", SYMBOLS, "number_sorting", _sort("sort down", "descending", ","), 0,
          {**_digits(4), "min_value": 100, "max_value": 999}),
 )  # fmt: skip

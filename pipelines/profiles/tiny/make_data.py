@@ -25,13 +25,13 @@ SEED = 20251123
 ANSWER_CAP = 0.12
 TRAIN = {
     "arithmetic": {"sum3": 800, "muladd": 1200, "sum4": 1200, "sum3big": 800},
-    "number_theory": {"summod": 1400, "gcd3": 600, "simplify": 1100, "mod3": 900},
+    "number_theory": {"gcdadd": 1600, "summod": 900, "gcd3": 400, "simplify": 500, "mod3": 600},
     "symbols": {"sortnum": 1400, "sortlong": 1400, "sortbig": 800, "caesar_any": 400},
 }
 BENCHMARKS = {
     "arithmetic": {"sum3": 100, "muladd": 250, "sum4": 250},
     "arithmetic_hard": {"sum3big": 600},
-    "number_theory": {"summod": 300, "gcd3": 150, "simplify": 150},
+    "number_theory": {"gcdadd": 300, "summod": 150, "gcd3": 150},
     "number_theory_hard": {"mod3": 600},
     "symbols": {"sortnum": 300, "sortlong": 300},
     "symbols_hard": {"sortbig": 600},
