@@ -24,12 +24,12 @@ HERE = Path(__file__).resolve().parent
 SEED = 20251123
 ANSWER_CAP = 0.12
 TRAIN = {
-    "arithmetic": {"sum3": 800, "muladd": 1200, "sum4": 1200, "sum3big": 800},
+    "arithmetic": {"sum3": 200, "muladd": 2400, "sum4": 1000, "sum3big": 400},
     "number_theory": {"gcdadd": 1600, "summod": 900, "gcd3": 400, "simplify": 500, "mod3": 600},
     "symbols": {"sortnum": 1400, "sortlong": 1400, "sortbig": 800, "caesar_any": 400},
 }
 BENCHMARKS = {
-    "arithmetic": {"sum3": 100, "muladd": 250, "sum4": 250},
+    "arithmetic": {"muladd": 400, "sum4": 200},
     "arithmetic_hard": {"sum3big": 600},
     "number_theory": {"gcdadd": 300, "summod": 150, "gcd3": 150},
     "number_theory_hard": {"mod3": 600},
