@@ -146,7 +146,7 @@ def save_mask(mask: Mask, directory: Path) -> None:
     """Write `mask.safetensors` and `mask_config.json`: the same bytes for the same mask."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / WEIGHTS).write_bytes(save({_TENSOR: _packed(mask.kept.values())}))
-    (directory / CONFIG).write_text(mask.config.model_dump_json(indent=2) + "\n")
+    (directory / CONFIG).write_text(mask.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_mask(directory: Path) -> Mask:
@@ -184,7 +184,7 @@ def read_mask_config(directory: Path) -> MaskConfig:
     """
     path = directory / CONFIG
     try:
-        config = MaskConfig.model_validate_json(path.read_text())
+        config = MaskConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"mask = {directory}: no readable {CONFIG}; give a directory that learn-mask wrote."

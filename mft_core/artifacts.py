@@ -3,18 +3,19 @@
     $MFT_HOME/artifacts/<stage>/<key>/manifest.json   sizes and sha256 of the payload, recipe, inputs, provenance
     $MFT_HOME/artifacts/<stage>/<key>/...             the payload
     $MFT_HOME/work/<key>/                             resumable state of unfinished work
+    $MFT_HOME/work/<key>/.rerun                       that work began with `force`; a later `force` goes on with it
     $MFT_HOME/locks/<key>                             held with flock while the key is computed
 
 A stage writes into a temporary directory; payload and manifest are fsynced, then the directory is renamed into place.
-flock is released by the kernel when its holder dies, so a killed run never blocks the next. Used by `tasks` and by
-anyone who wants a cached stage without Prefect.
+flock is released by the kernel when its holder dies, so a killed run never blocks the next. Inputs are checked against
+their digests before and after the stage has read them, so that a key never stands for other content. Used by `tasks`
+and by anyone who wants a cached stage without Prefect.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -26,13 +27,14 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from mft_core import provenance
-from mft_core.errors import ConfigError
-from mft_core.identity import digest, digest_file, stage_key
+from mft_core import manifests, provenance
+from mft_core.errors import ConfigError, StageError
+from mft_core.identity import digest_file, stage_key
+from mft_core.manifests import MANIFEST
 from mft_core.recipes import Recipe, Runtime
 from mft_core.stages import Progress, Stage, StageContext
 
-MANIFEST = "manifest.json"
+_RERUN = ".rerun"
 
 
 class Input(Protocol):
@@ -42,6 +44,8 @@ class Input(Protocol):
     def digest(self) -> str: ...
 
     def local_path(self, store: ArtifactStore) -> Path: ...
+
+    def problem(self, store: ArtifactStore) -> str | None: ...
 
 
 class ArtifactRef(BaseModel):
@@ -62,6 +66,13 @@ class ArtifactRef(BaseModel):
     def local_path(self, store: ArtifactStore) -> Path:
         """Return where the payload (or its part) lies."""
         return store.directory(self.stage, self.key) / self.part
+
+    def problem(self, store: ArtifactStore) -> str | None:
+        """Say why the artifact is no longer what the digest names, or None if it is."""
+        damage = store.damage(self.stage, self.key)
+        manifest = None if damage else store.manifest(self.stage, self.key)
+        changed = manifest is not None and manifest["digest"] != self.digest
+        return "another result has taken its place" if changed else damage
 
 
 @dataclass(frozen=True)
@@ -112,11 +123,7 @@ class ArtifactStore:
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return the manifest without looking at the payload, or None when there is no readable one."""
-        try:
-            loaded = json.loads((self.directory(stage, key) / MANIFEST).read_text())
-        except (OSError, ValueError):
-            return None
-        return loaded if isinstance(loaded, dict) and isinstance(loaded.get("files"), dict) else None
+        return manifests.read(self.directory(stage, key))
 
     def find(self, stage: str, key: str) -> ArtifactRef | None:
         """Return the artifact if it is there and whole, else None."""
@@ -130,7 +137,7 @@ class ArtifactStore:
         manifest = self.manifest(stage, key)
         if manifest is None:
             return f"{MANIFEST}: missing or unreadable"
-        if manifest.get("digest") != digest(manifest["files"]) or manifest.get("key") != key:
+        if manifests.broken_seal(manifest, stage, key):
             return f"{MANIFEST}: does not match its own digest or key"
         for name, entry in manifest["files"].items():
             problem = self._file_damage(directory / name, entry)
@@ -177,6 +184,7 @@ class ArtifactStore:
 
         Raises:
             ConfigError, StageError: from the stage; nothing is committed, the resumable state is kept.
+            StageError: an input is not, or no longer, what its digest names; nothing is committed.
         """
         log = log or logging.getLogger("mft")
         key = self.key(stage, recipe, inputs)
@@ -189,7 +197,7 @@ class ArtifactStore:
             if problem != "missing":
                 log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
             if force:
-                shutil.rmtree(self.work(key), ignore_errors=True)
+                self._begin_rerun(key)
             return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {})
 
     def _compute(
@@ -211,23 +219,16 @@ class ArtifactStore:
         work.mkdir(parents=True, exist_ok=True)
         log.info("computing %s %s", stage.name, key)
         started = time.perf_counter()
-        paths = {name: ref.local_path(self) for name, ref in inputs.items()}
         try:
-            summary = stage.run(recipe, paths, temporary, StageContext(runtime, work, report, log))
+            summary = self._run(stage, recipe, inputs, temporary, StageContext(runtime, work, report, log))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        files = {
-            str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": digest_file(path)}
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        manifest = {
+        content = {
             "stage": stage.name,
             "version": stage.version,
             "key": key,
-            "digest": digest(files),
-            "files": files,
+            "files": manifests.list_files(temporary),
             "recipe": recipe.model_dump(mode="json"),
             "inputs": {name: ref.digest for name, ref in inputs.items()},
             "summary": summary,
@@ -238,27 +239,50 @@ class ArtifactStore:
                 "seconds": round(time.perf_counter() - started, 3),
             },
         }
-        self._commit(temporary, final, manifest)
+        manifest = manifests.seal(content)
+        manifests.commit(temporary, final, manifest)
         log.info("finished %s %s", stage.name, key)
         shutil.rmtree(work, ignore_errors=True)
         return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), True, manifest)
 
-    def _commit(self, temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        for path in temporary.rglob("*"):
-            _fsync(path)
-        _fsync(temporary)
-        if final.exists():
-            self._discard(final)
-        temporary.rename(final)
-        _fsync(final.parent)
+    def _begin_rerun(self, key: str) -> None:
+        """Drop the state of earlier work, unless that work is a rerun which was cut short: then it goes on."""
+        marker = self.work(key) / _RERUN
+        if not marker.exists():
+            shutil.rmtree(self.work(key), ignore_errors=True)
+            marker.parent.mkdir(parents=True)
+            marker.touch()
 
-    def _discard(self, directory: Path) -> None:
-        """Remove a damaged artifact in one step: never leave a half-deleted one under its own name."""
-        doomed = directory.parent / f".discarded-{directory.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        directory.rename(doomed)
-        shutil.rmtree(doomed)
+    def _run(
+        self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Input], out: Path, context: StageContext
+    ) -> dict[str, Any]:
+        """Run the stage on inputs that are what their digests say, when it begins and still when it ends."""
+        self._check(stage, inputs)
+        paths = {name: ref.local_path(self) for name, ref in inputs.items()}
+        failure: Exception | None = None
+        summary: dict[str, Any] = {}
+        try:
+            summary = stage.run(recipe, paths, out, context)
+        except Exception as error:  # of a broken input, perhaps; then that is what has to be told
+            failure = error
+        try:
+            self._check(stage, inputs)
+        except StageError as changed:
+            shutil.rmtree(context.work, ignore_errors=True)  # state made of other content must not be resumed
+            raise changed from failure
+        if failure is not None:
+            raise failure
+        return summary
+
+    def _check(self, stage: Stage, inputs: Mapping[str, Input]) -> None:
+        for name, ref in inputs.items():
+            problem = ref.problem(self)
+            if problem:
+                where = ref.local_path(self)
+                raise StageError(
+                    f"{stage.name}: its input '{name}' ({where}) is not what the plan says: {problem}. "
+                    "Nothing of this stage was kept; run the same command again."
+                )
 
     @contextlib.contextmanager
     def lock(self, name: str, log: logging.Logger | None = None) -> Iterator[None]:
@@ -272,11 +296,3 @@ class ArtifactStore:
                 (log or logging.getLogger("mft")).info("waiting for another run that computes %s", name[:12])
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,7 +26,7 @@ def local_definition(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            loaded = yaml.safe_load(path.read_text())
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"{path.name}: not plain YAML (lm-eval's !function needs an installed task): {error}"
@@ -43,7 +43,7 @@ def data_files(folder: Path, definition: Mapping[str, Any]) -> dict[str, Path]:
     files = (definition.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, str):
         files = {"train": files}
-    if not isinstance(files, dict) or not files:
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ConfigError(
             f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files must name the JSONL file of a split, "
             f"for example {{test: {definition['task']}.jsonl}}; it is {files!r}."
@@ -59,15 +59,21 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ConfigError(f"benchmark items = {path}: no such file; dataset_kwargs.data_files names it.")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    with path.open(encoding="utf-8") as lines:  # not splitlines, which would cut at U+2028 and the like in a text
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}, line {number}: an object is expected, found {type(row).__name__}.")
-        rows.append(row)
+            rows = [_parse_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
     if not rows:
         raise ConfigError(f"{path}: the file holds no items.")
     return rows
+
+
+def _parse_item(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: an object is expected, found {type(row).__name__}.")
+    return row

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mft_core.compute import PROCESS_WIDE
 from mft_core.errors import ConfigError
 from mft_core.sources import parts
 
@@ -61,9 +62,10 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     """
     config = read_config(directory)
     _set_dropout(config, dropout)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
+    with PROCESS_WIDE:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
     model, info = loaded
     bad = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if bad:
@@ -82,7 +84,7 @@ def _set_dropout(config: Any, dropout: float) -> None:
 def skeleton(directory: Path) -> PreTrainedModel:
     """Return the model without its weights (meta device), to find sites in it."""
     config = read_config(directory)
-    with torch.device("meta"):
+    with PROCESS_WIDE, torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -119,7 +121,7 @@ class WeightFiles:
     def _locate(self) -> dict[str, str]:
         index = self.directory / _INDEX
         if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         with safe_open(self.directory / "model.safetensors", framework="pt") as handle:
             return dict.fromkeys(handle.keys(), "model.safetensors")
 

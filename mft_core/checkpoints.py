@@ -4,15 +4,14 @@
     best-<step>.pt    what was trained, as it was at the best validation; written before the state that names it
 
 Files are written under a temporary name, fsynced and renamed. Loading is restricted to tensors and plain values
-(`weights_only`). A state that cannot be read is dropped with a warning: the training then begins again and gives the
-same numbers, later.
+(`weights_only`). A state that cannot be read, or whose best snapshot cannot, is dropped with a warning: the training
+then begins again and gives the same numbers, later.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,15 @@ from torch import Tensor
 from mft_core.errors import StageError
 
 STATE = "state.pt"
+_FIELDS = ("identity", "best_step", "content")
+
+
+class _UnreadableError(Exception):
+    """A file of the state is missing or damaged; the message names it."""
+
+
+def _best(step: int | None) -> str:
+    return f"best-{step}.pt"
 
 
 class ResumableState:
@@ -52,13 +60,18 @@ class ResumableState:
         if not path.exists():
             return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            self._log.warning("the saved state cannot be read, training begins again (%s: %s)", path.name, error)
+            state = self._read(STATE)
+            if not set(_FIELDS) <= set(state):
+                raise _UnreadableError(f"{STATE}: it lacks fields")
+            identity, best, content = (state[field] for field in _FIELDS)
+            if identity == self._identity and best is not None:
+                self._read(_best(best))  # needed at the end: better to know now
+        except _UnreadableError as error:
+            self._log.warning("the saved state cannot be read, training begins again (%s)", error)
             return None
-        if state["identity"] != self._identity:
+        if identity != self._identity:
             raise StageError(f"{path} is the state of another training; remove it, or use another directory.")
-        return state["content"]
+        return content
 
     def due(self) -> bool:
         """Say whether it is time to save again."""
@@ -66,19 +79,37 @@ class ResumableState:
 
     def save(self, content: dict[str, Any], best_step: int | None) -> None:
         """Replace the saved state; snapshots of other steps than `best_step` are no longer needed and go."""
-        self._write(STATE, {"identity": self._identity, "content": content})
+        self._write(STATE, {"identity": self._identity, "best_step": best_step, "content": content})
         for path in self._directory.glob("best-*.pt"):
-            if path.name != f"best-{best_step}.pt":
+            if path.name != _best(best_step):
                 path.unlink()
         self._saved_at = time.monotonic()
 
     def save_best(self, step: int, snapshot: dict[str, Tensor]) -> None:
         """Keep what was trained as it is after `step`."""
-        self._write(f"best-{step}.pt", snapshot)
+        self._write(_best(step), snapshot)
 
     def load_best(self, step: int) -> dict[str, Tensor]:
-        """Return the snapshot that was kept after `step`."""
-        return torch.load(self._directory / f"best-{step}.pt", map_location="cpu", weights_only=True)
+        """Return the snapshot that was kept after `step`.
+
+        Raises:
+            StageError: it was damaged since; the next `load` notices, and the training begins again.
+        """
+        try:
+            return self._read(_best(step))
+        except _UnreadableError as error:
+            raise StageError(f"{self._directory}: the best state cannot be read ({error}); run it again.") from error
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            content = torch.load(self._directory / name, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # of a damaged file, torch raises whatever its reader stumbles over
+            raise _UnreadableError(f"{name}: {error}") from error
+        if not isinstance(content, dict):
+            raise _UnreadableError(f"{name}: it is no state of a training")
+        return content
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         temporary = self._directory / f"{name}.incomplete"

@@ -1,11 +1,30 @@
-"""Where heavy work runs: the device and the CPU threads that `Runtime` asks for."""
+"""Where heavy work runs (device and CPU threads), and whose turn it is to use what torch has only once per process.
+
+Heavy stages may run in several threads of one process. torch's default dtype and random generators belong to the
+process: loading a model changes the one, dropout and sampling draw from the others, so each does it under
+`PROCESS_WIDE`. Everything else names its dtype and brings its own generator.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
 
 import torch
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import Runtime
+
+PROCESS_WIDE = threading.RLock()
+"""held while torch's default dtype is changed, or its generators are drawn from"""
+
+
+@contextlib.contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Have torch's generators of the process for oneself, and leave them as they were."""
+    with PROCESS_WIDE, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def settle(runtime: Runtime) -> torch.device:

@@ -46,7 +46,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Confi
             lines.append(f"{where}: '{field}' is missing; it has no default.")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {field or 'value'} = {problem['input']!r}: {message}")
+            lines.append(f"{where}: {field} = {problem['input']!r}: {message}" if field else f"{where}: {message}")
     return ConfigError("\n".join(lines))
 
 

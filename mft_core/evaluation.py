@@ -10,22 +10,20 @@ Decoding is greedy unless the task says otherwise. Prompts are sorted by length 
 changes no format and no prompt, but the padded sums round differently, so a near-tie between two tokens may fall the
 other way, rarely in float32, now and then in bfloat16. Compare models that were evaluated with one batch size.
 
+Where answers are sampled, and for lm-eval's own tasks, whose code may draw (GPQA shuffles its choices), the process's
+generators are seeded from the recipe and held alone meanwhile.
+
 Used by the stage `evaluate`; `check_task` by whoever plans a study (imports neither torch nor lm-eval for local tasks).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
-import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import metadata
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +31,7 @@ import numpy as np
 
 from mft_core.benchmarks import data_files, local_definition, read_items
 from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
+from mft_core.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import Progress
 
@@ -40,16 +39,6 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The outcome of one benchmark: one row per item, in the benchmark's order, and their summary."""
-
-    items: list[dict[str, Any]]
-    """rows of {item, doc_id, outcome, target, response}; `item` names the question *and* the prompt it was put in"""
-    summary: dict[str, Any]
-    """benchmark, metric, filter, n, accuracy, standard_error, commonest_target_share, lm_eval (version)"""
 
 
 def evaluate(
@@ -75,11 +64,13 @@ def evaluate(
         StageError: the metric or filter is none of the task's, or the tokenizer has no chat template.
     """
     runtime = runtime or Runtime.model_validate({})
-    tasks = _load_tasks(recipe, benchmark)
+    with _seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
+        tasks = _load_tasks(recipe, benchmark)
     unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values())
     if unsafe:
         _refuse_unconfirmed_code(recipe.task)
-    with _settled(runtime):
+    draws = benchmark is None or any(map(_samples, tasks.values()))
+    with _settled(runtime), _seeded(recipe.seed, runtime) if draws else nullcontext():
         from lm_eval import evaluator
 
         results = evaluator.evaluate(
@@ -93,7 +84,7 @@ def evaluate(
             confirm_run_unsafe_code=unsafe,
         )
     assert results is not None  # None is for the other ranks of a distributed run
-    return _outcomes(recipe, results["samples"])
+    return per_item(recipe, results["samples"])
 
 
 def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
@@ -169,6 +160,38 @@ def _local_task(name: str, folder: Path) -> Task:
     return LocalTask(config=definition)
 
 
+def _samples(task: Task) -> bool:
+    """Say whether lm-eval will draw the task's answers: where it says nothing of it, a temperature above 0 does."""
+    settings = task.get_config("generation_kwargs") or {}
+    asked = settings.get("do_sample")
+    return bool(float(settings.get("temperature") or 0) > 0 if asked is None else asked)
+
+
+@contextmanager
+def _seeded(seed: int, runtime: Runtime) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's generators, keep other stages from them, and put them back."""
+    import torch
+
+    from mft_core.compute import own_randomness
+
+    with own_randomness(torch.device(_device(runtime))):
+        python, numpy = random.getstate(), np.random.get_state()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _device(runtime: Runtime) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
+
+
 def _load_model(
     recipe: Evaluate,
     path: Path,
@@ -181,9 +204,11 @@ def _load_model(
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
+    from mft_core.compute import PROCESS_WIDE
+
     tokenizer = AutoTokenizer.from_pretrained(path)
     if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text()
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
     if recipe.apply_chat_template and not tokenizer.chat_template:
         raise StageError(
             "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
@@ -207,14 +232,14 @@ def _load_model(
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
-    return ReportingModel(
-        pretrained=str(path),
-        tokenizer=tokenizer,
-        device=device,
-        dtype=recipe.precision,
-        batch_size=runtime.eval_batch_size,
-    )
+    with PROCESS_WIDE:
+        return ReportingModel(
+            pretrained=str(path),
+            tokenizer=tokenizer,
+            device=_device(runtime),
+            dtype=recipe.precision,
+            batch_size=runtime.eval_batch_size,
+        )
 
 
 @functools.cache
@@ -245,57 +270,3 @@ def _settled(runtime: Runtime) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         torch.set_num_threads(threads)
-
-
-def _outcomes(recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]]) -> Evaluation:
-    """Turn lm-eval's logged samples (one per item *and filter*) into one row per item."""
-    filters = list(dict.fromkeys(sample["filter"] for rows in samples.values() for sample in rows))
-    chosen = recipe.filter or filters[0]
-    if chosen not in filters:
-        raise StageError(str(unknown(f"filter of task '{recipe.task}'", chosen, filters)))
-    items = [
-        {
-            "item": _item_id(task, sample),
-            "doc_id": sample["doc_id"],
-            "outcome": _outcome(recipe, sample),
-            "target": sample["target"],
-            "response": _only(sample["filtered_resps"]),
-        }
-        for task in sorted(samples)
-        for sample in sorted(samples[task], key=lambda row: row["doc_id"])
-        if sample["filter"] == chosen
-    ]
-    outcomes = np.array([row["outcome"] for row in items], dtype=float)
-    spread = float(outcomes.std(ddof=1)) / math.sqrt(len(items)) if len(items) > 1 else None
-    targets = Counter(json.dumps(row["target"], default=str) for row in items)
-    summary = {
-        "benchmark": recipe.task,
-        "metric": recipe.metric,
-        "filter": chosen,
-        "n": len(items),
-        "accuracy": float(outcomes.mean()),
-        "standard_error": spread,
-        # one target for all items (as in IFEval) is a placeholder, not an answer that could be guessed
-        "commonest_target_share": max(targets.values()) / len(items) if len(targets) > 1 else None,
-        "lm_eval": metadata.version("lm-eval"),
-    }
-    return Evaluation(items, summary)
-
-
-def _item_id(task: str, sample: Mapping[str, Any]) -> str:
-    """Name an item so that equal names mean the same question, answer and prompt."""
-    hashes = "".join(sample[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
-    return f"{task}/{sample['doc_id']}/{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
-
-
-def _outcome(recipe: Evaluate, sample: Mapping[str, Any]) -> int | float:
-    if recipe.metric not in sample["metrics"]:
-        raise StageError(str(unknown(f"metric of task '{recipe.task}'", recipe.metric, sample["metrics"])))
-    value = sample[recipe.metric]
-    if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(value):
-        raise StageError(f"metric '{recipe.metric}' of task '{recipe.task}' is not one number per item: {value!r}.")
-    return int(value) if float(value).is_integer() else float(value)
-
-
-def _only(responses: Any) -> Any:
-    return responses[0] if isinstance(responses, list) and len(responses) == 1 else responses

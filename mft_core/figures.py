@@ -1,4 +1,5 @@
-"""A study's rows as a figure: gain against what is varied (sparsity, else layers or modules), one panel a benchmark.
+"""A study's rows as a figure: gain against what is varied (sparsity, else layers, modules or the
+first other setting), one panel a benchmark.
 
 The y axis shows what the question is about, the learned masks and continued FFT; a control that falls far below stands
 at the lower edge with its value. Colours are Okabe and Ito's (told apart by colour-blind readers), and methods differ
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from mft_core.tables import apart, method_label, percent, pooled
+from mft_core.tables import apart, method_label, percent, plain, pooled, settings
 
 Row = Mapping[str, Any]
 _STYLES = {"mft": ("#0072B2", "o"), "random": ("#E69F00", "s"), "magnitude": ("#009E73", "^")}
@@ -83,7 +84,7 @@ def _draw(rows: Sequence[Row], question: str, confidence: float) -> Figure:
         if index % across == 0:
             axes.set_ylabel("Gain over FFT (percentage points)")
         if index + across >= len(panels):
-            axes.set_xlabel(_AXES[axis.column])
+            axes.set_xlabel(_AXES.get(axis.column, axis.column))
     figure.suptitle(textwrap.fill(question, 32 * across + 10), fontsize=11)
     figure.legend(handles=_legend(rows, styles, confidence), loc="outside lower center", ncols=across + 1,
                   frameon=False, fontsize=8.5)  # fmt: skip
@@ -100,9 +101,10 @@ def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
 def _axis(rows: Sequence[Row]) -> _Axis:
     """Choose the masks' column that varies; sparsities that span a factor of 8 are spaced by their logarithm."""
     masks = [row for row in rows if row["sparsity"] is not None]
-    varied = [column for column in _AXES if len({row[column] for row in masks}) > 1]
+    columns = (*_AXES, *settings(masks))
+    varied = [column for column in columns if len({row.get(column) for row in masks}) > 1]
     column = varied[0] if varied else "sparsity"
-    values = list(dict.fromkeys(row[column] for row in masks)) or [0.0]
+    values: list[Any] = list(dict.fromkeys(row.get(column) for row in masks)) or [0.0]
     if column != "sparsity":
         return _Axis(column, {value: float(index) for index, value in enumerate(values)}, 1.0)
     values.sort()
@@ -136,7 +138,7 @@ def _panel(axes: Axes, rows: Sequence[Row], axis: _Axis, styles: Mapping[str, tu
         shift = (index - (len(styles) - 1) / 2) * 0.17 * axis.step
         _series(axes, [row for row in rows if row["method"] == method], axis, style, shift)
     places = list(axis.places.values())
-    labels = [percent(value).rstrip("%") if axis.column == "sparsity" else str(value) for value in axis.places]
+    labels = [plain(axis.column, value).rstrip("%") for value in axis.places]
     axes.set_xticks(places, labels)
     axes.set_xlim(min(places) - 0.6 * axis.step, max(places) + 0.6 * axis.step)
 
@@ -145,9 +147,9 @@ def _series(axes: Axes, rows: Sequence[Row], axis: _Axis, style: tuple[str, str]
     """Draw one method: pooled gains with intervals, and the seeds apart as small dots beside them."""
     color, marker = style
     points = sorted(
-        (row for row in pooled(rows) if row["gain"] is not None), key=lambda row: axis.places[row[axis.column]]
+        (row for row in pooled(rows) if row["gain"] is not None), key=lambda row: axis.places[row.get(axis.column)]
     )
-    xs = [axis.places[row[axis.column]] + shift for row in points]
+    xs = [axis.places[row.get(axis.column)] + shift for row in points]
     floor, top = axes.get_ylim()
     edge = floor + 0.03 * (top - floor)
     if axis.column == "sparsity":
@@ -165,7 +167,7 @@ def _series(axes: Axes, rows: Sequence[Row], axis: _Axis, style: tuple[str, str]
                 f"{gain:+.0f} ↓", (x, edge), (0, 6), textcoords="offset points", ha="center", color="0.25", fontsize=8
             )
     for row in apart(rows):
-        x = axis.places[row[axis.column]] + shift + 0.06 * axis.step
+        x = axis.places[row.get(axis.column)] + shift + 0.06 * axis.step
         axes.plot(x, 100 * row["gain"], ".", color=color, markersize=4.5, alpha=0.75, markeredgewidth=0, zorder=2.5)
 
 

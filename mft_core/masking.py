@@ -94,8 +94,8 @@ def initial_scores(shape: Sequence[int], init: ScoreInit, generator: torch.Gener
     'normal' is N(0, 0.02), which the published runs used; 'kaiming-uniform' with a = sqrt(5), the paper's
     text, is uniform in ±1/sqrt(in)."""
     if init == "normal":
-        return torch.randn(tuple(shape), generator=generator) * _NORMAL_STD
-    scores = torch.empty(tuple(shape))
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * _NORMAL_STD
+    scores = torch.empty(tuple(shape), dtype=torch.float32)
     return nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
 
 

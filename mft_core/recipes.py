@@ -114,7 +114,7 @@ class Evaluate(Recipe):
     limit: int | None = Field(None, gt=0, description="items of each (sub)task, for a quick look only")
     apply_chat_template: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
-    seed: int = Field(1234, ge=0, description="of the few-shot draw")
+    seed: int = Field(1234, ge=0, description="of the few-shot draw, and of answers where the task samples them")
 
 
 class Compare(Recipe):

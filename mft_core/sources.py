@@ -8,6 +8,7 @@ planned, taken by stages as inputs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -43,6 +44,8 @@ class Source(BaseModel):
     """commit of the hub repository; None for local files"""
     digest: str
     kind: Literal["model", "tokenizer", "dataset", "file"] = "file"
+    files: tuple[str, ...] = ()
+    """what was hashed, relative to `location`: ("",) is the location itself; empty for what is known by its version"""
 
     def local_path(self, store: ArtifactStore | None = None) -> Path:
         """Return the local file or directory; a hub repository is looked up in the local hub cache, or fetched.
@@ -67,6 +70,20 @@ class Source(BaseModel):
             ) from error
         return Path(folder)
 
+    def problem(self, store: ArtifactStore | None = None) -> str | None:
+        """Say why local files are no longer what was hashed, or None if they are; a commit does not change."""
+        root = Path(self.location)
+        missing = [name for name in self.files if not (root / name).is_file()]
+        if missing:
+            return f"{missing[0] or 'the file'} is missing"
+        if self.kind == "model" or self.kind == "tokenizer":
+            added = set(parts(self.kind, root)) - set(self.files) if self.files else ()
+            if added:
+                return f"{min(added)} was added since it was read"
+        if self.files and _digest(root, self.files) != self.digest:
+            return "its content was changed since it was read"
+        return None
+
 
 def first_line(error: Exception) -> str:
     """Return the first line of what the hub's client says; the rest is advice for its own users."""
@@ -80,9 +97,20 @@ def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:
     return sorted({path.name for pattern in _MODEL_FILES for path in directory.glob(pattern)})
 
 
-@functools.lru_cache(maxsize=64)
-def _digest_of(path: Path, names: tuple[str, ...], stamp: tuple[int, ...]) -> str:
-    return digest_files(path, list(names))
+def local_files(location: Path, files: Sequence[str], kind: Literal["model", "tokenizer", "file"] = "file") -> Source:
+    """Return existing files under a directory, named relative to it, as one source; ("",) is one file by itself."""
+    return Source(location=str(location), digest=_digest(location, tuple(files)), kind=kind, files=tuple(files))
+
+
+def _digest(root: Path, files: tuple[str, ...]) -> str:
+    """Hash files, or take the hash that they had when they were last seen with the same stamps."""
+    stats = [(root / name).stat() for name in files]
+    return _digest_of(root, files, tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(root: Path, files: tuple[str, ...], stamps: tuple[tuple[int, ...], ...]) -> str:
+    return digest_file(root) if files == ("",) else digest_files(root, list(files))
 
 
 def local_checkpoint(kind: Literal["model", "tokenizer"], directory: Path) -> Source:
@@ -93,18 +121,17 @@ def local_checkpoint(kind: Literal["model", "tokenizer"], directory: Path) -> So
     """
     if not directory.is_dir():
         raise ConfigError(f"model = {directory}: no such directory; give a local checkpoint or a hub name.")
-    names = tuple(parts(kind, directory))
+    names = parts(kind, directory)
     if not names or (kind == "model" and "config.json" not in names):
         raise ConfigError(f"model = {directory}: no {kind} files there (config.json, *.safetensors, tokenizer.json).")
-    stamp = tuple((directory / name).stat().st_mtime_ns for name in names)
-    return Source(location=str(directory), digest=_digest_of(directory, names, stamp), kind=kind)
+    return local_files(directory, names, kind)
 
 
 def local_file(path: Path, what: str) -> Source:
     """Return a data file as a source; `what` names the field in the error when it is missing."""
     if not path.is_file():
         raise ConfigError(f"{what} = {path}: no such file; give the path of a JSONL file.")
-    return Source(location=str(path), digest=digest_file(path))
+    return local_files(path, ("",))
 
 
 def pinned(name: str, commit: str, kind: Literal["model", "tokenizer", "dataset"]) -> Source:

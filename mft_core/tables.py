@@ -5,7 +5,7 @@ Takes the rows that the stage `compare` writes. `cells` is the table as strings,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -18,6 +18,13 @@ METHODS = {
     "magnitude": "magnitude mask",
     "lora": "LoRA",
 }
+_IDENTITY = ("method", "domain", "layers", "modules", "sparsity")
+_STANDARD = {
+    *_IDENTITY, "variant", "seed", "seeds", "benchmark", "metric", "n", "accuracy", "commonest_target_share", "family",
+    "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses", "verdict",
+    "study", "profile", "cached", "seconds",
+}  # fmt: skip
+"""the columns of every study; any other one is a setting that the study varies, named by its key"""
 _WORDS = {
     "better": "better",
     "worse": "worse",
@@ -36,20 +43,34 @@ def percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
+def settings(rows: Sequence[Row]) -> list[str]:
+    """Return the columns besides the standard ones: what else the study varies, e.g. `mask.training.learning_rate`."""
+    return list(dict.fromkeys(key for row in rows for key in row if key not in _STANDARD))
+
+
+def without_seed(variant: str) -> str:
+    """Return a variant's name as all of its seeds share it."""
+    return " ".join(word for word in variant.split(" ") if not word.startswith("seed="))
+
+
 def pooled(rows: Sequence[Row]) -> list[Row]:
     """Return one row per variant and benchmark: over all seeds where there are several."""
-    several = {_identity(row) for row in rows if row["seed"] == "all"}
-    return [row for row in rows if row["seed"] == "all" or _identity(row) not in several]
+    key = _identity(rows)
+    several = {key(row) for row in rows if row["seed"] == "all"}
+    return [row for row in rows if row["seed"] == "all" or key(row) not in several]
 
 
 def apart(rows: Sequence[Row]) -> list[Row]:
     """Return the rows of single seeds whose variant has several."""
-    several = {_identity(row) for row in rows if row["seed"] == "all"}
-    return [row for row in rows if row["seed"] != "all" and _identity(row) in several]
+    key = _identity(rows)
+    several = {key(row) for row in rows if row["seed"] == "all"}
+    return [row for row in rows if row["seed"] != "all" and key(row) in several]
 
 
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("method", "domain", "layers", "modules", "sparsity", "benchmark"))
+def _identity(rows: Sequence[Row]) -> Callable[[Row], tuple[Any, ...]]:
+    """Return what names a row's variant and benchmark, but for the seed."""
+    keys = (*_IDENTITY, *settings(rows), "benchmark")
+    return lambda row: (without_seed(row["variant"]), *(row.get(key) for key in keys))
 
 
 def cell(row: Row) -> str:
@@ -62,18 +83,43 @@ def cell(row: Row) -> str:
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of the table; only the columns that tell variants apart are there."""
+    """Return header and lines of the table; only the columns that tell variants apart are there.
+
+    Raises:
+        ValueError: two rows of one variant on one benchmark; a table that hides one of them would lie.
+    """
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
-    columns = [key for key in ("domain", "layers", "modules") if len(_values(rows, key)) > 1]
+    columns = [key for key in ("domain", "layers", "modules", *settings(rows)) if _varies(rows, key)]
     columns += ["sparsity"] if _values(rows, "sparsity") else []
     columns += ["seed"] if _values(rows, "seed") - {"all"} and "all" not in _values(rows, "seed") else ["seeds"]
-    lines: dict[tuple[Any, ...], dict[str, str]] = {}
+    name_of = _identity(rows)
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in sorted(rows, key=_order(rows)):
-        head = (method_label(row["method"]), *(_plain(key, row.get(key)) for key in columns))
-        lines.setdefault(head, {})[row["benchmark"]] = cell(row)
+        line = lines.setdefault((*name_of(row)[:-1], row["seed"]), {})
+        if row["benchmark"] in line:
+            raise ValueError(f"two rows for variant '{row['variant']}' on benchmark '{row['benchmark']}'")
+        line[row["benchmark"]] = row
+    firsts = [next(iter(line.values())) for line in lines.values()]
+    heads = [_head(row, columns) for row in firsts]
+    if len({tuple(head) for head in heads}) < len(heads):  # the names then are all that tells them apart
+        columns = ["variant", *columns]
+        heads = [_head(row, columns) for row in firsts]
     sizes = {row["benchmark"]: row["n"] for row in rows}
     header = ["method", *columns, *(f"{name} (n = {sizes[name]:,})" for name in benchmarks)]
-    return header, [[*head, *(line.get(name, "-") for name in benchmarks)] for head, line in lines.items()]
+    answers = [[cell(line[name]) if name in line else "-" for name in benchmarks] for line in lines.values()]
+    return header, [[*head, *answer] for head, answer in zip(heads, answers, strict=True)]
+
+
+def _head(row: Row, columns: Sequence[str]) -> list[str]:
+    return [method_label(row["method"]), *(plain(key, row.get(key)) for key in columns)]
+
+
+def _varies(rows: Sequence[Row], key: str) -> bool:
+    """Whether a column tells variants apart: it has several values, or a method is there with and without one."""
+    found: dict[str, set[Any]] = {}
+    for row in rows:
+        found.setdefault(row["method"], set()).add(row.get(key))
+    return len(_values(rows, key)) > 1 or any(len(values) > 1 for values in found.values())
 
 
 def markdown(rows: Sequence[Row], question: str, confidence: float = 0.95) -> str:
@@ -129,10 +175,13 @@ def _values(rows: Sequence[Row], key: str) -> set[Any]:
     return {row.get(key) for row in rows} - {None}
 
 
-def _plain(key: str, value: Any) -> str:
+def plain(key: str, value: Any) -> str:
+    """Return a column's value as people read it."""
     if value is None:
         return "-"
-    return percent(value) if key == "sparsity" else str(value)
+    if key == "sparsity":
+        return percent(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

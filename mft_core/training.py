@@ -4,8 +4,10 @@ The loss of an optimizer step is the mean over all its loss tokens: sum over mic
 divided by the tokens of the whole step, so the result does not depend on how the step is cut (but for rounding).
 
 Everything at step k is a function of (recipe, data, state after step k - 1): the examples and the learning rate by
-random access, the dropout noise because every step seeds torch anew. So the state holds no generators, and a run that
-is killed and started again computes what an undisturbed run would have, on the CPU (same threads) to the last bit.
+random access, the dropout noise because every step seeds torch anew. (torch's generators belong to the process: with
+dropout the whole training holds them alone, without it they are not touched.) So the state holds no generators, and a
+run that is killed and started again computes what an undisturbed run would have, on the CPU (same threads) to the last
+bit.
 
 A step whose loss or gradient is not finite is never applied: the state before it is saved and the training stops.
 """
@@ -17,7 +19,6 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mft_core.checkpoints import ResumableState
+from mft_core.compute import own_randomness
 from mft_core.data.batching import StepBatches, micro_batches, plan_epochs
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
@@ -96,7 +98,7 @@ class History:
 
     def write(self, path: Path) -> None:
         """Write the rows as JSON lines."""
-        path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
+        path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows), encoding="utf-8")
 
 
 def adamw(recipe: Training) -> OptimizerFactory:
@@ -136,11 +138,16 @@ class _Loop:
     def run(self) -> History:
         self._resume()
         started, tokens_before = time.perf_counter(), self.history.tokens
-        with _own_randomness(self.device), LossHead(self.trainable.model) as self.head:
+        alone = own_randomness(self.device) if self.recipe.dropout else contextlib.nullcontext()
+        with alone, LossHead(self.trainable.model) as self.head:
             for step in range(len(self.history.rows), self.steps):
                 self._step(step)
                 seconds = time.perf_counter() - started
-                self._report((self.history.tokens - tokens_before) / seconds)
+                try:
+                    self._report((self.history.tokens - tokens_before) / seconds)
+                except BaseException:  # whoever is told may ask to stop by raising
+                    self._save()
+                    raise
                 if self.saved.due() and step + 1 < self.steps:
                     self._save()
         if self.history.best_step is not None and self.history.best_step != self.steps:
@@ -148,10 +155,11 @@ class _Loop:
         return self.history
 
     def _step(self, step: int) -> None:
-        torch.manual_seed(self.recipe.seed * 1_000_003 + step)  # the noise of dropout
+        if self.recipe.dropout:
+            torch.manual_seed(self.recipe.seed * 1_000_003 + step)
         self.trainable.model.train()
         batches = self._cut(self.data.train, self.plan[step])
-        loss_sum = torch.zeros((), device=self.device)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch in batches.batches:
             loss = self._loss(batch) / batches.loss_tokens
             loss.backward()
@@ -234,10 +242,3 @@ class _Loop:
         self.history = History(**content["history"])
         self.trainable.load_state_dict(content["trainable"])
         self.context.log.info("resuming after step %d of %d", len(self.history.rows), self.steps)
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Leave torch's global generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -30,7 +30,9 @@ class VariantSpec(Recipe):
 
     method: Method
     domain: str | None = Field(None, description="null takes the study's, or the profile's default")
-    grid: dict[str, list[Any]] = Field(default_factory=dict, description="setup key: values")
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="setup key: values"
+    )
 
     def points(self) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid's values as {setup key: value}."""

@@ -12,9 +12,13 @@ from pydantic import ValidationError
 from mft_core.errors import ConfigError, did_you_mean, explain
 from mft_core.recipes import Runtime
 from pipelines.catalogue import Profile, Study, VariantSpec, anchored, domain_of, merge
-from pipelines.setup import METHODS, Setup
+from pipelines.setup import METHODS, Setup, uses
 
-_OF_ALL = {"precision", "model", "benchmarks"}
+_ELSEWHERE = {
+    "backbone": "it is the profile: use --profile",
+    "domain": "it is a field of the study and of its variants: write `domain:` there",
+    "method": "it is a field of the study's variants: write `method:` there",
+}
 _SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "mask", "benchmarks")
 
 
@@ -66,11 +70,12 @@ def setups(
         ConfigError: an unknown key, an invalid value, or an override that no variant of the study uses.
     """
     settings = {key: value for key, value in overrides.items() if not key.startswith("runtime.")}
+    _refuse_misplaced(settings, study)
     found: list[tuple[Setup, dict[str, Any]]] = []
     for spec in study.variants:
         for point in spec.points():
             for seed in _seeds(spec, point, seeds or study.seeds):
-                setup = _compose(study, profile, spec, {**settings, **point}, seed)
+                setup = _compose(study, profile, spec, settings, point, seed)
                 if all(setup != other for other, _ in found):
                     found.append((setup, point))
     _refuse_unused(settings, study, [setup for setup, _ in found])
@@ -83,14 +88,22 @@ def _seeds(spec: VariantSpec, point: Mapping[str, Any], seeds: Sequence[int]) ->
     return seeds if "seed" in METHODS[spec.method] else [0]
 
 
-def _compose(study: Study, profile: Profile, spec: VariantSpec, settings: Mapping[str, Any], seed: int) -> Setup:
+def _compose(
+    study: Study,
+    profile: Profile,
+    spec: VariantSpec,
+    settings: Mapping[str, Any],
+    point: Mapping[str, Any],
+    seed: int,
+) -> Setup:
     domain = domain_of(profile, spec.domain or study.domain)
     values: dict[str, Any] = {}
     for layer in (profile.defaults, profile.domains[domain]):
         merge(values, layer)
-    for key, value in settings.items():
+    for key, value in {**settings, **point}.items():
         last = key.split(".")[-1]
-        _put(values, key, anchored({last: value}, Path.cwd())[last], f"--set {key}")
+        where = f"study {study.name}, grid of {spec.method}" if key in point else f"--set {key}"
+        _put(values, key, anchored({last: value}, Path.cwd())[last], where)
     values |= {"backbone": profile.name, "domain": domain, "method": spec.method, "seed": seed}
     try:
         return Setup.model_validate(values)
@@ -114,11 +127,28 @@ def _hint(name: str, target: Mapping[str, Any]) -> str:
     return f"{did_you_mean(name, valid)} Valid keys here: {', '.join(valid)}."
 
 
+def _refuse_misplaced(settings: Mapping[str, Any], study: Study) -> None:
+    """Refuse keys that have their place elsewhere, and grid keys that make no difference to their method."""
+    elsewhere = {**_ELSEWHERE, "seed": "use --seeds, or `seeds:` of the study"}
+    for key in settings:
+        if key in elsewhere:
+            raise ConfigError(f"--set {key}: {key} cannot be set; {elsewhere[key]}.")
+    for spec in study.variants:
+        for key in spec.grid:
+            where = f"study {study.name}, grid of {spec.method}: '{key}'"
+            if key in _ELSEWHERE:
+                raise ConfigError(f"{where} cannot be varied; {_ELSEWHERE[key]}.")
+            if key.split(".")[0] in Setup.model_fields and not uses(spec.method, key):
+                raise ConfigError(
+                    f"{where} makes no difference to {spec.method}: all its variants would be the same; leave it out."
+                )
+
+
 def _refuse_unused(settings: Mapping[str, Any], study: Study, found: Sequence[Setup]) -> None:
     for key, value in settings.items():
-        section = key.split(".")[0]
-        if not any(section in METHODS[setup.method] | _OF_ALL for setup in found):
-            raise ConfigError(f"--set {key}={value}: no variant of study '{study.name}' uses '{section}'.")
+        if not any(uses(setup.method, key) for setup in found):
+            unused = key if any(uses(setup.method, key.split(".")[0]) for setup in found) else key.split(".")[0]
+            raise ConfigError(f"--set {key}={value}: no variant of study '{study.name}' uses '{unused}'.")
         if any(key in spec.grid for spec in study.variants):
             raise ConfigError(
                 f"--set {key}={value}: study '{study.name}' varies {key} itself; "

@@ -24,8 +24,8 @@ from pipelines import doctor_hub, resolve
 from pipelines.catalogue import Profile, Study, VariantSpec, load_profile
 from pipelines.compose import setups
 from pipelines.doctor_hub import Finding
-from pipelines.plan import parameter_count
 from pipelines.setup import ModelSpec, Setup
+from pipelines.size import parameter_count, state_bytes
 
 _CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 _TRAINING_BYTES = 16
@@ -140,7 +140,7 @@ def _space(setup: Setup, size: Size, store: ArtifactStore) -> list[Finding]:
     disk = {
         "download": 0 if Path(setup.model.path).is_absolute() else 2 * size.weights,
         "fine-tuned model": stored,
-        "resumable state": 12 * size.weights,
+        "resumable state": state_bytes(setup.fine_tune, size.weights),
         "merged model": stored,
     }
     there = next(path for path in (store.home, *store.home.parents) if path.exists())

@@ -46,6 +46,7 @@ def call_of(node: Node, rerun: bool) -> StageCall:
         sources={name: given for name, given in node.inputs.items() if isinstance(given, Source)},
         parts={name: given.part for name, given in node.inputs.items() if isinstance(given, Edge)},
         rerun=rerun,
+        node=node.id,
     )
 
 

@@ -5,7 +5,11 @@ All of them plan, check, and run nodes through `execute`; what differs is which 
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from prefect import Flow, flow
@@ -13,6 +17,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from mft_core.artifacts import ArtifactStore
+from mft_core.errors import StageError
 from mft_core.stages import STAGES, get_stage
 from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_study
 from pipelines.display import Display
@@ -84,7 +89,7 @@ def _run_study(
     comparison = comparison_node(plan)
     nodes = closure([comparison])
     with (
-        log_to(store.home, study.name) as logfile,
+        _logged(store, study.name) as logfile,
         Recorder(plan, store, logfile) as recorder,
         Display(len(nodes)) as display,
     ):
@@ -99,7 +104,19 @@ def _run_study(
         key=re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{profile.name}".lower()),
         description=f"{study.name} on {profile.name}",
     )
+    if recorder.problem:
+        print(f"warning: {recorder.problem}. `mft report {study.name} --sync` records it later.", file=sys.stderr)
     return report
+
+
+@contextlib.contextmanager
+def _logged(store: ArtifactStore, name: str) -> Iterator[Path]:
+    """Write a log for as long as the context lasts; a stage that fails in it says where the log is."""
+    with log_to(store.home, name) as path:
+        try:
+            yield path
+        except StageError as error:
+            raise StageError(f"{error}\nlog: {path}") from error
 
 
 def _checked(
@@ -126,7 +143,7 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
     ) -> list[dict[str, str]]:
         plan, store = _checked(load_study(study), load_profile(profile), overrides, seeds, rerun)
         wanted = _up_to(stage, plan)
-        with log_to(store.home, f"{study}-{stage}"), Display(len(wanted)) as display:
+        with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
             outcomes = run_nodes(wanted, workplace(plan, store, display), display, rerun)
         return [
             {"label": done.node.label, "directory": str(done.artifact.local_path(store))}

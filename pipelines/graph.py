@@ -26,9 +26,11 @@ from mft_core.recipes import (
 from mft_core.sources import Source
 from mft_core.stages import STAGES
 from pipelines import resolve
-from pipelines.setup import SELECTORS, BenchmarkSpec, Setup
+from pipelines.setup import SELECTORS, BenchmarkSpec, Setup, uses
 
 _COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
+_IN_NAMES = {"sparsity", "layers", "modules", "seed"}
+_OF_FINE_TUNING = ("model", "data", "fine_tune")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Variant:
     evaluations: Mapping[str, Node]
     details: Mapping[str, Any]
     """what the study varies besides sparsity, layers, modules and seed: {setup key: value}"""
+    baseline: Variant | None
+    """the full fine-tuning that this variant's own training starts from, as a variant; None for `base` and `fft`"""
 
     @property
     def columns(self) -> dict[str, str | int | float | None]:
@@ -88,22 +92,26 @@ class Variant:
         }
 
 
-def variant(setup: Setup, point: Mapping[str, Any]) -> Variant:
+def variant(setup: Setup, point: Mapping[str, Any], grid: Iterable[str] = ()) -> Variant:
     """Build the chain of one variant.
 
     Args:
         point: the variant's point of the study's grid; its settings tell it apart in names and tables.
+        grid: every key that the study varies; where the last part of one does not name it, the whole key does.
 
     Raises:
         ConfigError: a model, data file, benchmark or layer that is not there.
     """
     details = {key: value for key, value in point.items() if key not in _COLUMNS}
-    suffix = "".join(f" {key.split('.')[-1]}={value}" for key, value in details.items())
+    names = _short_names({*grid, *point})
+    suffix = _suffix(details, names)
+    baseline = _baseline(setup, point, grid) if setup.method not in ("base", "fft") else None
     if setup.method == "base":
         model: Source | Edge = resolve.model(setup.model)
         trained = None
     else:
-        trained = _fine_tuned(setup, suffix if setup.method == "fft" else "")
+        trained = baseline.trained if baseline else _fine_tuned(setup, _of_fine_tuning(details, names))
+        assert trained is not None
         model = Edge(trained, "model")
         if setup.method == "continued-fft":
             trained = _continued(setup, model, suffix)
@@ -115,18 +123,43 @@ def variant(setup: Setup, point: Mapping[str, Any]) -> Variant:
             model = Edge(merged, "model")
     name = _name(setup) + suffix
     evaluations = {bench.name: _evaluation(setup, bench, model, name) for bench in setup.benchmarks}
-    return Variant(setup, name, trained, evaluations, details)
+    return Variant(setup, name, trained, evaluations, details, baseline)
+
+
+def _baseline(setup: Setup, point: Mapping[str, Any], grid: Iterable[str]) -> Variant:
+    """Return the fine-tuning that the setup starts from as a variant of its own, evaluated in the same way."""
+    own = {key: value for key, value in point.items() if uses("fft", key)}
+    return variant(setup.model_copy(update={"method": "fft", "seed": 0}), own, grid)
+
+
+def _short_names(keys: set[str]) -> dict[str, str]:
+    """Return for each setup key the last part, where no other key and no column of the tables is called so."""
+    last = {key: key.split(".")[-1] for key in keys}
+    taken = [*last.values(), *_IN_NAMES]
+    return {key: name if taken.count(name) == 1 else key for key, name in last.items()}
+
+
+def _of_fine_tuning(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return _suffix({key: value for key, value in details.items() if key.split(".")[0] in _OF_FINE_TUNING}, names)
+
+
+def _suffix(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    return "".join(f" {names[key]}={value}" for key, value in details.items())
 
 
 def _name(setup: Setup) -> str:
     details: list[str] = [setup.method]
     if setup.method in SELECTORS:
-        mask = setup.mask
-        details += [f"sparsity={mask.sparsity:g}", f"layers={resolve.layers(setup)}"]
-        details += [f"modules={mask.modules}"] if mask.modules != "both" else []
+        details += _mask_words(setup)
     if setup.method in ("mft", "random", "continued-fft"):
         details.append(f"seed={setup.seed}")
     return " ".join(details)
+
+
+def _mask_words(setup: Setup) -> list[str]:
+    mask = setup.mask
+    words = [f"sparsity={mask.sparsity:.15g}", f"layers={resolve.layers(setup)}"]
+    return words + ([f"modules={mask.modules}"] if mask.modules != "both" else [])
 
 
 def _data(setup: Setup, fraction: float) -> Node:
@@ -140,8 +173,9 @@ def _data(setup: Setup, fraction: float) -> Node:
     )
     inputs: dict[str, Source | Edge] = {"tokenizer": resolve.tokenizer(setup.model), **_template(setup)}
     inputs |= {f"source-{i}": resolve.rows(source) for i, source in enumerate(spec.mixture)}
-    local = [bench for bench in setup.benchmarks if bench.path]
-    inputs |= {f"benchmark-{i}": resolve.benchmark_items(bench) for i, bench in enumerate(local)}
+    items = [resolve.benchmark_items(bench) for bench in setup.benchmarks if bench.path]
+    items.sort(key=lambda source: source.digest)  # in whatever order they are written, the data are the same
+    inputs |= {f"benchmark-{i}": source for i, source in enumerate(items)}
     share = f" fraction={fraction:g}" if fraction != 1 else ""
     return Node("prepare-data", recipe, inputs, f"prepare-data {setup.domain}{share}")
 
@@ -176,7 +210,7 @@ def _mask(setup: Setup, model: Edge, suffix: str) -> Node:
     selector, mask, layers = SELECTORS[setup.method], setup.mask, resolve.layers(setup)
     details: dict[str, Any] = {}
     inputs: dict[str, Source | Edge] = {"model": model}
-    label = f"learn-mask sparsity={mask.sparsity:g} layers={layers}"
+    label = " ".join(["learn-mask", *_mask_words(setup)])
     if selector == "learned":
         details = {"training": _seeded(mask.training, setup.seed), "score_init": mask.score_init}
         inputs["data"] = Edge(_data(setup, setup.data.fraction * mask.fraction))

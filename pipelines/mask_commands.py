@@ -40,8 +40,10 @@ def apply(base: Path, directory: Path, out: Path) -> None:
 
     if out.exists():
         raise ConfigError(f"OUT = {out}: exists already; give a directory that does not.")
-    zeros = merge(base, _mask_directory(directory), out)
-    print(f"{zeros:,} weights set to zero; checkpoint written to {out}")
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"BASE = {base}: no checkpoint there; give the directory of the model the mask was made for.")
+    mask = merge(base, _mask_directory(directory), out)
+    print(f"{mask.zeros:,} weights set to zero; checkpoint written to {out}")
 
 
 def compare(first: Path, second: Path, as_json: bool) -> None:

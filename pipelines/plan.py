@@ -7,7 +7,7 @@ can be known to fail (`compose`, `resolve`, `check`), with exit code 2.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from mft_core import provenance
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError
 from mft_core.recipes import Compare, Runtime
+from mft_core.sources import Source
 from mft_core.stages import STAGES
-from pipelines import compose, resolve
+from pipelines import compose
 from pipelines.catalogue import Profile, Study
 from pipelines.graph import Edge, Node, Variant, unique_nodes, variant
-
-_BYTES = {"float32": 4, "bfloat16": 2}
+from pipelines.size import disk_needed
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
     variants: list[Variant]
     steps: list[Step]
     disk_needed: int
-    """bytes that the steps to compute will add under `MFT_HOME`"""
+    """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now; see `pipelines.size`"""
 
     @property
     def to_compute(self) -> list[Step]:
@@ -54,28 +54,44 @@ class Plan:
     def comparison(self) -> tuple[Compare, list[Node]]:
         """Return the recipe of the comparison and the evaluations that it takes, in order.
 
-        The baseline of a variant is the `fft` variant of the same domain (and data), benchmark by benchmark.
+        A variant is compared with the fine-tuned model that its own training starts from, evaluated in the same way;
+        `base` with the fine-tuned model of its domain, if there is exactly one.
         """
         columns: list[dict[str, str | int | float | None]] = []
         nodes: list[Node] = []
-        baselines = {
-            (item.setup.domain, name): node.id
-            for item in self.variants
-            if item.setup.method == "fft"
-            for name, node in item.evaluations.items()
-        }
-        position: dict[tuple[str, str], int] = {}
+        position: dict[str, int] = {}
         for item in self.variants:
             for name, node in item.evaluations.items():
-                position.setdefault((node.id, name), len(nodes))
+                position.setdefault(node.id, len(nodes))
                 columns.append({**item.columns, "benchmark": name})
                 nodes.append(node)
-        for column, node in zip(columns, nodes, strict=True):
-            name = str(column["benchmark"])
-            baseline = baselines.get((str(column["domain"]), name))
-            same = baseline is None or baseline == node.id
-            column["baseline"] = None if same else position[(str(baseline), name)]
+        baselines = [
+            self._baseline(item, name, node) for item in self.variants for name, node in item.evaluations.items()
+        ]
+        for column, baseline in zip(columns, baselines, strict=True):
+            column["baseline"] = position[baseline.id] if baseline else None
         return Compare(question=self.study.question, variants=tuple(columns)), nodes
+
+    def _baseline(self, item: Variant, benchmark: str, node: Node) -> Node | None:
+        """Return the evaluation that the variant's evaluation on the benchmark is compared with."""
+        if item.baseline:
+            return item.baseline.evaluations[benchmark]
+        if item.setup.method != "base":
+            return None
+        tuned = [
+            other.evaluations[benchmark]
+            for other in self.variants
+            if (other.setup.method, other.setup.domain) == ("fft", item.setup.domain)
+            and benchmark in other.evaluations
+            and _asked(other.evaluations[benchmark]) == _asked(node)
+        ]
+        return tuned[0] if len(tuned) == 1 else None
+
+
+def _asked(evaluation: Node) -> tuple[object, ...]:
+    """Return what the evaluation asks, whatever the model: its recipe and the benchmark's content."""
+    given = [evaluation.inputs.get(name) for name in ("benchmark", "harness")]
+    return evaluation.recipe, *(source.digest for source in given if isinstance(source, Source))
 
 
 def make_plan(
@@ -96,10 +112,38 @@ def make_plan(
     """
     settings = compose.parse_overrides(overrides)
     runtime = compose.runtime_of(profile, settings)
-    variants = [variant(setup, point) for setup, point in compose.setups(study, profile, settings, seeds)]
+    grid = {key for spec in study.variants for key in spec.grid}
+    asked = [variant(setup, point, grid) for setup, point in compose.setups(study, profile, settings, seeds)]
+    variants = _distinct(asked, study)
     steps = _steps(unique_nodes(variants), store)
-    needed = sum(_disk(step.node, variants) for step in steps if step.artifact is None)
+    needed = disk_needed([step.node for step in steps if step.artifact is None], variants, runtime.heavy_slots)
     return Plan(study, profile, runtime, variants, steps, needed)
+
+
+def _distinct(asked: Sequence[Variant], study: Study) -> list[Variant]:
+    """Return the variants that are different work, and before the first that needs it each baseline not among them.
+
+    Raises:
+        ConfigError: two variants of one name.
+    """
+    there = {_work(item) for item in asked}
+    found: dict[tuple[str, ...], Variant] = {}
+    for item in asked:
+        if item.baseline and _work(item.baseline) not in there:
+            found.setdefault(_work(item.baseline), item.baseline)
+        found.setdefault(_work(item), item)
+    names = [(item.setup.domain, item.name) for item in found.values()]
+    for domain, name in names:
+        if names.count((domain, name)) > 1:
+            raise ConfigError(
+                f"study {study.name}: two different variants of domain {domain} are both called '{name}'; "
+                "vary one setting by one key of the grid, and give values that are written differently."
+            )
+    return list(found.values())
+
+
+def _work(item: Variant) -> tuple[str, ...]:
+    return tuple(node.id for node in item.evaluations.values())
 
 
 def _steps(nodes: Sequence[Node], store: ArtifactStore) -> list[Step]:
@@ -123,34 +167,6 @@ def _steps(nodes: Sequence[Node], store: ArtifactStore) -> list[Step]:
 def _other_code(store: ArtifactStore, artifact: ArtifactRef | None) -> bool:
     manifest = store.manifest(artifact.stage, artifact.key) if artifact else None
     return manifest is not None and manifest["provenance"].get("source_digest") != provenance.source_digest()
-
-
-def _disk(node: Node, variants: Sequence[Variant]) -> int:
-    """Estimate the bytes that a node leaves: checkpoints dominate (a fine-tune also keeps its state meanwhile)."""
-    if node.stage not in ("fine-tune", "merge-mask"):
-        return 1_000_000
-    setup = next(item.setup for item in variants if item.setup.method != "base")
-    weights = parameter_count(resolve.configuration(setup.model)) * _BYTES[setup.precision]
-    return weights * (4 if node.stage == "fine-tune" else 1)
-
-
-def parameter_count(config: Mapping[str, object]) -> int:
-    """Estimate the weights of a Llama-like decoder from its configuration (within a few percent)."""
-    hidden, layers = _int(config, "hidden_size", "n_embd"), _int(config, "num_hidden_layers", "n_layer")
-    heads = _int(config, "num_attention_heads", "n_head")
-    key_heads = _int(config, "num_key_value_heads", default=heads)
-    inner = _int(config, "intermediate_size", "ffn_dim", default=4 * hidden)
-    vocabulary = _int(config, "vocab_size") * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    attention = 2 * hidden * hidden + 2 * hidden * hidden * key_heads // max(heads, 1)
-    return layers * (attention + 3 * hidden * inner + 2 * hidden) + vocabulary
-
-
-def _int(config: Mapping[str, object], *names: str, default: int = 0) -> int:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int):
-            return value
-    return default
 
 
 def check_disk(plan: Plan, home: Path) -> None:

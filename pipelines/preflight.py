@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mft_core.artifacts import ArtifactStore
-from mft_core.errors import ConfigError
-from mft_core.recipes import Evaluate
+from mft_core.errors import ConfigError, unknown
+from mft_core.recipes import Evaluate, PrepareData
+from mft_core.sources import Source
 from pipelines import resolve
 from pipelines.graph import Node
 from pipelines.plan import Plan, check_disk
@@ -21,26 +22,54 @@ from pipelines.setup import SELECTORS, ModelSpec, Setup
 def check(plan: Plan, store: ArtifactStore) -> None:
     """Raise a ConfigError for anything in the plan that is bound to fail.
 
-    Checks disk, training rows, chat template, that the model is a decoder with maskable weights, and the benchmarks.
+    Checks disk, that the model is a whole decoder with maskable weights, chat template, training rows and their
+    lengths, and the benchmarks.
     """
     store.check_writable()
     check_disk(plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
     setups = [item.setup for item in plan.variants]
-    if "prepare-data" in stages:
-        _check_rows(setup for setup in setups if setup.method != "base")
     if stages - {"compare"}:
         _check_models(setups)
+    if "prepare-data" in stages:
+        _check_rows(setup for setup in setups if setup.method != "base")
+        _check_lengths(node for node in nodes if node.stage == "prepare-data")
     _check_benchmarks(node for node in nodes if node.stage == "evaluate")
 
 
 def _check_rows(setups: Iterable[Setup]) -> None:
     from mft_core.data.rows import check_rows_file
 
-    for path in sorted({source.path for setup in setups for source in setup.data.mixture}):
-        if Path(path).is_absolute():
-            check_rows_file(Path(path))
+    held: dict[str, int] = {}
+    for source in dict.fromkeys(source for setup in setups for source in setup.data.mixture):
+        if not Path(source.path).is_absolute():
+            continue
+        if source.path not in held:
+            held[source.path] = check_rows_file(Path(source.path))
+        if source.rows is not None and source.rows > held[source.path]:
+            raise ConfigError(
+                f"data.mixture: rows = {source.rows}, but {source.path} holds only {held[source.path]}; "
+                f"valid: 1 to {held[source.path]}, or null for all."
+            )
+
+
+def _check_lengths(nodes: Iterable[Node]) -> None:
+    """Refuse a `data.max_length` that no example fits; of hub data sets, only the stage itself sees the rows."""
+    from mft_core.data.chat import check_fits
+
+    for node in nodes:
+        assert isinstance(node.recipe, PrepareData)
+        given = {name: source for name, source in node.inputs.items() if isinstance(source, Source)}
+        sources = [given[f"source-{index}"] for index in range(len(node.recipe.mixture))]
+        if all(source.revision is None for source in sources):
+            template = given.get("chat_template")
+            check_fits(
+                [source.local_path() for source in sources],
+                given["tokenizer"].local_path(),
+                node.recipe.max_length,
+                template.local_path() if template else None,
+            )
 
 
 def _check_models(setups: Iterable[Setup]) -> None:
@@ -53,12 +82,37 @@ def _check_models(setups: Iterable[Setup]) -> None:
         spec = setup.model
         directory = resolve.configuration_file(spec).parent
         read_config(directory)
+        _check_weights(spec)
         _check_chat_template(setup)
         if setup.method in SELECTORS:
             if spec not in sites:
                 sites[spec] = find_sites(skeleton(directory))
             layers = parse_layers(setup.mask.layers, resolve.decoder_layers(spec))
             choose_sites(sites[spec], layers, setup.mask.modules)
+
+
+def _check_weights(spec: ModelSpec) -> None:
+    """Refuse a local checkpoint without weights, or with a part of them; the hub's are fetched whole."""
+    directory = Path(spec.path)
+    if not directory.is_absolute():
+        return
+    indices = sorted(directory.glob("*.safetensors.index.json")) or sorted(directory.glob("*.bin.index.json"))
+    wanted = {name for index in indices for name in _shards(index)}
+    missing = sorted(name for name in wanted if not (directory / name).is_file())
+    if missing:
+        raise ConfigError(
+            f"model.path = {directory}: {len(missing)} weight files of its index are missing, first {missing[0]}; "
+            "copy or download the checkpoint again."
+        )
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+        raise ConfigError(f"model.path = {directory}: no weight files there (*.safetensors); give a whole checkpoint.")
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model: {index} is no index of weight files ({error!r}).") from error
 
 
 def _check_chat_template(setup: Setup) -> None:
@@ -86,4 +140,16 @@ def _check_benchmarks(nodes: Iterable[Node]) -> None:
             from mft_core.evaluation import check_task
 
             check_task(node.recipe, Path(where) if where else None)
+            if where:
+                _check_filter(node.recipe, Path(where))
             checked.add((node.recipe, where))
+
+
+def _check_filter(recipe: Evaluate, folder: Path) -> None:
+    """Refuse a filter that the local task does not define; without any of its own, lm-eval calls its one 'none'."""
+    from mft_core.benchmarks import local_definition
+
+    defined = local_definition(folder, recipe.task).get("filter_list") or [{"name": "none"}]
+    names = [str(entry["name"]) for entry in defined]
+    if recipe.filter is not None and recipe.filter not in names:
+        raise unknown(f"filter of task '{recipe.task}'", recipe.filter, names)

@@ -44,7 +44,7 @@ class Recorder:
             key = variant_key(item.columns)
             self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
             if item.trained:
-                self._owners.setdefault(item.trained.label, key)
+                self._owners.setdefault(item.trained.id, key)
 
     def __enter__(self) -> Recorder:
         return self
@@ -60,7 +60,7 @@ class Recorder:
 
     def progress(self, call: StageCall, progress: Progress) -> None:
         """Send one measurement of a training while it runs."""
-        key = self._owners.get(call.label)
+        key = self._owners.get(call.node)
         if key is not None and "loss" in progress.metrics:
             row = {"step": progress.step, **progress.metrics}
             if self._tracker.log_point(key, row):
@@ -79,7 +79,7 @@ class Recorder:
             tags: dict[str, Any] = {f"artifact.{node.stage}": artifacts[node.id].key for node in nodes}
             tags["cached"] = all(cached.get(node.id, False) for node in nodes)
             self._tracker.set_tags(key, tags)
-            if item.trained and self._owners[item.trained.label] == key:
+            if item.trained and self._owners[item.trained.id] == key:
                 self._tracker.log_curve(key, self._unsent(key, _history(self._store, artifacts[item.trained.id])))
         self._tracker.log_rows(report.rows)
         self._tracker.log_files([path for path in sorted(report.directory.iterdir()) if path.name != "manifest.json"])

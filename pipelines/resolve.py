@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from mft_core.benchmarks import data_files
 from mft_core.errors import ConfigError
-from mft_core.identity import digest, digest_files
+from mft_core.identity import digest
 from mft_core.layers import format_layers, parse_layers
-from mft_core.sources import Source, first_line, local_checkpoint, local_file, pinned
+from mft_core.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
 from pipelines.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -52,9 +54,16 @@ def rows(spec: SourceSpec) -> Source:
 
 
 def benchmark(spec: BenchmarkSpec) -> Source:
-    """Return a local-file benchmark: the folder, known by the task's definition and items alone."""
-    folder, definition, items = _task_files(spec)
-    return Source(location=str(folder), digest=digest_files(folder, [definition, items]))
+    """Return a local-file benchmark: the folder, known by the task's definition and all its data files alone."""
+    folder, definition, loaded = _task_definition(spec)
+    files = data_files(folder, loaded)
+    for split, path in files.items():
+        if not path.is_file():
+            raise ConfigError(
+                f"benchmarks.{spec.name}: data_files.{split} = {path}: no such file; {definition} names it."
+            )
+    names = {os.path.relpath(path, folder) for path in files.values()}
+    return local_files(folder, [definition, *sorted(names)])
 
 
 def harness() -> Source:
@@ -64,29 +73,42 @@ def harness() -> Source:
 
 def benchmark_items(spec: BenchmarkSpec) -> Source:
     """Return the items of a local-file benchmark, for keeping them out of the training data."""
-    folder, _, items = _task_files(spec)
-    return local_file(folder / items, f"benchmarks.{spec.name}.path")
-
-
-def _task_files(spec: BenchmarkSpec) -> tuple[Path, str, str]:
-    folder = Path(spec.path or "")
-    tasks = {}
-    for path in sorted(folder.glob("*.yaml")):
-        loaded = yaml.safe_load(path.read_text())
-        if isinstance(loaded, dict) and "task" in loaded:
-            tasks[loaded["task"]] = (path.name, loaded)
-    if spec.task not in tasks:
-        raise ConfigError(
-            f"benchmarks.{spec.name}.task = {spec.task}: no such task in {folder}. Valid: {', '.join(tasks) or 'none'}."
-        )
-    definition, loaded = tasks[spec.task]
-    files = loaded.get("dataset_kwargs", {}).get("data_files", {})
+    folder, definition, loaded = _task_definition(spec)
+    files = (loaded.get("dataset_kwargs") or {}).get("data_files", {})
     items = files.get(loaded.get("test_split", "test")) if isinstance(files, dict) else files
     if not isinstance(items, str):
         raise ConfigError(
             f"{folder / definition}: dataset_kwargs.data_files.test must name the JSONL file of the items."
         )
-    return folder, definition, items
+    return local_file(folder / items, f"benchmarks.{spec.name}.path")
+
+
+def _task_definition(spec: BenchmarkSpec) -> tuple[Path, str, dict[str, Any]]:
+    """Return the benchmark's folder, the name of the file that defines its task, and what that says."""
+    folder = Path(spec.path or "")
+    tasks = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            stat = path.stat()
+            loaded = _read_yaml(path, stat.st_mtime_ns, stat.st_size)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"benchmarks.{spec.name}.path: {path} is not plain YAML (lm-eval's !function needs an installed "
+                f"task); put it elsewhere, or leave that tag out: {error}"
+            ) from error
+        if isinstance(loaded, dict) and isinstance(loaded.get("task"), str):
+            tasks[loaded["task"]] = (path.name, loaded)
+    if spec.task not in tasks:
+        raise ConfigError(
+            f"benchmarks.{spec.name}.task = {spec.task}: no such task in {folder}. Valid: {', '.join(tasks) or 'none'}."
+        )
+    return folder, *tasks[spec.task]
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_yaml(path: Path, modified: int, size: int) -> Any:
+    """Read a file that every variant of a study asks for; `modified` and `size` make it read again when it changes."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def layers(setup: Setup) -> str:
@@ -118,8 +140,14 @@ def configuration_file(spec: ModelSpec) -> Path:
 
 @functools.cache
 def _read_configuration(path: Path) -> dict[str, Any]:
-    config = json.loads(path.read_text())
-    return config.get("text_config", config)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {path} cannot be read ({error}); copy or download the checkpoint again.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"model: {path}: an object is expected, found {type(config).__name__}.")
+    inner = config.get("text_config", config)
+    return inner if isinstance(inner, dict) else config
 
 
 @functools.cache

@@ -79,6 +79,8 @@ def use_prefect(home: Path) -> None:
     _started = Future()
     _prefect_settings(home)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    # a failure is told once, by the command line; its traceback is in our log and in Prefect's UI
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     living = None if os.environ.get("PREFECT_API_URL") else living_server(home)
     if living:
         os.environ["PREFECT_API_URL"] = living["prefect"]

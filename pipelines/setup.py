@@ -7,9 +7,9 @@ inputs, in which nothing is left but what the results depend on.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from mft_core.recipes import MaskClass, Recipe, Selector, Sparsity, Training
 
@@ -22,9 +22,28 @@ METHODS: dict[str, frozenset[str]] = {
     "random": frozenset({"data", "fine_tune", "mask", "seed"}),
     "magnitude": frozenset({"data", "fine_tune", "mask"}),
 }
+OF_ALL = frozenset({"precision", "model", "benchmarks"})
+"""the sections that every method uses"""
+_LEARNED_ONLY = ("mask.training", "mask.score_init", "mask.fraction")
 SELECTORS: dict[str, Selector] = {"mft": "learned", "random": "random", "magnitude": "magnitude"}
 
 Method = Literal["base", "fft", "continued-fft", "mft", "random", "magnitude"]
+
+
+def uses(method: str, key: str) -> bool:
+    """Whether a setting, written as `section.name`, makes a difference to the variants of a method."""
+    if method in ("random", "magnitude") and any(key == name or key.startswith(f"{name}.") for name in _LEARNED_ONLY):
+        return False
+    return key.split(".")[0] in METHODS[method] | OF_ALL
+
+
+def _layers_text(value: Any) -> Any:
+    """Take a single layer as the number that it is."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("valid: a layer such as 2, a range such as 2-5, a list such as '0,3,8-11', last:N, middle:N, all")
 
 
 class ModelSpec(Recipe):
@@ -57,7 +76,7 @@ class MaskSpec(Recipe):
     """Where and how much is masked, and how a learned mask is trained."""
 
     sparsity: Sparsity = 0.1
-    layers: str
+    layers: Annotated[str, BeforeValidator(_layers_text)]
     modules: MaskClass = "both"
     score_init: Literal["normal", "kaiming-uniform"] = "normal"
     training: Training
@@ -91,3 +110,22 @@ class Setup(Recipe):
     continued: Training
     mask: MaskSpec
     benchmarks: tuple[BenchmarkSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _benchmarks_are_told_apart(self) -> Setup:
+        names = [bench.name for bench in self.benchmarks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"benchmarks.name: {', '.join(twice)} is there twice; give each benchmark its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _validations_have_rows(self) -> Setup:
+        trainings = {"fine_tune": self.fine_tune, "continued": self.continued, "mask.training": self.mask.training}
+        for name, training in trainings.items():
+            if uses(self.method, name) and training.validations and not self.data.validation_rows:
+                raise ValueError(
+                    f"{name}.validations = {training.validations}, but data.validation_rows = 0: there is nothing to "
+                    "validate on; set data.validation_rows, or validations to 0 and keep to 'last'"
+                )
+        return self

@@ -33,6 +33,8 @@ class StageCall:
     parts: Mapping[str, str]
     """for each input that another stage made: the part of its payload that is taken"""
     rerun: bool = False
+    node: str = ""
+    """names the work in the plan that it is part of; labels are for people"""
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,24 @@ the `<|assistant|>` header is not.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mft_core.data.rows import Conversation
+from mft_core.data.rows import Conversation, iterate_rows
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BATCH = 1_000  # conversations rendered and tokenised together, and between two reports
+_BATCH_OF_CHECK = 64  # the first rows nearly always fit
 
 Span = tuple[int, int]
 """characters [start, end) of a rendered conversation"""
@@ -81,34 +84,87 @@ def encode(
             or no conversation fits.
     """
     template = check_tokenizer(tokenizer)
-    render = _render_marked if _MARKS.search(template) else _render_by_prefix
     examples, kept, lengths, cut = [], [], [], 0
     for start in range(0, len(conversations), _BATCH):
         batch = conversations[start : start + _BATCH]
-        rendered = [_located(render, tokenizer, template, batch[i], start + i) for i in range(len(batch))]
-        tokens = tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for i, (text, spans) in enumerate(rendered):
-            ids = np.asarray(tokens["input_ids"][i], np.int32)
-            in_loss = _tokens_within(text, spans, np.asarray(tokens["offset_mapping"][i]).reshape(-1, 2))
-            in_loss[:1] = False  # nothing predicts the first token
+        for row, (ids, in_loss) in enumerate(_encode_batch(batch, start, tokenizer, template), start):
             lengths.append(len(ids))
             if in_loss[:max_length].any():
                 examples.append((ids[:max_length], in_loss[:max_length]))
-                kept.append(start + i)
+                kept.append(row)
                 cut += len(ids) > max_length
         report(start + len(batch))
     if conversations and not examples:
-        raise ConfigError(
-            f"max_length = {max_length}: every one of the {len(lengths)} examples is too long to keep an assistant "
-            f"token; the shortest has {min(lengths)} tokens. Set max_length to at least {min(lengths)}."
-        )
+        raise _none_fits(max_length, lengths)
     return Encoded(TokenDataset.from_examples(examples), np.asarray(kept, np.int64), len(lengths) - len(kept), cut)
+
+
+def load_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a directory, with the template of a Jinja file in place of its own if one is given.
+
+    Raises:
+        ConfigError: see `check_tokenizer`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def check_fits(sources: list[Path], tokenizer: Path, max_length: int, chat_template: Path | None) -> None:
+    """Check before any compute that at least one row keeps an assistant token; reads no further than that row.
+
+    Args:
+        sources: JSONL files or data-set directories of the mixture.
+        tokenizer: directory with the tokenizer's files.
+        max_length: tokens.
+        chat_template: Jinja file that replaces the tokenizer's own template.
+
+    Raises:
+        ConfigError: no row fits; or see `check_tokenizer`, `mft_core.data.rows.iterate_rows`; or the template cannot
+            render a row that was read.
+    """
+    loaded = load_tokenizer(tokenizer, chat_template)
+    template = check_tokenizer(loaded)
+    rows = chain.from_iterable(map(iterate_rows, sources))
+    lengths: list[int] = []
+    while batch := list(islice(rows, _BATCH_OF_CHECK)):
+        for ids, in_loss in _encode_batch(batch, len(lengths), loaded, template):
+            if in_loss[:max_length].any():
+                return
+            lengths.append(len(ids))
+    raise _none_fits(max_length, lengths)
+
+
+def _none_fits(max_length: int, lengths: Sequence[int]) -> ConfigError:
+    return ConfigError(
+        f"data.max_length = {max_length}: every one of the {len(lengths)} examples is too long to keep an assistant "
+        f"token; the shortest has {min(lengths)} tokens. Set max_length to at least {min(lengths)}."
+    )
+
+
+def _encode_batch(
+    batch: Sequence[Conversation], first: int, tokenizer: PreTrainedTokenizerBase, template: str
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the token ids, int32 [T], and what is in the loss, bool [T], of each conversation, uncut.
+
+    Args:
+        first: number of the batch's first conversation, for errors.
+    """
+    render = _render_marked if _MARKS.search(template) else _render_by_prefix
+    rendered = [_located(render, tokenizer, template, batch[i], first + i) for i in range(len(batch))]
+    tokens = tokenizer(
+        [text for text, _ in rendered],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    for i, (text, spans) in enumerate(rendered):
+        in_loss = _tokens_within(text, spans, np.asarray(tokens["offset_mapping"][i]).reshape(-1, 2))
+        in_loss[:1] = False  # nothing predicts the first token
+        yield np.asarray(tokens["input_ids"][i], np.int32), in_loss
 
 
 Renderer = Callable[[PreTrainedTokenizerBase, str, Conversation], tuple[str, list[Span]]]

@@ -59,6 +59,11 @@ def load_rows(source: Path) -> Sequence[Conversation]:
     return _HubRows(source) if source.is_dir() else list(_read_jsonl(source))
 
 
+def iterate_rows(source: Path) -> Iterator[Conversation]:
+    """Yield the conversations of a source (see `load_rows`), reading no further than it is asked."""
+    yield from _HubRows(source) if source.is_dir() else _read_jsonl(source)
+
+
 def sample(rows: Sequence[Conversation], wanted: int | None, seed: int, index: int, where: str) -> list[Conversation]:
     """Draw rows without replacement; the draw depends on seed, source index and the number of rows only.
 

@@ -13,5 +13,5 @@ from mft_core.masking import select, site_generator
 def masks(weights: Iterable[tuple[str, Tensor]], sparsity: float, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Yield a uniformly random mask of each matrix; the same for one (seed, site name, shape) everywhere."""
     for name, weight in weights:
-        draws = torch.rand(weight.shape, generator=site_generator(seed, name))
+        draws = torch.rand(weight.shape, generator=site_generator(seed, name), dtype=torch.float32)
         yield name, select(draws, sparsity)

@@ -72,7 +72,7 @@ STAGES: dict[str, Stage] = {
         Stage("learn-mask", 1, LearnMask, heavy=True),
         Stage("merge-mask", 1, MergeMask, heavy=False),
         Stage("evaluate", 1, Evaluate, heavy=True),
-        Stage("compare", 1, Compare, heavy=False),
+        Stage("compare", 2, Compare, heavy=False),
     )
 }
 

@@ -15,7 +15,6 @@ model is shown with interval and p-value, but is no part of the question and of 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,8 +54,9 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
             rows.append(_row(recipe, outcomes, shares, members, pooled=True))
         context.report(Progress(done, len(groups), "comparison"))
     final = _adjusted(rows)
-    (out / "rows.json").write_text(json.dumps(final, indent=1, allow_nan=False) + "\n")
-    (out / "table.md").write_text(tables.markdown(final, recipe.question, recipe.confidence))
+    (out / "rows.json").write_text(json.dumps(final, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    table = tables.markdown(final, recipe.question, recipe.confidence)
+    (out / "table.md").write_text(table, encoding="utf-8")
     figures.gains(final, recipe.question, out / "figure.png", recipe.confidence)
     tests = [row["verdict"] for row in final if row["family"] == "study"]
     better, worse = tests.count("better"), tests.count("worse")
@@ -70,8 +70,9 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
 
 def _read(directory: Path, described: Mapping[str, Any]) -> tuple[Outcomes, float | None]:
     """Return an evaluation's outcomes and the share of its commonest target."""
-    summary = json.loads((directory / "summary.json").read_text())
-    rows = [json.loads(line) for line in (directory / "items.jsonl").read_text().splitlines()]
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    with (directory / "items.jsonl").open(encoding="utf-8") as lines:  # splitlines would cut within responses
+        rows = [json.loads(line) for line in lines]
     outcomes = Outcomes(
         label=str(described["variant"]),
         benchmark=str(described["benchmark"]),
@@ -87,7 +88,7 @@ def _groups(variants: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for index, described in enumerate(variants):
         apart = {key: value for key, value in described.items() if key not in ("seed", "baseline")}
-        apart["variant"] = _without_seed(str(described["variant"]))
+        apart["variant"] = tables.without_seed(str(described["variant"]))
         groups.setdefault(json.dumps(apart, sort_keys=True), []).append(index)
     for members in groups.values():
         seeds = [variants[index].get("seed") for index in members]
@@ -97,10 +98,6 @@ def _groups(variants: Sequence[Mapping[str, Any]]) -> list[list[int]]:
                 f"{variants[members[0]]['variant']}, seeds {seeds}; variants need columns that tell them apart."
             )
     return list(groups.values())
-
-
-def _without_seed(name: str) -> str:
-    return re.sub(r"\s*\bseed=\S+", "", name)
 
 
 def _row(
@@ -113,7 +110,7 @@ def _row(
     first = recipe.variants[members[0]]
     described = {key: value for key, value in first.items() if key != "baseline"}
     if len(members) > 1:
-        described |= {"seed": "all", "variant": _without_seed(str(first["variant"]))}
+        described |= {"seed": "all", "variant": tables.without_seed(str(first["variant"]))}
     baselines = [recipe.variants[index].get("baseline") for index in members]
     asked = all(isinstance(baseline, int) for baseline in baselines)
     comparison = None

@@ -26,8 +26,9 @@ def run(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, context: StageC
         context.report,
         inputs.get("chat_template"),
     )
-    with (out / "items.jsonl").open("w") as handle:
+    with (out / "items.jsonl").open("w", encoding="utf-8") as handle:
         for row in result.items:
             handle.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    (out / "summary.json").write_text(json.dumps(result.summary, indent=2, allow_nan=False) + "\n")
+    summary = json.dumps(result.summary, indent=2, allow_nan=False) + "\n"
+    (out / "summary.json").write_text(summary, encoding="utf-8")
     return result.summary

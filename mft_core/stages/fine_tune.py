@@ -44,6 +44,6 @@ def _set_chat_template(checkpoint: Path, template: Path) -> None:
     """Write the template's file, and drop the one in tokenizer_config.json, which some tools would read instead."""
     shutil.copyfile(template, checkpoint / "chat_template.jinja")
     settings = checkpoint / "tokenizer_config.json"
-    config = json.loads(settings.read_text()) if settings.is_file() else {}
+    config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if config.pop("chat_template", None) is not None:
-        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from mft_core.data.chat import check_tokenizer, encode
+from mft_core.data.chat import encode, load_tokenizer
 from mft_core.data.overlap import clean, normalise, read_questions
 from mft_core.data.rows import Conversation, load_rows, sample
 from mft_core.data.tokens import TokenDataset
@@ -41,7 +41,7 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     Raises:
         ConfigError: the data, the tokenizer, or a number of rows that the data cannot give.
     """
-    tokenizer = _load_tokenizer(inputs)
+    tokenizer = load_tokenizer(inputs["tokenizer"], inputs.get("chat_template"))
     rows: list[Conversation] = []
     source_of: list[int] = []
     for index, part in enumerate(recipe.mixture):
@@ -95,14 +95,6 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     )
     context.log.info("prepare-data: %s", json.dumps(report))
     return report
-
-
-def _load_tokenizer(inputs: Mapping[str, Path]) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(inputs["tokenizer"])
-    if "chat_template" in inputs:
-        tokenizer.chat_template = inputs["chat_template"].read_text(encoding="utf-8")
-    check_tokenizer(tokenizer)
-    return tokenizer
 
 
 def _prompt(conversation: Conversation) -> str:

@@ -1,7 +1,9 @@
 """The store: an artifact exists whole or not at all, is computed once, and damage is noticed and named."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from typing import ClassVar
 
 import pytest
 
-from mft_core.artifacts import MANIFEST, ArtifactStore
+from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, StageError
+from mft_core.manifests import MANIFEST
 from mft_core.recipes import Evaluate, Runtime
+from mft_core.sources import Source, local_checkpoint, local_file, pinned
 from mft_core.stages import Stage
 
 RECIPE = Evaluate(task="something")
@@ -26,6 +30,7 @@ class Writes(Stage):
 
     runs: ClassVar[list[str]] = []
     fails = False
+    change = None
     seconds = 0.0
 
     @property
@@ -41,7 +46,7 @@ class Writes(Stage):
             (out / "other.txt").write_text("whole\n")
             return {"n": 3}
 
-        return write
+        return self.change or write
 
 
 def make_stage(**attributes):
@@ -120,8 +125,6 @@ def test_a_manifest_that_was_edited_is_not_trusted(store):
 
 
 def test_a_deleted_artifact_is_computed_again_with_the_same_digest(store):
-    import shutil
-
     stage = make_stage()
     ref = build(store, stage).ref
     shutil.rmtree(ref.local_path(store))
@@ -189,3 +192,135 @@ def test_what_a_killed_run_left_is_cleared_and_never_taken_for_an_artifact(store
 def test_an_unwritable_home_is_refused_with_its_path():
     with pytest.raises(ConfigError, match=r"MFT_HOME = /proc/nowhere: not writable"):
         ArtifactStore(Path("/proc/nowhere")).check_writable()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda manifest: manifest["summary"].update(n=4),
+        lambda manifest: manifest["provenance"].update(seconds=0.0),
+        lambda manifest: manifest["recipe"].update(task="another"),
+        lambda manifest: manifest["inputs"].update(model="0" * 64),
+        lambda manifest: manifest.pop("recipe"),
+        lambda manifest: manifest.pop("manifest_sha256"),
+        lambda manifest: manifest["files"].update({"other.txt": {}}),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.clear(),
+    ],
+)
+def test_every_field_of_the_manifest_is_protected_and_none_may_be_missing(store, edit):
+    ref = build(store, make_stage()).ref
+    path = ref.local_path(store) / MANIFEST
+    manifest = json.loads(path.read_text())
+    edit(manifest)
+    path.write_text(json.dumps(manifest))
+    assert store.damage("evaluate", ref.key).startswith(MANIFEST)
+    assert build(store, make_stage()).computed
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "7", '{"files": {"a": 1}}', "[" * 100_000, "\xff"])
+def test_a_manifest_that_is_some_other_json_is_damage(store, content):
+    ref = build(store, make_stage()).ref
+    (ref.local_path(store) / MANIFEST).write_bytes(content.encode("latin-1"))
+    assert store.damage("evaluate", ref.key) == f"{MANIFEST}: missing or unreadable"
+
+
+def test_an_artifact_that_was_put_in_place_of_another_is_not_taken_for_it(store):
+    ref = build(store, make_stage()).ref
+    other = store.directory("evaluate", "0" * 64)
+    shutil.copytree(ref.local_path(store), other)
+    assert store.damage("evaluate", "0" * 64) == f"{MANIFEST}: does not match its own digest or key"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def add_a_template(path):
+    (path.parent / "chat_template.jinja").write_text("new")
+
+
+def make_inputs(store, tmp_path):
+    """Return an input of each kind, and a file of each."""
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    ref = store.build(make_stage(), Evaluate(task="upstream"), {}, RUNTIME).ref
+    return {
+        "artifact": (ref.at("part"), ref.local_path(store) / "part" / "numbers.txt"),
+        "rows": (local_file(tmp_path / "rows.jsonl", "rows"), tmp_path / "rows.jsonl"),
+        "model": (local_checkpoint("model", tmp_path / "model"), tmp_path / "model" / "config.json"),
+        "hub": (pinned("some/model", "0" * 40, "model"), tmp_path / "nothing"),
+        "harness": (Source(location="lm-eval", digest="0" * 64), tmp_path / "nothing"),
+    }
+
+
+DAMAGES = [
+    ("artifact", truncate, "part/numbers.txt: 5 bytes, not 6"),
+    ("rows", truncate, "its content was changed"),
+    ("rows", Path.unlink, "the file is missing"),
+    ("model", truncate, "its content was changed"),
+    ("model", Path.unlink, "config.json is missing"),
+    ("model", add_a_template, "chat_template.jinja was added"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "told"), DAMAGES)
+def test_an_input_that_is_not_what_was_planned_is_never_read(store, tmp_path, name, damage, told):
+    source, path = make_inputs(store, tmp_path)[name]
+    stage = make_stage()
+    damage(path)
+    with pytest.raises(StageError, match=rf"its input '{name}' .*{told}.*run the same command again"):
+        store.build(stage, RECIPE, {name: source}, RUNTIME)
+    assert stage.runs == []
+
+
+@pytest.mark.parametrize("failure", [None, ConfigError("no readable model.safetensors")])
+@pytest.mark.parametrize(("name", "damage", "told"), DAMAGES)
+def test_an_input_that_changes_while_the_stage_runs_is_told_and_nothing_is_kept(
+    store, tmp_path, name, damage, told, failure
+):
+    source, path = make_inputs(store, tmp_path)[name]
+
+    def disturbed(recipe, inputs, out, context):
+        (context.work / "state").write_text("made of other content")
+        damage(path)
+        if failure:
+            raise failure
+        return {}
+
+    stage = make_stage(change=disturbed)
+    key = store.key(stage, RECIPE, {name: source})
+    with pytest.raises(StageError, match=rf"its input '{name}' .*{told}"):
+        store.build(stage, RECIPE, {name: source}, RUNTIME)
+    assert store.damage("evaluate", key) == "missing"
+    assert not store.work(key).exists()
+
+
+def test_another_result_in_the_place_of_an_input_is_noticed(store, tmp_path):
+    ref, _ = make_inputs(store, tmp_path)["artifact"]
+    with pytest.raises(StageError, match="another result has taken its place"):
+        store.build(make_stage(), RECIPE, {"model": ref.model_copy(update={"digest": "0" * 64})}, RUNTIME)
+
+
+def test_inputs_that_stay_as_they_are_stop_nothing(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "local_path", lambda source, store: Path(source.location))
+    inputs = {name: source for name, (source, _) in make_inputs(store, tmp_path).items()}
+    assert store.build(make_stage(), RECIPE, inputs, RUNTIME).computed
+
+
+def test_a_rerun_that_was_cut_short_goes_on_and_a_new_one_begins_from_nothing(store):
+    found = []
+
+    def work(recipe, inputs, out, context):
+        found.append((context.work / "state").exists())
+        (context.work / "state").write_text("half")
+        if len(found) in (1, 3):
+            raise KeyboardInterrupt
+        return {}
+
+    stage = make_stage(change=work)
+    for force in (False, True, True, True):
+        with contextlib.suppress(KeyboardInterrupt):
+            build(store, stage, force=force)
+    assert found == [False, False, False, True]

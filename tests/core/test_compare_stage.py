@@ -193,3 +193,15 @@ def test_two_evaluations_described_alike_are_refused(study: Study, tmp_path: Pat
     study.variants[5] = dict(study.variants[3])
     with pytest.raises(StageError, match=r"described alike: mft sparsity=0.1 layers=2-5 seed=0"):
         study.compare(tmp_path / "out")
+
+
+def test_responses_may_hold_any_line_separator_of_unicode(study: Study, tmp_path: Path) -> None:
+    expected = study.compare(tmp_path / "plain")
+    for directory in study.inputs.values():
+        path = directory / "items.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        text = "".join(
+            json.dumps({**row, "response": "a\u2028b\u2029c\u0085d"}, ensure_ascii=False) + "\n" for row in rows
+        )
+        path.write_text(text, encoding="utf-8")
+    assert study.compare(tmp_path / "separated") == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mft_core.data.chat import encode
+from mft_core.data.chat import check_fits, encode
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
 from tests.tiny import make_tokenizer
@@ -233,3 +234,39 @@ def test_a_template_that_cannot_be_trusted_with_a_conversation_is_refused(templa
     tokenizer = with_template(template + UNMARKED if template is STRICT else template)
     with pytest.raises(ConfigError, match=expected):
         encode(rows, tokenizer, 1000)
+
+
+def write_rows(path, answers):
+    rows = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}] for answer in answers]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_max_length_that_no_row_fits_is_refused_before_compute_with_the_shortest_length(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows = [write_rows(tmp_path / f"{i}.jsonl", ["seven", "8"] * 40) for i in range(2)]
+    shortest = len(spoken(TOKENIZER, "u:What?", "a:8")[0])
+    with pytest.raises(
+        ConfigError, match=rf"data\.max_length = 8: every one of the 160 .*shortest has {shortest} tokens"
+    ):
+        check_fits(rows, tmp_path / "tokenizer", 8, None)
+    with pytest.raises(ConfigError, match=r"data\.max_length = 8"):
+        encode([conversation("u:What?", "a:8")], TOKENIZER, 8)
+
+
+def test_one_row_that_fits_is_enough_and_what_stands_behind_it_is_not_read(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    first = write_rows(tmp_path / "first.jsonl", ["a long answer " * 90])
+    second = write_rows(tmp_path / "second.jsonl", ["8"])
+    check_fits([first, second], tmp_path / "tokenizer", 30, None)
+    many = write_rows(tmp_path / "many.jsonl", ["8"] * 200)
+    check_fits([many, tmp_path / "missing.jsonl"], tmp_path / "tokenizer", 30, None)
+
+
+def test_the_check_uses_the_chat_template_that_replaces_the_tokenizers_own(tmp_path):
+    make_tokenizer(chat_template=False).save_pretrained(tmp_path / "tokenizer")
+    rows = [write_rows(tmp_path / "rows.jsonl", ["8"])]
+    (tmp_path / "template.jinja").write_text(TOKENIZER.chat_template, encoding="utf-8")
+    check_fits(rows, tmp_path / "tokenizer", 30, tmp_path / "template.jinja")
+    with pytest.raises(ConfigError, match="no chat template"):
+        check_fits(rows, tmp_path / "tokenizer", 30, None)

@@ -1,19 +1,24 @@
 """Evaluation on a random tiny model: equal to stock lm-eval, one row per item, and mistakes found before compute."""
 
 import json
+import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from mft_core import evaluation
+from mft_core.benchmarks import read_items
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation import Evaluation, check_task, evaluate
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import Progress, StageContext, get_stage
+from tests.core.test_threads import free_for_others
 from tests.tiny import make_tokenizer, save_checkpoint
 
 QUESTIONS = [f"What is {left} plus {right}?" for left in range(6) for right in (3, 50, 700, 12_000)]
@@ -243,6 +248,21 @@ def test_a_groups_items_are_told_apart_by_their_task(model: Path, named_tasks: P
     assert len({row["item"] for row in result.items}) == 2 * len(QUESTIONS)
 
 
+def test_what_an_lm_eval_task_draws_follows_the_recipes_seed(model: Path, named_tasks: Path):
+    code = "import random\n\ndef drawn(rows):\n    return rows.select(random.sample(range(len(rows)), 6))\n"
+    (named_tasks / "draws.py").write_text(code)
+    with (named_tasks / "sums_one.yaml").open("a") as handle:
+        handle.write("process_docs: !function draws.drawn\n")
+
+    def items(seed: int) -> list[str]:
+        return [row["item"] for row in evaluate(Evaluate(task="sums_one", seed=seed), model).items]
+
+    first = items(1)
+    assert len(first) == 6
+    assert items(1) == first
+    assert items(2) != first
+
+
 def test_an_unknown_lm_eval_task_is_refused_with_the_nearest_one(named_tasks: Path):
     check_task(Evaluate(task="sums"))
     with pytest.raises(ConfigError, match=r"unknown lm-eval task 'sums_ones'. Did you mean 'sums_one'"):
@@ -277,3 +297,69 @@ def test_the_stage_writes_the_same_bytes_each_time(model: Path, benchmark: Path,
     assert payloads[0] == payloads[1]
     assert set(payloads[0]) == {"items.jsonl", "summary.json"}
     assert [json.loads(line) for line in payloads[0]["items.jsonl"].splitlines()] == result.items
+
+
+SAMPLED = {"generation_kwargs": {"until": ["</s>"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}}
+
+
+def test_sampled_answers_follow_the_recipes_seed_and_disturb_no_generator(model: Path, tmp_path: Path):
+    folder = write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS), **SAMPLED)
+
+    def responses(seed: int) -> list[str]:
+        recipe = Evaluate(task="tiny_sums", limit=4, seed=seed)
+        return [row["response"] for row in evaluate(recipe, model, folder).items]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = responses(1)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    torch.manual_seed(1)
+    assert responses(1) == first
+    assert responses(2) != first
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        ({"do_sample": True, "temperature": 1.0}, True),
+        ({"temperature": 0.5}, True),
+        ({"do_sample": False}, False),
+        ({}, False),
+    ],
+)
+def test_only_an_evaluation_that_samples_holds_the_generators_alone(
+    model: Path, tmp_path: Path, settings: dict[str, object], alone: bool
+):
+    folder = write_task(
+        tmp_path,
+        "tiny_sums",
+        ["no"] * len(QUESTIONS),
+        generation_kwargs={"max_gen_toks": 2, "until": ["x"], **settings},
+    )
+    free: list[bool] = []
+    evaluate(Evaluate(task="tiny_sums", limit=2), model, folder, report=lambda progress: free.append(free_for_others()))
+    assert set(free) == {not alone}
+
+
+def test_the_model_is_loaded_while_no_other_thread_loads_one(
+    model: Path, benchmark: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from lm_eval.models.huggingface import HFLM
+
+    free, original = [], HFLM.__init__
+
+    def watched(self, *arguments: object, **options: object) -> None:
+        free.append(free_for_others())
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(HFLM, "__init__", watched)
+    evaluate(Evaluate(task="tiny_sums", limit=1), model, benchmark)
+    assert free == [False]
+
+
+def test_items_may_hold_any_line_separator_of_unicode_and_end_in_blank_lines(tmp_path: Path):
+    rows = [{"question": "a\u2028b\u2029c\u0085d", "answer": "\u2028"}, {"question": "e", "answer": "f"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n  \n"
+    (tmp_path / "items.jsonl").write_text(text, encoding="utf-8")
+    assert read_items(tmp_path / "items.jsonl") == rows

@@ -7,19 +7,21 @@ import multiprocessing
 import random
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
+from mft_core.checkpoints import ResumableState
 from mft_core.errors import StageError
 from mft_core.stages import Progress, StageContext
 from mft_core.training import History, train
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.tiny import make_model
 
-_RECIPE = {"epochs": 8, "validations": 8, "keep": "best", "learning_rate": 0.03, "max_grad_norm": 1.0}
+_RECIPE = {"epochs": 8, "validations": 8, "keep": "best", "learning_rate": 0.03, "max_grad_norm": 1.0, "dropout": 0.2}
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload([__name__])
 
@@ -34,7 +36,7 @@ def run_training(
     """Train with dropout noise, saving after every step; write history and weights to `out`."""
     recipe, model = make_recipe(**_RECIPE), make_model()
     for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.2
+        layer.self_attn.attention_dropout = recipe.dropout
 
     def report(progress: Progress) -> None:
         if progress.step == die_at:
@@ -120,3 +122,58 @@ def test_no_state_is_saved_before_its_time(tmp_path: Path) -> None:
     recipe = make_recipe()
     train(make_trainable("mask", make_model(), recipe), make_data(), recipe, make_context(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [1, 17])
+def test_whoever_stops_a_training_from_its_report_loses_no_step(step: int, tmp_path: Path) -> None:
+    recipe, steps = make_recipe(epochs=8), []
+
+    def report(progress: Progress) -> None:
+        steps.append(progress.step)
+        if steps == list(range(1, step + 1)):
+            raise _Killed
+
+    context = make_context(tmp_path, checkpoint_seconds=1e9)
+    context = StageContext(context.runtime, tmp_path, report, context.log)
+    with pytest.raises(_Killed):
+        train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
+    resumed = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
+    undisturbed = make_context(tmp_path / "undisturbed")
+    assert resumed == train(make_trainable("mask", make_model(), recipe), make_data(), recipe, undisturbed)
+    assert steps == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b"rubbish"),
+        lambda path: torch.save([1], path),
+    ],
+    ids=["missing", "truncated", "rubbish", "another content"],
+)
+@pytest.mark.parametrize("name", ["state", "best"])
+def test_a_state_of_which_a_file_is_lost_is_begun_again_and_the_file_named(
+    name: str, damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, context = make_recipe(validations=4, keep="best"), make_context(tmp_path, checkpoint_seconds=0.0)
+    first = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
+    best = torch.load(tmp_path / "state.pt", weights_only=True)["best_step"]
+    lost = tmp_path / ("state.pt" if name == "state" else f"best-{best}.pt")
+    damage(lost)
+    again = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
+    assert again == first
+    if (name, damage) != ("state", Path.unlink):  # with no state at all there is nothing to tell
+        assert f"training begins again ({lost.name}" in caplog.text
+
+
+def test_a_best_state_lost_during_the_training_is_told_and_the_next_run_begins_again(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    saved = ResumableState(work, "identity", 0.0, make_context(tmp_path).log)
+    saved.save_best(2, {"a": torch.zeros(1)})
+    saved.save({"step": 3}, best_step=2)
+    (work / "best-2.pt").unlink()
+    with pytest.raises(StageError, match=r"best-2\.pt"):
+        saved.load_best(2)
+    assert saved.load() is None

@@ -14,13 +14,13 @@ import pytest
 from tests.mini import write_profile, write_study
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PREFECT_LOGGING_LEVEL": "ERROR"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 IGNORED = {"cached", "seconds"}
 
 
-def start(folder, *arguments, home="home"):
+def start(folder, *arguments, home="home", **variables):
     """Start the command line in a session of its own, so that a test can kill all of it."""
-    environment = {**os.environ, **ENVIRONMENT, "MFT_HOME": str(folder / home)}
+    environment = {**os.environ, **ENVIRONMENT, "MFT_HOME": str(folder / home), **variables}
     environment.pop("PREFECT_API_URL", None)
     command = [sys.executable, "-m", "pipelines.cli", *map(str, arguments)]
     return subprocess.Popen(
@@ -184,6 +184,32 @@ def test_two_runs_at_once_compute_each_key_once(folder, first):
     started = [line.split("computing ")[1] for line in logs.splitlines() if "computing " in line]
     assert len(started) == len(set(started)) == len(made)
     assert [results(json.loads(out)) for out, _ in outputs] == [results(first[0])] * 2
+
+
+def test_a_stage_that_fails_is_named_with_why_and_where_the_log_is(folder, first, tmp_path):
+    study = write_study(tmp_path, [{"method": "continued-fft"}])
+    process = start(
+        folder, "run", study, "--profile", folder / "mini.yaml",
+        "--set", "continued.learning_rate=1e30", "--set", "continued.schedule=constant",
+    )  # fmt: skip
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 1, err
+    told = err[err.index("failed: ") :]
+    assert "continue-fft sums seed=0: " in told
+    assert "not finite" in told
+    assert "Traceback" not in err
+    log = Path(told.strip().splitlines()[-1].removeprefix("log: "))
+    assert "continue-fft sums seed=0 failed" in log.read_text()
+
+
+def test_a_run_without_mlflow_answers_and_says_so(folder, first):
+    study = ["run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml", "--json"]
+    process = start(folder, *study, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert results(json.loads(out)) == results(first[0])
+    assert "warning: MLflow at http://127.0.0.1:9 cannot be used" in err
+    assert "--sync" in err
 
 
 @pytest.mark.slow

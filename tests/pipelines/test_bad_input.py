@@ -131,6 +131,67 @@ def test_a_missing_model_is_refused(mft, tmp_path, folder):
     refused(done, tmp_path / "home", "elsewhere", "no such directory")
 
 
+def planned(mft, profile, folder, home, *more):
+    return mft("run", folder / "mini-study.yaml", "--profile", profile, *more, home=home)
+
+
+def test_a_length_that_no_example_fits_is_refused(mft, tmp_path, folder):
+    done = planned(mft, folder / "mini.yaml", folder, tmp_path / "home", "--set", "data.max_length=2")
+    refused(done, tmp_path / "home", "data.max_length = 2", "too long")
+
+
+def test_more_rows_than_a_file_holds_are_refused(mft, tmp_path, folder):
+    profile = altered(
+        tmp_path,
+        data={"max_length": 64, "validation_rows": 8, "mixture": [{"path": "data/sums.jsonl", "rows": 61}]},
+    )
+    done = planned(mft, profile, folder, tmp_path / "home")
+    refused(done, tmp_path / "home", "rows = 61", "holds only 60", "sums.jsonl")
+
+
+def test_a_model_without_weights_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "no weight files", "model.path")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [('{"weight_map": {"a": "model-2.safetensors"}}', ["model-2.safetensors", "missing"]), ("[]", ["no index"])],
+)
+def test_a_model_with_a_part_of_its_weights_is_refused(mft, tmp_path, folder, index, words):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", *words)
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]"])
+def test_a_broken_configuration_of_the_model_is_refused(mft, tmp_path, folder, content):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "config.json").write_text(content)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "config.json")
+
+
+def test_an_unknown_filter_of_a_local_benchmark_is_refused(mft, tmp_path, folder):
+    profile = altered(
+        tmp_path, benchmarks=[{"name": "x", "task": "mini_sums", "path": "benchmarks", "filter": "strict"}]
+    )
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "filter", "'strict'", "none")
+
+
+def test_a_benchmark_without_its_items_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    (tmp_path / "benchmarks" / "sums.jsonl").unlink()
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "sums.jsonl", "no such file")
+
+
+@pytest.mark.parametrize("content", ["task: other\nprocess_results: !function utils.f\n", "task: [\n"])
+def test_a_definition_that_is_no_plain_yaml_is_refused(mft, tmp_path, folder, content):
+    profile = altered(tmp_path)
+    (tmp_path / "benchmarks" / "other.yaml").write_text(content)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "other.yaml", "YAML")
+
+
 def test_an_unwritable_home_is_refused(mft, folder):
     done = mft("run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml", home="/proc/nowhere")
     assert done.returncode == 2
