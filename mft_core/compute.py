@@ -16,6 +16,7 @@ import torch
 from mft_core.errors import ConfigError
 from mft_core.recipes import Runtime
 
+_DEFAULT_THREADS = torch.get_num_threads()
 PROCESS_WIDE = threading.RLock()
 """held while torch's default dtype is changed, or its generators are drawn from"""
 
@@ -33,8 +34,7 @@ def settle(runtime: Runtime) -> torch.device:
     Raises:
         ConfigError: the device is unknown to torch, or this machine has none.
     """
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
+    torch.set_num_threads(runtime.threads or _DEFAULT_THREADS)  # whatever an earlier stage of this process had set
     if runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -76,12 +76,12 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
-    the_plan, store = _checked_plan(study, profile, overrides, seeds, rerun)
+    _, store = _checked_plan(study, profile, overrides, seeds, rerun)
     rows, table, directory = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    print(f"\n{the_plan.study.question}\n\n{table}")
+    print(f"\n{table}")
     print(f"table and figure: {directory}\nbrowse the runs:   mft up   (then the MLflow and Prefect UIs)")
 
 
@@ -129,7 +129,7 @@ def report(
     if as_json:
         print(json.dumps(found.rows, indent=2))
     else:
-        print(f"{the_plan.study.question}\n\n{found.table}\n{found.directory}")
+        print(f"{found.table}\n{found.directory}")
 
 
 @app.command()

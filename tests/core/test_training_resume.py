@@ -34,6 +34,7 @@ def run_training(
     kind: str, work: Path, out: Path, die_at: int | None = None
 ) -> tuple[History, dict[str, torch.Tensor]]:
     """Train with dropout noise, saving after every step; write history and weights to `out`."""
+    torch.set_num_threads(1)  # in this process as in its children: sums depend on it in the last bits
     recipe, model = make_recipe(**_RECIPE), make_model()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = recipe.dropout
