@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all bench lint notebooks clean
+.PHONY: install demo test test-all lint clean
 
 install: $(VENV)/.installed
 

@@ -67,7 +67,7 @@ class Display:
                 self._progress.remove_task(bar)
             if outcome != "cached":
                 seconds = time.monotonic() - self._started
-                self.console.print(f"[{seconds:5.0f} s] {outcome:<8} {label}", markup=False, highlight=False)
+                self.console.print(f"[{seconds:5.0f} s] {outcome:<8} {label}", markup=False, highlight=False, soft_wrap=True)
             if self._overall is not None:
                 self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")
 

@@ -174,6 +174,7 @@ def up(
     os.environ["MFT_HOME"] = str(home.absolute())
     family = Family()
     signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGINT, _leave)  # also where the shell that put us in the background had it ignored
     record = prefect_home(home) / "server.json"
     try:
         prefect, mlflow = _start_servers(home, family, prefect_port, mlflow_port, say)
