@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from mft_core.compute import PROCESS_WIDE
 from mft_core.errors import ConfigError
@@ -62,6 +63,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     """
     config = read_config(directory)
     _set_dropout(config, dropout)
+    disable_progress_bar()  # a stage has its own display, into which this one would write
     with PROCESS_WIDE:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True

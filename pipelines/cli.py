@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 
 def main() -> None:
-    """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage or configuration."""
+    """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage, 130 Ctrl-C (by typer)."""
     try:
         app()
     except ConfigError as error:
@@ -43,9 +43,6 @@ def main() -> None:
     except StageError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.command()

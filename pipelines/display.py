@@ -58,16 +58,17 @@ class Display:
             self._progress.update(self._bars[label], completed=progress.step, total=progress.total, detail=detail)
 
     def finished(self, label: str, outcome: str) -> None:
-        """Show that a stage has ended: 'computed', 'cached' or 'failed'."""
+        """Show that a stage has ended: 'computed', 'cached', 'failed', 'stopped' or 'not run'."""
         with self._lock:
             self._done += 1
             self._cached += outcome == "cached"
             bar = self._bars.pop(label, None)
             if bar is not None:
                 self._progress.remove_task(bar)
-            if outcome != "cached":
+            if outcome not in ("cached", "not run"):
                 seconds = time.monotonic() - self._started
-                self.console.print(f"[{seconds:5.0f} s] {outcome:<8} {label}", markup=False, highlight=False, soft_wrap=True)
+                line = f"[{seconds:5.0f} s] {outcome:<8} {label}"
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             if self._overall is not None:
                 self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")
 

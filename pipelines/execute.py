@@ -93,7 +93,11 @@ def _announce(display: Display, node: Node, future: PrefectFuture[ArtifactRef]) 
 def _word(future: PrefectFuture[ArtifactRef]) -> str:
     if future.state.name == "Cached":
         return "cached"
-    return "computed" if future.state.is_completed() else "failed"
+    if future.state.is_pending():  # for want of an input
+        return "not run"
+    if future.state.is_completed():
+        return "computed"
+    return "stopped" if interrupt.asked() else "failed"
 
 
 def _raise(failures: Sequence[tuple[Node, Any]]) -> None:

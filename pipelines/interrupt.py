@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -24,6 +25,11 @@ def handle_ctrl_c() -> None:
     signal.signal(signal.SIGINT, _on_interrupt)
 
 
+def asked() -> bool:
+    """Whether Ctrl-C was pressed."""
+    return _asked.is_set()
+
+
 def check() -> None:
     """Raise `Interrupted` in a working thread once Ctrl-C was pressed."""
     if _asked.is_set():
@@ -34,4 +40,5 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
     if _asked.is_set():
         os._exit(130)  # everything on disk is whole at any moment, so there is nothing to wait for
     _asked.set()
+    print("stopping; the same command continues where this one stops (Ctrl-C again: end at once)", file=sys.stderr)
     raise KeyboardInterrupt
