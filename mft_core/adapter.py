@@ -30,7 +30,7 @@ from mft_core.checkpoint_io import tensor_digest
 from mft_core.errors import ConfigError, explain
 from mft_core.identity import digest
 from mft_core.masking import masked_count
-from mft_core.recipes import MaskClass, Selector
+from mft_core.recipes import Modules, Selector
 from mft_core.sites import Site
 
 WEIGHTS, CONFIG = "mask.safetensors", "mask_config.json"
@@ -58,7 +58,7 @@ class MaskConfig(BaseModel):
     base_model_name_or_path: str = ""
     target_modules: tuple[str, ...]
     layers_to_transform: tuple[int, ...]
-    modules: MaskClass
+    modules: Modules
     sparsity: float
     scope: Literal["local"] = "local"
     """'local': the share holds in every matrix"""
@@ -95,7 +95,7 @@ def make_mask(
     *,
     sparsity: float,
     selector: Selector,
-    modules: MaskClass,
+    modules: Modules,
     base_name: str = "",
 ) -> Mask:
     """Tie masks to the base weights they were made for.

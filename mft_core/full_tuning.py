@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mft_core.masking import OptimizerFactory
+from mft_core.optimizers import OptimizerFactory
 
 
 class FullOptimizer:
@@ -40,6 +41,10 @@ class FullOptimizer:
     def discard_gradients(self) -> None:
         """Forget what `backward` has accumulated since the last step."""
         self.optimizer.zero_grad()
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """The weights in training are the result: nothing to change for a validation."""
+        return contextlib.nullcontext()
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy of the weights, on the CPU."""

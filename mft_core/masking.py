@@ -17,19 +17,20 @@ sign(0) = 0, as in `torch.abs`: a score of exactly zero has no gradient of its o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mft_core.optimizers import OptimizerFactory
+from mft_core.recipes import ScoreInit
 from mft_core.sites import Site
 
-ScoreInit = Literal["normal", "kaiming-uniform"]
-OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 _NORMAL_STD = 0.02
 """the reference's `initializer_range`"""
 
@@ -176,6 +177,10 @@ class MaskOptimizer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._refresh()
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """The model holds the hard mask already: nothing to change for a validation."""
+        return contextlib.nullcontext()
 
     def discard_gradients(self) -> None:
         """Forget what `backward` has accumulated since the last step."""

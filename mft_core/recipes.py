@@ -22,8 +22,28 @@ def _share_of_zeros(value: float) -> float:
 
 Sparsity = Annotated[float, AfterValidator(_share_of_zeros)]
 """share of each masked matrix that is set to zero, 0.10 = 10%"""
-MaskClass = Literal["attention", "mlp", "both"]
-Selector = Literal["learned", "random", "magnitude"]
+
+
+def _names_modules(value: str) -> str:
+    parts = [part.strip() for part in value.split(",")]
+    if not all(parts) or (len(parts) > 1 and not CLASSES.isdisjoint(parts)):
+        raise ValueError(
+            "valid: attention, mlp, both, or names of matrices separated by commas, such as 'q_proj,k_proj' or 'mlp.*'"
+        )
+    return ",".join(parts)
+
+
+CLASSES = frozenset({"attention", "mlp", "both"})
+Modules = Annotated[str, AfterValidator(_names_modules)]
+"""which matrices of a layer: 'attention', 'mlp', 'both', or patterns as the shell has them of their names in the layer
+(`self_attn.q_proj`; a pattern without a dot means the last part), separated by commas"""
+Selector = Literal["learned", "soft", "random", "magnitude", "wanda", "movement"]
+TRAINED: frozenset[Selector] = frozenset({"learned", "soft"})
+"""selectors that train scores, and so have `training` and `score_init`"""
+CALIBRATED: frozenset[Selector] = frozenset({"wanda", "movement"})
+"""selectors that look at some training sequences, and so have `calibration_rows`"""
+Scope = Literal["local", "global", "global-threshold"]
+ScoreInit = Literal["normal", "kaiming-uniform", "magnitude"]
 
 
 class Recipe(BaseModel):
@@ -58,6 +78,9 @@ class Training(Recipe):
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = Field(
+        "adamw", description="'adamw-8bit' has quantised moments, 'adafactor' factored ones"
+    )
     max_grad_norm: float | None = Field(None, gt=0, description="null does not clip")
     precision: Literal["float32", "bfloat16"] = "float32"
     validations: int = Field(0, ge=0, description="evenly spaced measurements of the validation loss")
@@ -72,31 +95,65 @@ class Training(Recipe):
         return self
 
 
+class Lora(Recipe):
+    """Low-rank adapters (Hu et al., 2021) on the maskable matrices of all layers, merged into the weights at the end."""
+
+    rank: int = Field(64, gt=0)
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of the adapters' input")
+
+
 class FineTune(Recipe):
-    """Recipe of the stage `fine-tune`: every weight is trained. Continued fine-tuning starts from its artifact."""
+    """Recipe of the stage `fine-tune`: every weight is trained, or with `lora` low-rank adapters of the weights.
+
+    Continued fine-tuning starts from the artifact of another one.
+    """
 
     training: Training
+    lora: Lora | None = None
 
 
 class LearnMask(Recipe):
-    """Recipe of the stage `learn-mask` (paper, section 3, local variant) and of its controls.
+    """Recipe of the stage `learn-mask` (paper, section 3) and of its controls.
 
-    `training`, `score_init` belong to the learned mask only; the controls neither have nor hash them.
+    What belongs to some selectors only (`training`, `score_init`, `calibration_rows`) is neither had nor hashed by the
+    others.
     """
 
     selector: Selector = "learned"
     sparsity: Sparsity
     layers: str = Field(description="which decoder layers, e.g. '2-5', '0,3,8-11', 'last:4', 'middle:4', 'all'")
-    modules: MaskClass = "both"
-    score_init: Literal["normal", "kaiming-uniform"] | None = None
+    modules: Modules = "both"
+    scope: Scope = Field(
+        "local",
+        description="'local': the share holds in every matrix; 'global': over all chosen matrices by one ranking; "
+        "'global-threshold': fixed thresholds for attention and MLP, at which the share holds when learning starts",
+    )
+    min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
+    score_init: ScoreInit | None = None
     training: Training | None = None
-    seed: int = Field(42, ge=0, description="of the initial scores, or of the random selection")
+    calibration_rows: int | None = Field(None, gt=0, description="training sequences that wanda and movement look at")
+    seed: int = Field(42, ge=0, description="of the initial scores, of the random selection or of the calibration rows")
 
     @model_validator(mode="after")
-    def _learned_has_training(self) -> LearnMask:
-        learned = self.selector == "learned"
-        if learned != (self.training is not None and self.score_init is not None):
-            raise ValueError("'training' and 'score_init' belong to selector 'learned', and it needs both")
+    def _settings_fit_the_selector(self) -> LearnMask:
+        trained = self.selector in TRAINED
+        if trained != (self.training is not None and self.score_init is not None):
+            raise ValueError("'training' and 'score_init' belong to the selectors learned and soft, which need both")
+        if (self.selector in CALIBRATED) != (self.calibration_rows is not None):
+            raise ValueError("'calibration_rows' belongs to the selectors wanda and movement, which need it")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_fit_the_scope(self) -> LearnMask:
+        if self.min_kept and (self.scope != "global" or self.min_kept > 1 - self.sparsity):
+            raise ValueError("min_kept belongs to scope 'global' and is at most 1 - sparsity")
+        if self.scope == "global-threshold" and self.selector != "learned":
+            raise ValueError(
+                "scope 'global-threshold' belongs to selector 'learned'"
+            )
+        if self.scope == "global" and self.selector == "wanda":
+            raise ValueError("selector 'wanda' ranks within output rows (scope 'local')")
         return self
 
 
@@ -137,4 +194,9 @@ class Runtime(BaseModel):
     micro_batch_tokens: int = Field(8_192, gt=0, description="padded tokens of one forward pass in training")
     eval_batch_size: int = Field(400, gt=0, description="sequences decoded together")
     heavy_slots: int = Field(1, gt=0, description="heavy stages at one time per device")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    processes: int = Field(1, gt=0, description="training processes on this machine, which share each step's sequences")
+    shard: bool = Field(
+        False, description="FSDP2: divide weights, gradients and optimizer among the processes (fine-tune only)"
+    )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two resumable states")

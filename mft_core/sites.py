@@ -7,15 +7,15 @@ on the meta device will do, so sites are known before any weight is read."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from mft_core.errors import ConfigError
 from mft_core.layers import format_layers
-from mft_core.recipes import MaskClass
+from mft_core.recipes import Modules
 
 SiteClass = Literal["attention", "mlp"]
 
@@ -45,11 +45,14 @@ class Site:
     """One maskable matrix.
 
     Attributes:
-        name: name of the parameter in the model and in its checkpoint.
+        name: unique; the parameter's, with `[i]` behind it for matrix i of a parameter that holds several.
         layer: index of the decoder layer.
         role: what the matrix computes: q, k, v, o, gate, up, down; qkv where a family fuses them.
         kind: 'attention' or 'mlp'.
         module: name of the module inside its layer, as PEFT's `target_modules` would name it.
+        parameter: name of the parameter that holds the matrix.
+        index: of the matrix in a parameter of shape (matrices, out, in); None where the parameter is the matrix.
+        transposed: the matrix is stored (in, out), as GPT-2's `Conv1D` does.
     """
 
     name: str
@@ -57,6 +60,14 @@ class Site:
     role: str
     kind: SiteClass
     module: str
+    parameter: str
+    index: int | None = None
+    transposed: bool = False
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Return the matrix, a view into its parameter."""
+        whole = parameters[self.parameter]
+        return whole if self.index is None else whole[self.index]
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -72,7 +83,8 @@ def find_sites(model: nn.Module) -> list[Site]:
             role = _role(name)
             if role is None:
                 continue
-            site = Site(f"{prefix}.{index}.{name}.weight", index, *role, name.rsplit(".", 1)[-1])
+            parameter = f"{prefix}.{index}.{name}.weight"
+            site = Site(parameter, index, *role, name.rsplit(".", 1)[-1], parameter)
             _check_linear(site, module)
             sites.append(site)
     if not sites:
@@ -83,7 +95,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def choose_sites(sites: Iterable[Site], layers: Iterable[int], modules: MaskClass) -> list[Site]:
+def choose_sites(sites: Iterable[Site], layers: Iterable[int], modules: Modules) -> list[Site]:
     """Return the sites in these layers and of this class, keeping their order.
 
     Raises:

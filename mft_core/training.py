@@ -15,10 +15,10 @@ A step whose loss or gradient is not finite is never applied: the state before i
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,6 @@ from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
 from mft_core.identity import digest
 from mft_core.loss import LossHead, keeps_packed_apart
-from mft_core.masking import OptimizerFactory
 from mft_core.recipes import Training
 from mft_core.schedule import learning_rate, validation_steps
 from mft_core.stages import Progress, StageContext
@@ -48,6 +47,9 @@ class Trainable(Protocol):
     def trained(self) -> list[Tensor]: ...
     def step(self, learning_rate: float | None = None) -> None: ...
     def discard_gradients(self) -> None: ...
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Have the model compute what it will be in the end, e.g. with a hard mask where a soft one is learned."""
+
     def snapshot(self) -> dict[str, Tensor]: ...
     def restore(self, snapshot: dict[str, Tensor]) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -99,11 +101,6 @@ class History:
     def write(self, path: Path) -> None:
         """Write the rows as JSON lines."""
         path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows), encoding="utf-8")
-
-
-def adamw(recipe: Training) -> OptimizerFactory:
-    """Return the factory of the optimizer that both full fine-tuning and masks use."""
-    return functools.partial(torch.optim.AdamW, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
 
 
 def train(trainable: Trainable, data: TrainingData, recipe: Training, context: StageContext) -> History:
@@ -213,7 +210,7 @@ class _Loop:
         """Return the mean loss over the validation tokens, and keep a snapshot if it is the best so far."""
         self.trainable.model.eval()
         batches = self._cut(self.data.validation, np.arange(len(self.data.validation)))
-        with torch.no_grad():
+        with torch.no_grad(), self.trainable.evaluating():
             loss = sum(self._loss(batch).double().item() for batch in batches.batches) / batches.loss_tokens
         if not math.isfinite(loss):
             raise StageError(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mft_core.recipes import MaskClass, Recipe, Selector, Sparsity, Training
+from mft_core.recipes import Modules, Recipe, Selector, Sparsity, Training
 
 METHODS: dict[str, frozenset[str]] = {
     # method: the sections of the setup that it uses, besides model and benchmarks
@@ -77,7 +77,7 @@ class MaskSpec(Recipe):
 
     sparsity: Sparsity = 0.1
     layers: Annotated[str, BeforeValidator(_layers_text)]
-    modules: MaskClass = "both"
+    modules: Modules = "both"
     score_init: Literal["normal", "kaiming-uniform"] = "normal"
     training: Training
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training data used for the mask")

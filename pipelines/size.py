@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mft_core.layers import parse_layers
-from mft_core.recipes import FineTune, LearnMask, MaskClass, Training
+from mft_core.recipes import FineTune, LearnMask, Training
 from pipelines import resolve
 from pipelines.graph import Node, Variant, closure
 from pipelines.setup import ModelSpec, Setup
@@ -72,7 +72,7 @@ def state_bytes(training: Training, trained: int) -> int:
 def _masked(recipe: LearnMask, model: ModelSpec) -> int:
     """Estimate the weights under a mask."""
     attention, mlp = _layer(resolve.configuration(model))
-    of_class: dict[MaskClass, int] = {"attention": attention, "mlp": mlp, "both": attention + mlp}
+    of_class: dict[str, int] = {"attention": attention, "mlp": mlp, "both": attention + mlp}
     return len(parse_layers(recipe.layers, resolve.decoder_layers(model))) * of_class[recipe.modules]
 
 

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from mft_core.data.tokens import TokenDataset
 from mft_core.full_tuning import FullOptimizer
 from mft_core.masking import MaskOptimizer
+from mft_core.optimizers import optimizer_factory
 from mft_core.recipes import Runtime, Training
 from mft_core.sites import choose_sites, find_sites
 from mft_core.stages import StageContext
-from mft_core.training import TrainingData, adamw
+from mft_core.training import TrainingData
 
 
 def make_data(examples: int = 40, validation: int = 8, vocabulary: int = 60) -> TrainingData:
@@ -56,6 +57,6 @@ def make_context(work: Path, **runtime: Any) -> StageContext:
 def make_trainable(kind: str, model: PreTrainedModel, recipe: Training) -> FullOptimizer | MaskOptimizer:
     """Return the `full` trainable, or the `mask` one over layers 1 and 2 at sparsity 0.3."""
     if kind == "full":
-        return FullOptimizer(model, optimizer=adamw(recipe))
+        return FullOptimizer(model, optimizer=optimizer_factory(recipe))
     sites = choose_sites(find_sites(model), (1, 2), "both")
-    return MaskOptimizer(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=adamw(recipe))
+    return MaskOptimizer(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer_factory(recipe))

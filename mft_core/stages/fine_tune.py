@@ -13,9 +13,10 @@ import torch
 from mft_core import compute
 from mft_core.checkpoint_io import DTYPES, load_model, save_model
 from mft_core.full_tuning import FullOptimizer
+from mft_core.optimizers import optimizer_factory
 from mft_core.recipes import FineTune
 from mft_core.stages import StageContext
-from mft_core.training import TrainingData, adamw, train
+from mft_core.training import TrainingData, train
 
 
 def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     device = compute.settle(context.runtime)
     data = TrainingData.load(inputs["data"])
     model = load_model(inputs["model"], torch.float32, device, training.dropout)
-    history = train(FullOptimizer(model, optimizer=adamw(training)), data, training, context)
+    history = train(FullOptimizer(model, optimizer=optimizer_factory(training)), data, training, context)
     save_model(model, out / "model", DTYPES[training.precision], inputs["model"])
     if "chat_template" in inputs:
         _set_chat_template(out / "model", inputs["chat_template"])

@@ -13,11 +13,12 @@ from mft_core.adapter import make_mask, save_mask
 from mft_core.checkpoint_io import DTYPES, WeightFiles, load_model, skeleton
 from mft_core.layers import format_layers, parse_layers
 from mft_core.masking import MaskOptimizer
+from mft_core.optimizers import optimizer_factory
 from mft_core.recipes import LearnMask
 from mft_core.selectors import CONTROLS
 from mft_core.sites import Site, choose_sites, find_sites, n_layers
 from mft_core.stages import StageContext
-from mft_core.training import History, TrainingData, adamw, train
+from mft_core.training import History, TrainingData, train
 
 
 def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def _learn(
     data = TrainingData.load(inputs["data"])
     model = load_model(inputs["model"], DTYPES[training.precision], device, training.dropout)
     optimizer = MaskOptimizer(
-        model, sites, sparsity=recipe.sparsity, init=init, seed=recipe.seed, optimizer=adamw(training)
+        model, sites, sparsity=recipe.sparsity, init=init, seed=recipe.seed, optimizer=optimizer_factory(training)
     )
     history = train(optimizer, data, training, context)
     return optimizer.masks(), history

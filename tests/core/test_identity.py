@@ -27,8 +27,8 @@ GOLDEN = {
 }
 GOLDEN_DEFAULTS = {
     "prepare-data": "bef58e3bbafcb239e02f9d9f3393d4e88237f16674593645a251db2a5a95c06e",
-    "fine-tune": "7d9b9435ed577b955132f1c1b8164491e5315060dd9622a11627d1a888decce8",
-    "learn-mask": "217d879aab491514a6652bf0b30c9a97339e0b3c3c988d9d97a757c39f378007",
+    "fine-tune": "7767a6fb0b75507c85e563cc75c2ce6ffc0b6e68f3018531307a3aa9e5f40726",
+    "learn-mask": "17743c0690ef74206ddd88f67beee58be6d9df29469186a1d3260fc9fe5284ec",
     "evaluate": "5fce68bd60ccdc7ee2d85f616a70d3c254ac276e9ed3782d4f26ca3f456721e6",
 }
 
