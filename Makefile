@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test test-all bench lint clean
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,9 @@ test: install  ## set-up and all tests but the slow ones
 
 test-all: install  ## every test
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+bench: install  ## time and memory of mask learning against a dense model and the published way
+	$(BIN)/python -m tests.bench.mask_step
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ weights with random numbers and a warning. Used by the stages that train, mask a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -20,12 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
+from mft_core.checkpoint_names import Piece, find_pieces
 from mft_core.compute import PROCESS_WIDE
 from mft_core.errors import ConfigError
 from mft_core.sources import parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 _DECODERS = {
     name
@@ -110,7 +112,10 @@ def _holds_weights(name: str) -> bool:
 
 
 class WeightFiles:
-    """The tensors of a safetensors checkpoint, one file or sharded, read one at a time without the model's class."""
+    """The matrices of a safetensors checkpoint, one file or sharded, read one at a time.
+
+    They are asked for by `Site.name`, so as the model has them, whatever tensors the checkpoint makes them of.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises ConfigError when the directory holds no safetensors checkpoint."""
@@ -118,40 +123,82 @@ class WeightFiles:
         try:
             self.file_of = self._locate()
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise ConfigError(f"model = {directory}: no readable model.safetensors ({error}).") from error
+            raise ConfigError(f"model = {directory}: no readable {_SINGLE} ({error}).{self._advice()}") from error
 
     def _locate(self) -> dict[str, str]:
+        """Find the file of each tensor; where both kinds of checkpoint lie there, transformers takes the one file."""
         index = self.directory / _INDEX
-        if index.is_file():
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        with safe_open(self.directory / "model.safetensors", framework="pt") as handle:
-            return dict.fromkeys(handle.keys(), "model.safetensors")
+        if index.is_file() and not (self.directory / _SINGLE).is_file():
+            found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            missing = sorted(name for name in set(found.values()) if not (self.directory / name).is_file())
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} of its index is missing")
+            return found
+        with safe_open(self.directory / _SINGLE, framework="pt") as handle:
+            return dict.fromkeys(handle.keys(), _SINGLE)
+
+    def _advice(self) -> str:
+        if not any(self.directory.glob("*.bin")):
+            return ""
+        return (
+            " Pickled weights (*.bin) are not read here; convert them: AutoModelForCausalLM.from_pretrained(OLD, "
+            "dtype='auto').save_pretrained(NEW), and copy the tokenizer."
+        )
 
     @property
     def files(self) -> list[str]:
         """Names of the safetensors files, sorted."""
         return sorted(set(self.file_of.values()))
 
+    @functools.cached_property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """The tensors that make up each matrix that the checkpoint has whole, by `Site.name`."""
+        return find_pieces(skeleton(self.directory), self.file_of)
+
     def check(self, names: list[str]) -> None:
-        """Raise a ConfigError if the checkpoint lacks one of these tensors."""
+        """Raise a ConfigError if the checkpoint lacks one of these matrices, or a part of it."""
         for name in names:
-            if name not in self.file_of:
-                raise ConfigError(f"model = {self.directory}: the checkpoint has no weight named {name}.")
+            if name not in self.pieces:
+                raise ConfigError(
+                    f"model = {self.directory}: the checkpoint has no weight named {name}, nor all the tensors that it "
+                    "is made of; give a whole checkpoint."
+                )
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor as it is stored.
+        """Return one matrix as it is stored.
 
         Raises:
-            ConfigError: the checkpoint has no tensor of that name.
+            ConfigError: the checkpoint has no matrix of that name, or its file is damaged.
         """
         self.check([name])
-        with safe_open(self.directory / self.file_of[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        try:
+            parts = [self._read(piece) for piece in self.pieces[name]]
+        except SafetensorError as error:
+            raise ConfigError(f"model = {self.directory}: {name} cannot be read ({error}).") from error
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) one at a time."""
+        """Yield (name, matrix) one at a time."""
         for name in names:
             yield name, self.tensor(name)
+
+    def rows(self, name: str) -> Iterator[tuple[Piece, slice]]:
+        """Yield the pieces of a matrix, each with the rows of the matrix that it holds."""
+        start = 0
+        for piece in self.pieces[name]:
+            with self._open(piece) as handle:
+                stop = start + handle.get_slice(piece.tensor).get_shape()[-2]
+            yield piece, slice(start, stop)
+            start = stop
+
+    def _open(self, piece: Piece) -> Any:
+        return safe_open(self.directory / self.file_of[piece.tensor], framework="pt")
+
+    def _read(self, piece: Piece) -> Tensor:
+        with self._open(piece) as handle:
+            if piece.index is None:
+                return handle.get_tensor(piece.tensor)
+            return handle.get_slice(piece.tensor)[piece.index]
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -4,7 +4,8 @@
     best-<step>.pt    what was trained, as it was at the best validation; written before the state that names it
 
 Files are written under a temporary name, fsynced and renamed. Loading is restricted to tensors and plain values
-(`weights_only`). A state that cannot be read, or whose best snapshot cannot, is dropped with a warning: the training
+(`weights_only`), and maps the file: where several processes share a training, each reads it, and main memory holds it
+once. A state that cannot be read, or whose best snapshot cannot, is dropped with a warning: the training
 then begins again and gives the same numbers, later.
 """
 
@@ -102,7 +103,7 @@ class ResumableState:
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            content = torch.load(self._directory / name, map_location="cpu", weights_only=True)
+            content = torch.load(self._directory / name, map_location="cpu", weights_only=True, mmap=True)
         except MemoryError:
             raise
         except Exception as error:  # of a damaged file, torch raises whatever its reader stumbles over

@@ -8,6 +8,7 @@ process: loading a model changes the one, dropout and sampling draw from the oth
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
@@ -29,12 +30,25 @@ def own_randomness(device: torch.device) -> Iterator[None]:
 
 
 def settle(runtime: Runtime) -> torch.device:
-    """Set the CPU threads of this process and return the device to compute on.
+    """Set the CPU threads of this process and return the device to compute on; of several processes, each has a GPU.
 
     Raises:
         ConfigError: the device is unknown to torch, or this machine has none.
     """
     torch.set_num_threads(runtime.threads or _DEFAULT_THREADS)  # whatever an earlier stage of this process had set
+    device = find_device(runtime)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # set by torchrun, and by `mft_core.launch`
+        torch.cuda.set_device(device)
+    return device
+
+
+def find_device(runtime: Runtime) -> torch.device:
+    """Return the device that the runtime names.
+
+    Raises:
+        ConfigError: it is unknown to torch, or this machine has none.
+    """
     if runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -26,10 +26,17 @@ from matplotlib.patches import Patch
 from mft_core.tables import apart, method_label, percent, plain, pooled, settings
 
 Row = Mapping[str, Any]
-_STYLES = {"mft": ("#0072B2", "o"), "random": ("#E69F00", "s"), "magnitude": ("#009E73", "^")}
-_SPARE = (("#D55E00", "D"), ("#56B4E9", "v"), ("#000000", "P"))
+_STYLES = {
+    "mft": ("#0072B2", "o"),
+    "random": ("#E69F00", "s"),
+    "magnitude": ("#009E73", "^"),
+    "wanda": ("#D55E00", "D"),
+    "movement": ("#56B4E9", "v"),
+    "mft-soft": ("#000000", "P"),
+}
 _BAND = "#CC79A7"
 _REFERENCES = {"base", "fft"}
+_CONTROLS = {"random", "magnitude", "wanda", "movement"}
 _AXES = {
     "sparsity": "Sparsity (% of the masked weights set to zero)",
     "layers": "Masked layers",
@@ -94,8 +101,7 @@ def _draw(rows: Sequence[Row], question: str, confidence: float) -> Figure:
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """Return colour and marker of each kind of mask, in the study's order."""
     drawn = [row["method"] for row in rows if row["gain"] is not None and row["sparsity"] is not None]
-    spare = iter(_SPARE)
-    return {method: _STYLES.get(method) or next(spare) for method in dict.fromkeys(drawn)}
+    return {method: _STYLES[method] for method in dict.fromkeys(drawn)}
 
 
 def _axis(rows: Sequence[Row]) -> _Axis:
@@ -117,7 +123,7 @@ def _axis(rows: Sequence[Row]) -> _Axis:
 def _range(rows: Sequence[Row]) -> tuple[float, float]:
     """Return the y limits in percentage points: every interval, but for controls far below what is compared."""
     drawn = [row for row in rows if row["gain"] is not None and row["method"] not in _REFERENCES]
-    asked = [row for row in drawn if row["method"] not in ("random", "magnitude")] or drawn
+    asked = [row for row in drawn if row["method"] not in _CONTROLS] or drawn
     top = max([0.0, *(100 * row["gain_high"] for row in drawn)])
     low = min([0.0, *(100 * row["gain_low"] for row in asked)])
     lowest = min([0.0, *(100 * row["gain_low"] for row in drawn)])

@@ -10,8 +10,8 @@ import re
 from mft_core.errors import ConfigError
 
 _GRAMMAR = "valid: 'all', 'last:N', 'middle:N', or indices and ranges such as '20-23' or '0,3,8-11'"
-_GROUP = re.compile(r"(last|middle):(\d+)")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_GROUP = re.compile(r"(last|middle):([0-9]{1,9})")
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:

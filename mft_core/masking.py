@@ -1,8 +1,8 @@
 r"""The heart of Mask Fine-Tuning: which entries are kept, and how the scores behind the choice are learned.
 
 For a frozen weight W with scores S (same shape), the mask M is 0 on the int(sparsity * numel) entries of
-smallest |S| and 1 elsewhere, per matrix; the layer computes with W ⊙ M. Straight through the selection
-(paper, section 3):
+smallest |S| and 1 elsewhere, per matrix (other scopes: `mft_core.selection`); the layer computes with W ⊙ M. Straight
+through the selection (paper, section 3):
 
     dL/dM = dL/d(W ⊙ M) ⊙ W          dL/dS = dL/dM ⊙ sign(S)
 
@@ -12,7 +12,8 @@ g = dL/d(W ⊙ M) summed over the micro-batches, and at the step dL/dS = g ⊙ W
 masking inside every forward, at the cost of a dense model with those few layers trainable; masked entries receive a
 gradient too (g is dense), which is how they can come back.
 
-sign(0) = 0, as in `torch.abs`: a score of exactly zero has no gradient of its own and moves by momentum only.
+sign(0) = 0, as in `torch.abs`: a score of exactly zero has no gradient of its own and moves by momentum only. Where a
+scope selects on S itself (the paper's global variant), dL/dS = dL/dM.
 """
 
 from __future__ import annotations
@@ -20,64 +21,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mft_core.optimizers import OptimizerFactory
+from mft_core.recipes import Scope as ScopeName
 from mft_core.recipes import ScoreInit
+from mft_core.selection import Global, GlobalThreshold, Local, Scope
 from mft_core.sites import Site
 
-_NORMAL_STD = 0.02
+_STD = 0.02
 """the reference's `initializer_range`"""
-
-
-def masked_count(sparsity: float, numel: int) -> int:
-    """Return how many entries of a matrix the mask sets to zero; `sparsity` is that share."""
-    return int(sparsity * numel)
-
-
-def select(scores: Tensor, sparsity: float) -> Tensor:
-    """Return the mask of one matrix: True is kept, False is set to zero.
-
-    Exactly ``int(sparsity * numel)`` entries, those of smallest magnitude, are False; among equal magnitudes
-    the lowest flat index goes first. The result depends on the values alone: the same on every device and in
-    every run.
-
-    Args:
-        scores: any shape, floating point.
-        sparsity: share set to zero, in [0, 1).
-
-    Raises:
-        ValueError: a score that decides the selection is NaN.
-    """
-    magnitudes = scores.detach().abs().flatten()
-    count = masked_count(sparsity, magnitudes.numel())
-    if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = _smallest(magnitudes, count)
-    kept = magnitudes > threshold
-    surplus = kept.numel() - int(kept.sum()) - count
-    if surplus:  # ties at the threshold: the last ones stay
-        if bool(magnitudes.isnan().any()):
-            raise ValueError("scores contain NaN: no mask can be selected from them")
-        ties = (magnitudes == threshold).nonzero().flatten()
-        kept[ties[-surplus:]] = True
-    return kept.view(scores.shape)
-
-
-def _smallest(magnitudes: Tensor, count: int) -> Tensor:
-    """Return the `count`-th smallest value by the fastest exact way.
-
-    For 45 million floats: numpy's partition 0.13 s, torch's kthvalue 1 s, a sort 8 s (CPU, one thread); on
-    CUDA kthvalue runs in a single block, and a sort is a hundred times faster."""
-    if magnitudes.device.type != "cpu":
-        return magnitudes.sort().values[count - 1]
-    values = magnitudes.float() if magnitudes.dtype in (torch.bfloat16, torch.float16) else magnitudes
-    return torch.from_numpy(np.partition(values.numpy(), count - 1)[count - 1 : count]).to(magnitudes.dtype)
 
 
 def site_generator(seed: int, name: str) -> torch.Generator:
@@ -89,32 +46,47 @@ def site_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(number, "big") >> 1)
 
 
-def initial_scores(shape: Sequence[int], init: ScoreInit, generator: torch.Generator) -> Tensor:
-    """Draw the scores of one matrix (out, in) in float32 on the CPU.
+def initial_scores(weight: Tensor, init: ScoreInit, generator: torch.Generator, *, transposed: bool = False) -> Tensor:
+    """Return the first scores of one matrix, in its shape, float32 on the CPU.
 
-    'normal' is N(0, 0.02), which the published runs used; 'kaiming-uniform' with a = sqrt(5), the paper's
-    text, is uniform in ±1/sqrt(in)."""
+    'normal' is N(0, 0.02), which the published runs used; 'kaiming-uniform' with a = sqrt(5), the paper's text, is
+    uniform in ±1/sqrt(inputs); 'magnitude' is |W|, scaled to the same root mean square of 0.02, so that learning starts
+    at the magnitude mask and at the learning rates of 'normal'.
+
+    Args:
+        weight: (out, in), or (in, out) if `transposed`; only 'magnitude' looks at its values.
+    """
     if init == "normal":
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * _NORMAL_STD
-    scores = torch.empty(tuple(shape), dtype=torch.float32)
-    return nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
+        return torch.randn(tuple(weight.shape), generator=generator, dtype=torch.float32) * _STD
+    if init == "magnitude":
+        magnitudes = weight.detach().abs().cpu().float()
+        return magnitudes * (_STD / magnitudes.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny))
+    inputs, outputs = weight.shape if transposed else reversed(weight.shape)
+    scores = torch.empty((outputs, inputs), dtype=torch.float32)
+    nn.init.kaiming_uniform_(scores, a=math.sqrt(5), generator=generator)
+    return scores.t().contiguous() if transposed else scores
 
 
 class MaskOptimizer:
-    """Learns the masks of a model whose weights are frozen; the mask lives here, the model keeps plain
-    layers.
+    """Learns the masks of a model whose weights are frozen; the mask lives here, the model keeps plain layers.
 
-    On creation every parameter is frozen except the sites' weights, which then hold W ⊙ M (so autograd stops
-    at the lowest masked layer). Call `backward` for any number of micro-batches, then `step`.
+    On creation every parameter is frozen except the sites' weights, which then hold W ⊙ M (so autograd stops at the
+    lowest masked layer). Call `backward` for any number of micro-batches, then `step`. What `backward` accumulates is the
+    weights' ordinary `.grad`, in float32 whatever the weights are, so that everything that works on gradients
+    (data-parallel reduction, accelerate, checkpointing, compilation) works here; `trained` turns it into the scores'.
 
     Args:
         model: the decoder; its site weights are overwritten by W ⊙ M.
         sites: the matrices to mask.
-        sparsity: share of each matrix that is set to zero.
+        sparsity: share that is set to zero, of each matrix or of all (see `scope`).
         init: distribution of the initial scores.
         seed: of the initial scores.
-        optimizer: makes the optimizer of the scores (float32, on the weights' device).
+        optimizer: makes the optimizer of the scores (float32, on the weights' device): any of `torch.optim`'s kind.
+        scope: among which weights the least scores are removed, see `mft_core.selection`.
+        min_kept: of scope 'global': least share kept in every matrix.
     """
+
+    draws_random_numbers = False
 
     def __init__(
         self,
@@ -125,47 +97,54 @@ class MaskOptimizer:
         init: ScoreInit,
         seed: int,
         optimizer: OptimizerFactory,
+        scope: ScopeName = "local",
+        min_kept: float = 0.0,
     ) -> None:
         self.model = model
         self.sites = list(sites)
-        self.sparsity = sparsity
         parameters = dict(model.named_parameters())
-        self._weights = [parameters[site.name] for site in sites]
-        self._originals = [weight.detach().clone() for weight in self._weights]
+        self._parameters = {site.parameter: parameters[site.parameter] for site in self.sites}
+        self._originals = {name: weight.detach().clone() for name, weight in self._parameters.items()}
         self._scores = [
-            initial_scores(weight.shape, init, site_generator(seed, site.name)).to(weight.device)
-            for site, weight in zip(self.sites, self._weights, strict=True)
+            initial_scores(weight, init, site_generator(seed, site.name), transposed=site.transposed).to(weight.device)
+            for site in self.sites
+            for weight in [site.of(self._originals)]
         ]
+        self.scope = self._make_scope(scope, sparsity, min_kept)
         self.optimizer = optimizer(self._scores)
-        self._accumulated: dict[int, Tensor] = {}
         model.requires_grad_(False)
-        for index, weight in enumerate(self._weights):
+        for weight in self._parameters.values():
             weight.requires_grad_(True)
             weight.grad = None
-            weight.register_post_accumulate_grad_hook(self._accumulator(index))
+            weight.grad_dtype = torch.float32  # in bfloat16, the sum over micro-batches would lose the small ones
         self._refresh()
 
-    def _accumulator(self, index: int) -> Callable[[Tensor], None]:
-        """Sum a weight's gradient in float32 whatever the weight's type: bfloat16 sums lose small micro-batches."""
-
-        def accumulate(weight: Tensor) -> None:
-            assert weight.grad is not None
-            if index in self._accumulated:
-                self._accumulated[index] += weight.grad
-            else:
-                self._accumulated[index] = weight.grad.float()
-            weight.grad = None
-
-        return accumulate
+    def _make_scope(self, scope: ScopeName, sparsity: float, min_kept: float) -> Scope:
+        if scope == "global-threshold":
+            return GlobalThreshold.starting_at(sparsity, [site.kind for site in self.sites], self._scores)
+        return Global(sparsity, min_kept) if scope == "global" else Local(sparsity)
 
     @torch.no_grad()
     def trained(self) -> list[Tensor]:
-        """Return the scores with the gradient of this step in `.grad`, made from what `backward` accumulated."""
-        for index, gradient in self._accumulated.items():
-            score = self._scores[index]
-            score.grad = gradient.mul_(self._originals[index]).mul_(score.sign())
-        self._accumulated.clear()
-        return [score for score in self._scores if score.grad is not None]
+        """Return all scores with the gradient of this step in `.grad`, made from what `backward` accumulated."""
+        if self._scores[0].grad is None:
+            gradients = {name: self._taken(weight) for name, weight in self._parameters.items()}
+            for site, score, slope in zip(self.sites, self._scores, self._slopes(), strict=True):
+                score.grad = site.of(gradients).mul_(site.of(self._originals))
+                if slope is not None:
+                    score.grad.mul_(slope)
+        return self._scores
+
+    @staticmethod
+    def _taken(weight: Tensor) -> Tensor:
+        """Take the weight's gradient from it; none is zero: a part of the model that these batches did not use."""
+        gradient, weight.grad = weight.grad, None
+        return torch.zeros_like(weight, dtype=torch.float32) if gradient is None else gradient
+
+    def _slopes(self) -> Iterator[Tensor | None]:
+        """Yield dM/dS of every matrix as straight-through has it; None is 1."""
+        for score in self._scores:
+            yield None if self.scope.signed else score.sign()
 
     @torch.no_grad()
     def step(self, learning_rate: float | None = None) -> None:
@@ -179,22 +158,23 @@ class MaskOptimizer:
         self._refresh()
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """The model holds the hard mask already: nothing to change for a validation."""
+        """The model holds the mask that will be the result: nothing to change for a validation."""
         return contextlib.nullcontext()
 
     def discard_gradients(self) -> None:
         """Forget what `backward` has accumulated since the last step."""
-        self._accumulated.clear()
+        for weight in self._parameters.values():
+            weight.grad = None
         self.optimizer.zero_grad()
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks that the scores select now, by site name (True is kept), on the weights' device."""
-        return {site.name: select(score, self.sparsity) for site, score in zip(self.sites, self._scores, strict=True)}
+        return {site.name: mask for site, mask in zip(self.sites, self.scope.masks(self._scores), strict=True)}
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        for weight, original, score in zip(self._weights, self._originals, self._scores, strict=True):
-            weight.copy_(original).masked_fill_(~select(score, self.sparsity), 0)
+        for site, mask in zip(self.sites, self.scope.masks(self._scores), strict=True):
+            site.of(self._parameters).copy_(site.of(self._originals)).masked_fill_(~mask, 0)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy of the scores: what decides the masks."""

@@ -13,10 +13,14 @@ METHODS = {
     "base": "base",
     "fft": "FFT",
     "continued-fft": "continued FFT",
+    "lora": "LoRA",
+    "continued-lora": "LoRA on FFT",
     "mft": "MFT",
+    "mft-soft": "MFT, soft",
     "random": "random mask",
     "magnitude": "magnitude mask",
-    "lora": "LoRA",
+    "wanda": "Wanda mask",
+    "movement": "movement mask",
 }
 _IDENTITY = ("method", "domain", "layers", "modules", "sparsity")
 _STANDARD = {

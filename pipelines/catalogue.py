@@ -10,10 +10,10 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mft_core.errors import ConfigError, explain, unknown
 from mft_core.recipes import Recipe, Runtime
@@ -25,29 +25,48 @@ Model = TypeVar("Model", bound=Recipe)
 FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
 
 
+EACH_DOMAIN, EACH_LAYER_GROUP = "each domain", "each layer group"
+"""what a study writes for the values that only the profile knows"""
+MIXED = "mixed"
+"""the domain that is a mixture of the others, and so none of `each domain`"""
+Analysis = Literal["anatomy", "landscape", "predict-layers"]
+
+
 class VariantSpec(Recipe):
     """One family of variants: a method, its domain, and the grid over which it is spread."""
 
     method: Method
-    domain: str | None = Field(None, description="null takes the study's, or the profile's default")
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
-        default_factory=dict, description="setup key: values"
+    domain: str | None = Field(
+        None, description="null takes the study's, or the profile's default; 'each domain' is all but 'mixed'"
+    )
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each domain", "each layer group"]] = Field(
+        default_factory=dict, description="setup key: values; a value 'x0.3' is that many times the profile's own"
     )
 
-    def points(self) -> Iterator[dict[str, Any]]:
+    def points(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid's values as {setup key: value}."""
-        for values in itertools.product(*self.grid.values()):
-            yield dict(zip(self.grid, values, strict=True))
+        values = [profile.each(values) if isinstance(values, str) else values for values in self.grid.values()]
+        for point in itertools.product(*values):
+            yield dict(zip(self.grid, point, strict=True))
 
 
 class Study(Recipe):
-    """A question and the variants that answer it."""
+    """A question and the variants that answer it; or, in `studies`, the studies that it is made of."""
 
     name: str
     question: str
     domain: str | None = None
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
-    variants: tuple[VariantSpec, ...] = Field(min_length=1)
+    benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
+    variants: tuple[VariantSpec, ...] = ()
+    analyses: tuple[Analysis, ...] = ()
+    studies: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_variants_or_parts(self) -> Study:
+        if bool(self.variants) == bool(self.studies):
+            raise ValueError("a study has either variants or studies that it is made of; give one of the two")
+        return self
 
 
 class Profile(Recipe):
@@ -57,7 +76,20 @@ class Profile(Recipe):
     default_domain: str
     defaults: dict[str, Any]
     domains: dict[str, dict[str, Any]] = Field(min_length=1)
+    layer_groups: tuple[str, ...] = Field((), description="what 'each layer group' of a study means for this model")
     runtime: Runtime = Runtime.model_validate({})
+
+    def each(self, what: str) -> list[str]:
+        """Return the values of `each domain` or `each layer group`.
+
+        Raises:
+            ConfigError: the profile has none.
+        """
+        values = [name for name in self.domains if name != MIXED] if what == EACH_DOMAIN else list(self.layer_groups)
+        if not values:
+            key = "domains" if what == EACH_DOMAIN else "layer_groups"
+            raise ConfigError(f"profile {self.name}: the study asks for {what}; list some under {key}.")
+        return values
 
 
 def names(kind: str) -> list[str]:
@@ -69,6 +101,12 @@ def load_study(name: str) -> Study:
     """Read a study by its name or by the path of a YAML file."""
     path = _locate("study", name)
     return _validate(Study, {"name": path.stem, **_read(path)}, f"study {path.name}")
+
+
+def load_studies(name: str) -> list[Study]:
+    """Read a study, or the studies that it is made of."""
+    study = load_study(name)
+    return [part for inner in study.studies for part in load_studies(inner)] or [study]
 
 
 def load_profile(name: str) -> Profile:

@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-mask_app = typer.Typer(help="Look at mask files and apply them.", no_args_is_help=True)
+mask_app = typer.Typer(help="Look at mask files, combine, apply and undo them.", no_args_is_help=True)
 app.add_typer(mask_app, name="mask")
 
 StudyName = Annotated[str, typer.Argument(help="name of a shipped study, or a YAML file")]
@@ -213,11 +213,15 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 @mask_app.command("show")
-def mask_show(mask: Path, as_json: AsJson = False) -> None:
-    """Show where a mask cuts: zeros per layer and module."""
+def mask_show(
+    mask: Path,
+    figure: Annotated[Path | None, typer.Option(help="write a heat map of where the mask cuts, a .png file")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a mask cuts: share and number of zeros per layer and module."""
     from pipelines.mask_commands import show
 
-    show(mask, as_json)
+    show(mask, figure, as_json)
 
 
 @mask_app.command("apply")
@@ -228,12 +232,32 @@ def mask_apply(base: Path, mask: Path, out: Path) -> None:
     apply(base, mask, out)
 
 
+@mask_app.command("undo")
+def mask_undo(merged: Path, out: Path) -> None:
+    """Take a mask out of a checkpoint that `apply` wrote; OUT is its base again, bit for bit."""
+    from pipelines.mask_commands import undo
+
+    undo(merged, out)
+
+
 @mask_app.command("compare")
 def mask_compare(a: Path, b: Path, as_json: AsJson = False) -> None:
-    """Compare two masks: overlap (Jaccard index of the removed weights) per layer and module."""
+    """Compare two masks: overlap (Jaccard index of the removed weights) per layer and module, beside chance."""
     from pipelines.mask_commands import compare
 
     compare(a, b, as_json)
+
+
+@mask_app.command("combine")
+def mask_combine(
+    op: Annotated[str, typer.Argument(help="union, intersection, difference (A without B), or complement (of A)")],
+    masks: Annotated[list[Path], typer.Argument(metavar="A [B]", help="masks of one base")],
+    out: Annotated[Path, typer.Argument(help="directory of the new mask")],
+) -> None:
+    """Make a mask of others, by what they remove."""
+    from pipelines.mask_commands import combine
+
+    combine(op, masks, out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from pydantic import ValidationError
 
 from mft_core.errors import ConfigError, did_you_mean, explain
 from mft_core.recipes import Runtime
-from pipelines.catalogue import Profile, Study, VariantSpec, anchored, domain_of, merge
+from pipelines.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, anchored, domain_of, merge
 from pipelines.setup import METHODS, Setup, uses
 
 _ELSEWHERE = {
@@ -19,7 +21,8 @@ _ELSEWHERE = {
     "domain": "it is a field of the study and of its variants: write `domain:` there",
     "method": "it is a field of the study's variants: write `method:` there",
 }
-_SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "mask", "benchmarks")
+_FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
+_SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "lora", "mask", "benchmarks")
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
@@ -73,11 +76,14 @@ def setups(
     _refuse_misplaced(settings, study)
     found: list[tuple[Setup, dict[str, Any]]] = []
     for spec in study.variants:
-        for point in spec.points():
+        domains = profile.each(EACH_DOMAIN) if spec.domain == EACH_DOMAIN else [spec.domain]
+        for domain, point in itertools.product(domains, spec.points(profile)):
             for seed in _seeds(spec, point, seeds or study.seeds):
-                setup = _compose(study, profile, spec, settings, point, seed)
+                setup, meant = _compose(
+                    study, profile, spec.model_copy(update={"domain": domain}), settings, point, seed
+                )
                 if all(setup != other for other, _ in found):
-                    found.append((setup, point))
+                    found.append((setup, meant))
     _refuse_unused(settings, study, [setup for setup, _ in found])
     return found
 
@@ -95,20 +101,57 @@ def _compose(
     settings: Mapping[str, Any],
     point: Mapping[str, Any],
     seed: int,
-) -> Setup:
+) -> tuple[Setup, dict[str, Any]]:
+    """Return one variant's setup, and its point of the grid with the values that are meant."""
     domain = domain_of(profile, spec.domain or study.domain)
-    values: dict[str, Any] = {}
-    for layer in (profile.defaults, profile.domains[domain]):
-        merge(values, layer)
+    values = _of_domain(profile, domain)
+    meant: dict[str, Any] = {}
     for key, value in {**settings, **point}.items():
         last = key.split(".")[-1]
         where = f"study {study.name}, grid of {spec.method}" if key in point else f"--set {key}"
-        _put(values, key, anchored({last: value}, Path.cwd())[last], where)
-    values |= {"backbone": profile.name, "domain": domain, "method": spec.method, "seed": seed}
+        value = _scaled(values, key, anchored({last: value}, Path.cwd())[last], where)
+        _put(values, key, value, where)
+        if key in point:
+            meant[key] = value
+    if values["mask"].get("domain"):
+        values["mask"]["data"] = _of_domain(profile, domain_of(profile, values["mask"]["domain"]))["data"]
+    everything = _every_benchmark(profile)
+    if study.benchmarks == "all":
+        own = values["benchmarks"]
+        values["benchmarks"] = own + [bench for bench in everything if bench not in own]
+    values |= {"held_out": everything, "backbone": profile.name, "domain": domain, "method": spec.method, "seed": seed}
     try:
-        return Setup.model_validate(values)
+        return Setup.model_validate(values), meant
     except ValidationError as error:
         raise explain(error, Setup, f"study {study.name} on profile {profile.name}") from error
+
+
+def _of_domain(profile: Profile, domain: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for layer in (profile.defaults, profile.domains[domain]):
+        merge(values, layer)
+    return values
+
+
+def _every_benchmark(profile: Profile) -> list[Any]:
+    """Return the benchmarks of all domains, each once."""
+    found: list[Any] = []
+    for domain in profile.domains:
+        found += [bench for bench in _of_domain(profile, domain).get("benchmarks", ()) if bench not in found]
+    return found
+
+
+def _scaled(values: Mapping[str, Any], key: str, value: Any, where: str) -> Any:
+    """Return the number that 'x0.3' means: that many times what is there; any other value as it is."""
+    found = _FACTOR.fullmatch(value) if isinstance(value, str) else None
+    if not found:
+        return value
+    base: Any = values
+    for name in key.split("."):
+        base = base.get(name) if isinstance(base, Mapping) else None
+    if not isinstance(base, int | float):
+        raise ConfigError(f"{where}: {key} = {value} is relative, and the profile has no number there; give a number.")
+    return float(f"{base * float(found[1]):.6g}")
 
 
 def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:

@@ -12,11 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from mft_core.errors import explain
 from mft_core.identity import digest
 from mft_core.recipes import (
+    CALIBRATED,
+    TRAINED,
     Evaluate,
     FineTune,
     LearnMask,
+    Lora,
     MergeMask,
     MixturePart,
     PrepareData,
@@ -26,10 +32,10 @@ from mft_core.recipes import (
 from mft_core.sources import Source
 from mft_core.stages import STAGES
 from pipelines import resolve
-from pipelines.setup import SELECTORS, BenchmarkSpec, Setup, uses
+from pipelines.setup import METHODS, SELECTORS, BenchmarkSpec, DataSpec, Setup, uses
 
 _COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
-_IN_NAMES = {"sparsity", "layers", "modules", "seed"}
+_IN_NAMES = {"sparsity", "layers", "modules", "seed", "domain"}
 _OF_FINE_TUNING = ("model", "data", "fine_tune")
 
 
@@ -79,7 +85,7 @@ class Variant:
         """What identifies the variant in tables and in MLflow."""
         setup = self.setup
         masked = setup.method in SELECTORS
-        seeded = setup.method in ("mft", "random", "continued-fft")
+        seeded = "seed" in METHODS[setup.method]
         return {
             "variant": self.name,
             "method": setup.method,
@@ -116,6 +122,9 @@ def variant(setup: Setup, point: Mapping[str, Any], grid: Iterable[str] = ()) ->
         if setup.method == "continued-fft":
             trained = _continued(setup, model, suffix)
             model = Edge(trained, "model")
+        elif setup.method in ("lora", "continued-lora"):
+            trained = _adapted(setup, model if setup.method == "continued-lora" else resolve.model(setup.model), suffix)
+            model = Edge(trained, "model")
         elif setup.method in SELECTORS:
             trained = _mask(setup, model, suffix)
             merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
@@ -151,7 +160,7 @@ def _name(setup: Setup) -> str:
     details: list[str] = [setup.method]
     if setup.method in SELECTORS:
         details += _mask_words(setup)
-    if setup.method in ("mft", "random", "continued-fft"):
+    if "seed" in METHODS[setup.method]:
         details.append(f"seed={setup.seed}")
     return " ".join(details)
 
@@ -162,8 +171,7 @@ def _mask_words(setup: Setup) -> list[str]:
     return words + ([f"modules={mask.modules}"] if mask.modules != "both" else [])
 
 
-def _data(setup: Setup, fraction: float) -> Node:
-    spec = setup.data
+def _data(setup: Setup, spec: DataSpec, fraction: float, domain: str) -> Node:
     recipe = PrepareData(
         mixture=tuple(MixturePart(rows=source.rows) for source in spec.mixture),
         fraction=fraction,
@@ -173,11 +181,15 @@ def _data(setup: Setup, fraction: float) -> Node:
     )
     inputs: dict[str, Source | Edge] = {"tokenizer": resolve.tokenizer(setup.model), **_template(setup)}
     inputs |= {f"source-{i}": resolve.rows(source) for i, source in enumerate(spec.mixture)}
-    items = [resolve.benchmark_items(bench) for bench in setup.benchmarks if bench.path]
-    items.sort(key=lambda source: source.digest)  # in whatever order they are written, the data are the same
+    found = [resolve.benchmark_items(bench) for bench in (*setup.benchmarks, *setup.held_out) if bench.path]
+    items = sorted({source.digest: source for source in found}.values(), key=lambda source: source.digest)
     inputs |= {f"benchmark-{i}": source for i, source in enumerate(items)}
     share = f" fraction={fraction:g}" if fraction != 1 else ""
-    return Node("prepare-data", recipe, inputs, f"prepare-data {setup.domain}{share}")
+    return Node("prepare-data", recipe, inputs, f"prepare-data {domain}{share}")
+
+
+def _training_data(setup: Setup) -> Node:
+    return _data(setup, setup.data, setup.data.fraction, setup.domain)
 
 
 def _template(setup: Setup) -> dict[str, Source | Edge]:
@@ -187,7 +199,7 @@ def _template(setup: Setup) -> dict[str, Source | Edge]:
 def _fine_tuned(setup: Setup, suffix: str) -> Node:
     inputs = {
         "model": resolve.model(setup.model),
-        "data": Edge(_data(setup, setup.data.fraction)),
+        "data": Edge(_training_data(setup)),
         **_template(setup),
     }
     return Node("fine-tune", FineTune(training=setup.fine_tune), inputs, f"fine-tune {setup.domain}{suffix}")
@@ -195,10 +207,22 @@ def _fine_tuned(setup: Setup, suffix: str) -> Node:
 
 def _continued(setup: Setup, model: Edge, suffix: str) -> Node:
     training = _seeded(setup.continued, setup.seed)
-    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_data(setup, setup.data.fraction))}
+    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_training_data(setup))}
     return Node(
         "fine-tune", FineTune(training=training), inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}"
     )
+
+
+def _adapted(setup: Setup, model: Source | Edge, suffix: str) -> Node:
+    """Fine-tune low-rank adapters of a model, the base or a fine-tuned one."""
+    spec = setup.lora
+    assert spec is not None  # the setup's validator sees to it
+    lora = Lora.model_validate(spec.model_dump(exclude={"training"}))
+    recipe = FineTune(training=_seeded(spec.training, setup.seed), lora=lora)
+    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_training_data(setup))}
+    if isinstance(model, Source):  # checkpoints that a stage has made carry the template
+        inputs |= _template(setup)
+    return Node("fine-tune", recipe, inputs, f"{setup.method} {setup.domain} seed={setup.seed}{suffix}")
 
 
 def _seeded(training: Training, seed: int) -> Training:
@@ -211,16 +235,25 @@ def _mask(setup: Setup, model: Edge, suffix: str) -> Node:
     details: dict[str, Any] = {}
     inputs: dict[str, Source | Edge] = {"model": model}
     label = " ".join(["learn-mask", *_mask_words(setup)])
-    if selector == "learned":
+    if selector in TRAINED:
         details = {"training": _seeded(mask.training, setup.seed), "score_init": mask.score_init}
-        inputs["data"] = Edge(_data(setup, setup.data.fraction * mask.fraction))
-    if selector != "magnitude":
+    if selector in CALIBRATED:
+        details = {"calibration_rows": mask.calibration_rows}
+    if selector in TRAINED | CALIBRATED:
+        data = mask.data or setup.data
+        inputs["data"] = Edge(_data(setup, data, data.fraction * mask.fraction, mask.domain or setup.domain))
+    if uses(setup.method, "mask.scope"):
+        details |= {"scope": mask.scope, "min_kept": mask.min_kept}
+    if "seed" in METHODS[setup.method]:
         details["seed"] = setup.seed
         label += f" seed={setup.seed}"
     if selector != "learned":
         label += f" ({selector})"
     label += suffix
-    recipe = LearnMask(selector=selector, sparsity=mask.sparsity, layers=layers, modules=mask.modules, **details)
+    try:
+        recipe = LearnMask(selector=selector, sparsity=mask.sparsity, layers=layers, modules=mask.modules, **details)
+    except ValidationError as error:
+        raise explain(error, LearnMask, f"mask of {setup.method}") from error
     return Node("learn-mask", recipe, inputs, label)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import StageError
+from mft_core.recipes import FineTune, LearnMask
 from mft_core.stages import Progress
 from pipelines.graph import Variant
 from pipelines.plan import Plan
@@ -123,16 +124,15 @@ def _ui(store: ArtifactStore) -> str:
 def _settings(item: Variant) -> dict[str, Any]:
     """Return what else people filter and plot by: backbone and the numbers of the variant's own training."""
     setup = item.setup
-    training = {
-        "fft": setup.fine_tune,
-        "continued-fft": setup.continued,
-        "mft": setup.mask.training,
-    }.get(setup.method)
+    recipe = item.trained.recipe if item.trained else None
     found: dict[str, Any] = {"backbone": setup.backbone, "data_fraction": setup.data.fraction}
-    if training:
-        found |= {f"training.{name}": value for name, value in training.model_dump().items()}
-    if setup.method == "mft":
-        found["score_init"] = setup.mask.score_init
+    if isinstance(recipe, FineTune | LearnMask) and recipe.training:
+        found |= {f"training.{name}": value for name, value in recipe.training.model_dump().items()}
+    if isinstance(recipe, FineTune) and recipe.lora:
+        found |= {f"lora.{name}": value for name, value in recipe.lora.model_dump().items()}
+    if isinstance(recipe, LearnMask):
+        others = recipe.model_dump(exclude={"training", *item.columns}, exclude_none=True)
+        found |= others
     return found
 
 

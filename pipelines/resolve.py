@@ -119,7 +119,7 @@ def layers(setup: Setup) -> str:
 def decoder_layers(spec: ModelSpec) -> int:
     """Return how many decoder layers the model has, from its configuration alone."""
     config = configuration(spec)
-    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if isinstance(config.get(name), int):
             return int(config[name])
     raise ConfigError(f"model = {spec.path}: its config.json names no number of decoder layers; is it a decoder?")

@@ -11,29 +11,67 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mft_core.recipes import Modules, Recipe, Selector, Sparsity, Training
+from mft_core.recipes import CALIBRATED, TRAINED, Lora, Modules, Recipe, Scope, ScoreInit, Selector, Sparsity, Training
 
 METHODS: dict[str, frozenset[str]] = {
     # method: the sections of the setup that it uses, besides model and benchmarks
     "base": frozenset(),
     "fft": frozenset({"data", "fine_tune"}),
     "continued-fft": frozenset({"data", "fine_tune", "continued", "seed"}),
+    "lora": frozenset(
+        {"data", "fine_tune", "lora", "seed"}
+    ),  # from the base model; fine_tune is what it is compared with
+    "continued-lora": frozenset({"data", "fine_tune", "lora", "seed"}),
     "mft": frozenset({"data", "fine_tune", "mask", "seed"}),
+    "mft-soft": frozenset({"data", "fine_tune", "mask", "seed"}),
     "random": frozenset({"data", "fine_tune", "mask", "seed"}),
     "magnitude": frozenset({"data", "fine_tune", "mask"}),
+    "wanda": frozenset({"data", "fine_tune", "mask", "seed"}),
+    "movement": frozenset({"data", "fine_tune", "mask", "seed"}),
 }
 OF_ALL = frozenset({"precision", "model", "benchmarks"})
 """the sections that every method uses"""
-_LEARNED_ONLY = ("mask.training", "mask.score_init", "mask.fraction")
-SELECTORS: dict[str, Selector] = {"mft": "learned", "random": "random", "magnitude": "magnitude"}
+SELECTORS: dict[str, Selector] = {
+    "mft": "learned",
+    "mft-soft": "soft",
+    "random": "random",
+    "magnitude": "magnitude",
+    "wanda": "wanda",
+    "movement": "movement",
+}
+"""methods that mask, and who chooses their masks"""
+_SOME_MASKS_ONLY: dict[str, frozenset[str]] = {
+    # setting: the selectors to which it makes a difference
+    "mask.training": TRAINED,
+    "mask.score_init": TRAINED,
+    "mask.domain": TRAINED | CALIBRATED,
+    "mask.data": TRAINED | CALIBRATED,
+    "mask.fraction": TRAINED | CALIBRATED,
+    "mask.calibration_rows": CALIBRATED,
+    "mask.scope": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
+    "mask.min_kept": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
+}
 
-Method = Literal["base", "fft", "continued-fft", "mft", "random", "magnitude"]
+Method = Literal[
+    "base",
+    "fft",
+    "continued-fft",
+    "lora",
+    "continued-lora",
+    "mft",
+    "mft-soft",
+    "random",
+    "magnitude",
+    "wanda",
+    "movement",
+]
 
 
 def uses(method: str, key: str) -> bool:
     """Whether a setting, written as `section.name`, makes a difference to the variants of a method."""
-    if method in ("random", "magnitude") and any(key == name or key.startswith(f"{name}.") for name in _LEARNED_ONLY):
-        return False
+    for name, selectors in _SOME_MASKS_ONLY.items():
+        if method in SELECTORS and (key == name or key.startswith(f"{name}.")) and SELECTORS[method] not in selectors:
+            return False
     return key.split(".")[0] in METHODS[method] | OF_ALL
 
 
@@ -78,9 +116,20 @@ class MaskSpec(Recipe):
     sparsity: Sparsity = 0.1
     layers: Annotated[str, BeforeValidator(_layers_text)]
     modules: Modules = "both"
-    score_init: Literal["normal", "kaiming-uniform"] = "normal"
+    scope: Scope = "local"
+    min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
+    score_init: ScoreInit = "normal"
     training: Training
+    domain: str | None = Field(None, description="whose data the mask is learned on; null is the fine-tuning's own")
+    data: DataSpec | None = Field(None, description="the data of that domain; null is the fine-tuning's own")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training data used for the mask")
+    calibration_rows: int = Field(128, gt=0, description="training sequences that wanda and movement look at")
+
+
+class LoraSpec(Lora):
+    """Low-rank adapters and how they are trained."""
+
+    training: Training
 
 
 class BenchmarkSpec(Recipe):
@@ -108,8 +157,12 @@ class Setup(Recipe):
     data: DataSpec
     fine_tune: Training
     continued: Training
+    lora: LoraSpec | None = None
     mask: MaskSpec
     benchmarks: tuple[BenchmarkSpec, ...] = Field(min_length=1)
+    held_out: tuple[BenchmarkSpec, ...] = Field(
+        (), description="benchmarks whose items are kept out of the training data, besides one's own"
+    )
 
     @model_validator(mode="after")
     def _benchmarks_are_told_apart(self) -> Setup:
@@ -120,10 +173,21 @@ class Setup(Recipe):
         return self
 
     @model_validator(mode="after")
+    def _lora_is_described(self) -> Setup:
+        if "lora" in METHODS[self.method] and self.lora is None:
+            raise ValueError(f"method '{self.method}' needs the section lora; give lora.training, as for fine_tune")
+        return self
+
+    @model_validator(mode="after")
     def _validations_have_rows(self) -> Setup:
-        trainings = {"fine_tune": self.fine_tune, "continued": self.continued, "mask.training": self.mask.training}
+        trainings = {
+            "fine_tune": self.fine_tune,
+            "continued": self.continued,
+            "lora.training": self.lora and self.lora.training,
+            "mask.training": self.mask.training,
+        }
         for name, training in trainings.items():
-            if uses(self.method, name) and training.validations and not self.data.validation_rows:
+            if uses(self.method, name) and training and training.validations and not self.data.validation_rows:
                 raise ValueError(
                     f"{name}.validations = {training.validations}, but data.validation_rows = 0: there is nothing to "
                     "validate on; set data.validation_rows, or validations to 0 and keep to 'last'"

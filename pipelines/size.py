@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from mft_core.layers import parse_layers
 from mft_core.recipes import FineTune, LearnMask, Training
 from pipelines import resolve
+from pipelines.geometry import read_geometry
 from pipelines.graph import Node, Variant, closure
 from pipelines.setup import ModelSpec, Setup
 
@@ -70,30 +71,12 @@ def state_bytes(training: Training, trained: int) -> int:
 
 
 def _masked(recipe: LearnMask, model: ModelSpec) -> int:
-    """Estimate the weights under a mask."""
-    attention, mlp = _layer(resolve.configuration(model))
-    of_class: dict[str, int] = {"attention": attention, "mlp": mlp, "both": attention + mlp}
-    return len(parse_layers(recipe.layers, resolve.decoder_layers(model))) * of_class[recipe.modules]
+    """Return the weights under a mask."""
+    geometry = read_geometry(resolve.configuration(model))
+    layers = parse_layers(recipe.layers, resolve.decoder_layers(model))
+    return sum(matrix.weights for matrix in geometry.masked(layers, recipe.modules))
 
 
 def parameter_count(config: Mapping[str, object]) -> int:
-    """Estimate the weights of a Llama-like decoder from its configuration (within a few percent)."""
-    hidden, layers = _int(config, "hidden_size", "n_embd"), _int(config, "num_hidden_layers", "n_layer")
-    vocabulary = _int(config, "vocab_size") * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return layers * (sum(_layer(config)) + 2 * hidden) + vocabulary
-
-
-def _layer(config: Mapping[str, object]) -> tuple[int, int]:
-    """Return the weights of one layer's attention and of its MLP."""
-    hidden, heads = _int(config, "hidden_size", "n_embd"), _int(config, "num_attention_heads", "n_head")
-    key_heads = _int(config, "num_key_value_heads", default=heads)
-    inner = _int(config, "intermediate_size", "ffn_dim", default=4 * hidden)
-    return 2 * hidden * hidden + 2 * hidden * hidden * key_heads // max(heads, 1), 3 * hidden * inner
-
-
-def _int(config: Mapping[str, object], *names: str, default: int = 0) -> int:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int):
-            return value
-    return default
+    """Return the number of weights of a decoder, from the content of its config.json."""
+    return read_geometry(config).weights

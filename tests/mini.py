@@ -53,7 +53,8 @@ def write_profile(folder: Path, **changes: Any) -> Path:
         "data": {"max_length": 64, "validation_rows": 8, "mixture": [{"path": "data/sums.jsonl"}]},
         "fine_tune": TRAINING,
         "continued": TRAINING,
-        "mask": {"sparsity": 0.1, "layers": "1-2", "training": TRAINING},
+        "lora": {"rank": 4, "training": TRAINING},
+        "mask": {"sparsity": 0.1, "layers": "1-2", "calibration_rows": 16, "training": TRAINING},
         "benchmarks": [{"name": "sums", "task": "mini_sums", "path": "benchmarks"}],
         **changes,
     }
@@ -69,9 +70,14 @@ def write_study(folder: Path, variants: list[dict[str, Any]] | None = None, seed
         {"method": "base"},
         {"method": "fft"},
         {"method": "continued-fft"},
+        {"method": "lora"},
+        {"method": "continued-lora"},
         {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3]}},
+        {"method": "mft-soft"},
         {"method": "random"},
         {"method": "magnitude"},
+        {"method": "wanda"},
+        {"method": "movement"},
     ]
     path = folder / "mini-study.yaml"
     study = {"question": "Does it run?", "seeds": list(seeds), "variants": variants or default}

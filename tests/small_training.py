@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from mft_core.checkpoint_io import skeleton
 from mft_core.data.tokens import TokenDataset
 from mft_core.full_tuning import FullOptimizer
+from mft_core.layers import format_layers
 from mft_core.masking import MaskOptimizer
 from mft_core.optimizers import optimizer_factory
-from mft_core.recipes import Runtime, Training
+from mft_core.recipes import LearnMask, Runtime, Training
+from mft_core.selectors.job import Job
 from mft_core.sites import choose_sites, find_sites
 from mft_core.stages import StageContext
 from mft_core.training import TrainingData
@@ -52,6 +55,14 @@ def make_context(work: Path, **runtime: Any) -> StageContext:
     """Return a context whose reports go nowhere."""
     settings = Runtime.model_validate({"device": "cpu", "threads": 1, **runtime})
     return StageContext(settings, work, log=logging.getLogger("test"))
+
+
+def make_job(model: Path, data: Path | None = None, layers: tuple[int, ...] = (1, 2), **recipe: Any) -> Job:
+    """Return the job of a selector on a saved checkpoint, at sparsity 0.3 of two layers unless `recipe` says otherwise."""
+    made = LearnMask.model_validate({"sparsity": 0.3, "layers": format_layers(layers), "seed": 5, **recipe})
+    sites = choose_sites(find_sites(skeleton(model)), layers, made.modules)
+    inputs = {"model": model} | ({"data": data} if data else {})
+    return Job(made, sites, inputs, make_context(model.parent / "work"))
 
 
 def make_trainable(kind: str, model: PreTrainedModel, recipe: Training) -> FullOptimizer | MaskOptimizer:

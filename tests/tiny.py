@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,37 +53,68 @@ def make_tokenizer(chat_template: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
+_TIED = {"tie_word_embeddings": True}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    # what a family calls otherwise, needs besides or (None) cannot be given; what is published tied is tied
+    "gemma2": _TIED,
+    "gemma3_text": _TIED,
+    "gpt2": {"n_inner": 64, **_TIED},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, **_TIED},
+    "falcon": {"head_dim": None, "ffn_hidden_size": 64, "num_kv_heads": 2, **_TIED},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [2]},
+    "qwen3_moe": _EXPERTS,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "head_dim": None, "num_key_value_heads": 4,
+    },
+    "mpt": {"head_dim": None},
+}  # fmt: skip
+_TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+def make_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a random float32 decoder: 4 layers, 32 hidden, 64 intermediate, vocabulary of `make_tokenizer`.
 
     Args:
-        family: a `model_type` of transformers whose config takes the usual names: llama, qwen2, gemma
+        family: a `model_type` of transformers, such as llama, gpt2, mixtral; gemma3 has a tower for images, of as many
+            layers.
         seed: of the initial weights.
+        changes: fields of the configuration; None leaves one at the family's default.
     """
     tokenizer = make_tokenizer()
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    fields = {key: value for key, value in (fields | _FAMILIES.get(family, {}) | changes).items() if value is not None}
+    if family == "gemma3":
+        tower = {**_TOWER, "num_hidden_layers": fields["num_hidden_layers"]}
+        fields = {"text_config": fields, "vision_config": tower, "mm_tokens_per_image": 4}
+    config = AutoConfig.for_model(family, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()
 
 
-def save_checkpoint(directory: Path, family: str = "llama", seed: int = 0) -> Path:
+def save_checkpoint(directory: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Write the model and the tokenizer to `directory` as `from_pretrained` expects them, and return it."""
-    make_model(family, seed).save_pretrained(directory)
+    make_model(family, seed, **changes).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory

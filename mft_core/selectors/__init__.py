@@ -1,25 +1,31 @@
-"""How masks are chosen without learning: the controls that stand beside every learned mask.
+"""Where a mask comes from, a file each; all behind one call, `choose(job) -> Choice`.
 
-One interface: `masks(weights, sparsity, seed) -> masks`, by site name, True is kept, exactly ``int(sparsity *
-numel)`` entries False per matrix. A further control is a further module here and a further row of `CONTROLS`.
-The learned selector is `mft_core.masking.MaskOptimizer`, which needs data and a training loop."""
+| selector | score of a weight | source |
+|---|---|---|
+| learned | trained through the hard mask, straight-through | Mask Fine-Tuning, arXiv 2503.22764, section 3 |
+| soft | trained through sigmoid gates that harden | Savarese et al. 2020, Continuous Sparsification |
+| random | a uniform draw | control |
+| magnitude | abs(W) | Han et al. 2015; the paper's L1 control |
+| wanda | abs(W) · norm of the input feature | Sun et al. 2024, Wanda |
+| movement | −W · dL/dW | Sanh et al. 2020, Movement Pruning; here at frozen weights |
+
+A further selector is a further file and a further row of `SELECTORS`, its name in `recipes.Selector`. The recipe's scope
+(`mft_core.selection`) then says among which weights the least scores go.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from mft_core.recipes import Selector
+from mft_core.selectors import learned, magnitude, movement, random, soft, wanda
+from mft_core.selectors.job import Choice, Job
 
-from mft_core.selectors import magnitude, random
-
-
-class Control(Protocol):
-    """The signature of every control; `weights` yields (site name, matrix), one at a time to spare memory."""
-
-    def __call__(
-        self, weights: Iterable[tuple[str, Tensor]], sparsity: float, seed: int
-    ) -> Iterator[tuple[str, Tensor]]: ...
-
-
-CONTROLS: Mapping[str, Control] = {"random": random.masks, "magnitude": magnitude.masks}
+SELECTORS: Mapping[Selector, Callable[[Job], Choice]] = {
+    "learned": learned.choose,
+    "soft": soft.choose,
+    "random": random.choose,
+    "magnitude": magnitude.choose,
+    "wanda": wanda.choose,
+    "movement": movement.choose,
+}

@@ -1,15 +1,11 @@
-"""Magnitude masks: the smallest |W| of each matrix are removed, classic L1 pruning."""
+"""Magnitude masks: the smallest |W| are removed, classic L1 pruning (Han et al. 2015, "Learning both Weights and
+Connections"); the paper's L1 control."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-from torch import Tensor
-
-from mft_core.masking import select
+from mft_core.selectors.job import Choice, Job
 
 
-def masks(weights: Iterable[tuple[str, Tensor]], sparsity: float, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield each matrix's mask by magnitude; ties go by flat index. `seed` changes nothing here."""
-    for name, weight in weights:
-        yield name, select(weight, sparsity)
+def choose(job: Job) -> Choice:
+    """Choose by magnitude; ties go by flat index, the recipe's seed changes nothing."""
+    return job.choice(weight for _, weight in job.weights())

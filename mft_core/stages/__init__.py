@@ -60,8 +60,12 @@ class Stage:
 
     @property
     def run(self) -> StageFunction:
-        """The stage's function, imported on first use: planning must not import torch."""
-        return importlib.import_module(f"mft_core.stages.{self.name.replace('-', '_')}").run
+        """The stage's function, imported on first use: planning must not import torch.
+
+        A heavy one trains in several processes where its context's runtime says so.
+        """
+        run = importlib.import_module(f"mft_core.stages.{self.name.replace('-', '_')}").run
+        return importlib.import_module("mft_core.launch").spread(self.name, run) if self.heavy else run
 
 
 STAGES: dict[str, Stage] = {

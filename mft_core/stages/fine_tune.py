@@ -1,4 +1,7 @@
-"""Stage `fine-tune`: every weight is trained; from a base model, or (continued) from another fine-tune's artifact."""
+"""Stage `fine-tune`: every weight is trained, or with LoRA low-rank adapters that are then merged into the weights.
+
+From a base model, or (continued) from another fine-tune's artifact; the result is an ordinary checkpoint either way.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from mft_core import compute
+from mft_core import compute, parallel
+from mft_core.activations import recompute_activations
 from mft_core.checkpoint_io import DTYPES, load_model, save_model
 from mft_core.full_tuning import FullOptimizer
-from mft_core.optimizers import optimizer_factory
+from mft_core.lora import LoraOptimizer
+from mft_core.optimizers import dtype_in_training, optimizer_factory
 from mft_core.recipes import FineTune
+from mft_core.sharded import ShardedOptimizer, divide, gathered, is_divided
+from mft_core.sites import find_sites
 from mft_core.stages import StageContext
 from mft_core.training import TrainingData, train
 
@@ -22,7 +30,7 @@ from mft_core.training import TrainingData, train
 def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Fine-tune `model` on `data`; writes `model/` (in the recipe's precision) and `history.jsonl`.
 
-    Weights and optimizer are float32; with precision bfloat16 the forward and backward passes are bfloat16.
+    With precision bfloat16 the forward and backward passes are bfloat16; see `dtype_in_training` for the weights.
     A `chat_template` given becomes the checkpoint's own, and so that of every checkpoint made from it.
 
     Raises:
@@ -32,13 +40,35 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     training = recipe.training
     device = compute.settle(context.runtime)
     data = TrainingData.load(inputs["data"])
-    model = load_model(inputs["model"], torch.float32, device, training.dropout)
-    history = train(FullOptimizer(model, optimizer=optimizer_factory(training)), data, training, context)
-    save_model(model, out / "model", DTYPES[training.precision], inputs["model"])
+    model = _load(recipe, inputs["model"], device, context.runtime.shard)
+    trainable = _trainable(recipe, model)
+    if context.runtime.gradient_checkpointing:
+        recompute_activations(model, noise=training.dropout > 0 or trainable.draws_random_numbers)
+    history = train(trainable, data, training, context)
+    if isinstance(trainable, LoraOptimizer):
+        trainable.merge()
+    result = gathered(model, inputs["model"]) if context.runtime.shard else model
+    if result is None or not parallel.is_first():
+        return {}  # the first process writes
+    save_model(result, out / "model", DTYPES[training.precision], inputs["model"])
     if "chat_template" in inputs:
         _set_chat_template(out / "model", inputs["chat_template"])
     history.write(out / "history.jsonl")
     return history.summary()
+
+
+def _load(recipe: FineTune, checkpoint: Path, device: torch.device, shard: bool) -> PreTrainedModel:
+    def load(where: torch.device) -> PreTrainedModel:
+        return load_model(checkpoint, dtype_in_training(recipe), where, recipe.training.dropout)
+
+    return divide(lambda: load(torch.device("cpu")), device) if shard else load(device)
+
+
+def _trainable(recipe: FineTune, model: PreTrainedModel) -> FullOptimizer | LoraOptimizer:
+    optimizer = optimizer_factory(recipe.training)
+    if recipe.lora is None:
+        return (ShardedOptimizer if is_divided(model) else FullOptimizer)(model, optimizer=optimizer)
+    return LoraOptimizer(model, find_sites(model), recipe.lora, seed=recipe.training.seed, optimizer=optimizer)
 
 
 def _set_chat_template(checkpoint: Path, template: Path) -> None:

@@ -38,6 +38,9 @@ def test_layer_text_means_these_indices(text: str, layers: tuple[int, ...]) -> N
         ("1,,2", "cannot read ''"),
         ("-1", "cannot read '-1'"),
         ("1.5", "cannot read '1.5'"),
+        ("9" * 5000, "cannot read '999"),
+        ("last:" + "9" * 5000, "cannot read 'last:999"),
+        ("٣", "cannot read '٣'"),
     ],
 )
 def test_wrong_layers_are_refused_with_the_value_and_what_is_valid(text: str, said: str) -> None:
@@ -47,9 +50,62 @@ def test_wrong_layers_are_refused_with_the_value_and_what_is_valid(text: str, sa
     assert str(caught.value).startswith(f"layers = '{text}'")
 
 
-@given(st.sets(st.integers(0, 31), min_size=1))
-def test_the_canonical_text_reads_back_as_the_same_layers(layers: set[int]) -> None:
-    assert parse_layers(format_layers(tuple(layers)), 32) == tuple(sorted(layers))
+@st.composite
+def _some_layers(draw: st.DrawFn) -> tuple[int, set[int]]:
+    """A number of layers, and some of them."""
+    n_layers = draw(st.integers(1, 200))
+    return n_layers, draw(st.sets(st.integers(0, n_layers - 1), min_size=1))
+
+
+@st.composite
+def _written_out(draw: st.DrawFn) -> tuple[str, int, tuple[int, ...]]:
+    """Indices and ranges in any order and with any spaces: the text, the number of layers, and what it means."""
+    n_layers, chosen = draw(_some_layers())
+    parts, rest = [], sorted(chosen)
+    while rest:
+        run = next((length for length in range(1, len(rest)) if rest[length] != rest[0] + length), len(rest))
+        taken = draw(st.integers(1, run))
+        whole = f"{rest[0]}-{rest[taken - 1]}"
+        parts.append(draw(st.sampled_from([str(rest[0]), whole])) if taken == 1 else whole)
+        rest = rest[taken:]
+    space = st.sampled_from(["", " ", "  ", "\t"])
+    shuffled = draw(st.permutations(parts))
+    return ",".join(draw(space) + part + draw(space) for part in shuffled), n_layers, tuple(sorted(chosen))
+
+
+@given(_some_layers())
+def test_the_canonical_text_reads_back_as_the_same_layers(some: tuple[int, set[int]]) -> None:
+    n_layers, layers = some
+    assert parse_layers(format_layers(tuple(layers)), n_layers) == tuple(sorted(layers))
+
+
+@given(_written_out())
+def test_indices_and_ranges_mean_the_layers_they_name_in_any_order(
+    written: tuple[str, int, tuple[int, ...]],
+) -> None:
+    text, n_layers, layers = written
+    assert parse_layers(text, n_layers) == layers
+
+
+@given(st.data(), st.integers(1, 200))
+def test_groups_are_that_many_neighbours_where_they_are_said_to_be(data: st.DataObject, n_layers: int) -> None:
+    count = data.draw(st.integers(1, n_layers))
+    last, middle = parse_layers(f"last:{count}", n_layers), parse_layers(f"middle:{count}", n_layers)
+    assert last == tuple(range(n_layers - count, n_layers))
+    assert middle == tuple(range(middle[0], middle[0] + count))
+    assert (n_layers - 1 - middle[-1]) - middle[0] in (0, 1)
+    assert parse_layers("all", n_layers) == parse_layers(f"last:{n_layers}", n_layers) == tuple(range(n_layers))
+
+
+@given(st.text(st.sampled_from("0123456789-,: alstmide"), max_size=12) | st.text(max_size=8), st.integers(1, 40))
+def test_any_text_means_layers_of_the_model_or_is_a_configuration_error(text: str, n_layers: int) -> None:
+    try:
+        layers = parse_layers(text, n_layers)
+    except ConfigError:
+        return
+    assert layers == tuple(sorted(set(layers)))
+    assert set(layers) <= set(range(n_layers))
+    assert parse_layers(format_layers(layers), n_layers) == layers
 
 
 def test_the_canonical_text_joins_neighbours() -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_scheduler
+from transformers.pytorch_utils import Conv1D
 
+from mft_core.checkpoint_io import load_model
 from mft_core.data.batching import plan_epochs
 from mft_core.masking import MaskOptimizer
 from mft_core.training import train
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
-from tests.tiny import make_model
+from tests.tiny import save_checkpoint
 
 _SPARSITY = 0.3
 
@@ -33,7 +36,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _MaskedLinear(nn.Module):
-    def __init__(self, linear: nn.Linear, scores: Tensor) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, scores: Tensor) -> None:
         super().__init__()
         self.linear, self.scores = linear, nn.Parameter(scores.clone())
 
@@ -41,17 +44,20 @@ class _MaskedLinear(nn.Module):
         return _StraightThrough.apply(self.scores.abs())
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.linear.weight * self.mask(), self.linear.bias)
+        weight = self.linear.weight * self.mask()
+        return functional.linear(inputs, weight.t() if isinstance(self.linear, Conv1D) else weight, self.linear.bias)
 
 
-def test_twenty_steps_give_the_masks_and_losses_of_masking_inside_every_forward(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+def test_twenty_steps_give_the_masks_and_losses_of_masking_inside_every_forward(family: str, tmp_path: Path) -> None:
     recipe = make_recipe(learning_rate=0.003, epochs=4, warmup_share=0.1, weight_decay=0.01, max_grad_norm=0.05)
     data = make_data()
-    model = make_model()
+    checkpoint = save_checkpoint(tmp_path / "model", family)
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
     trainable = make_trainable("mask", model, recipe)
     assert isinstance(trainable, MaskOptimizer)
     first_masks = trainable.masks()
-    published = make_model().requires_grad_(False)
+    published = load_model(checkpoint, torch.float32, torch.device("cpu")).requires_grad_(False)
     modules = {}
     for name, scores in trainable.snapshot().items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from mft_core.adapter import save_mask
-from mft_core.checkpoint_io import load_model, read_config
+from mft_core.adapter import load_mask, make_mask, save_mask
+from mft_core.checkpoint_io import WeightFiles, load_model, read_config, skeleton
 from mft_core.errors import ConfigError
+from mft_core.merge import merge, unmerge
 from mft_core.recipes import MergeMask
+from mft_core.selection import select
+from mft_core.sites import choose_sites, find_sites
 from mft_core.stages import get_stage
 from tests.core.test_adapter import make_small_mask
 from tests.small_training import make_context
@@ -103,3 +110,159 @@ def test_dropout_asked_of_a_family_without_any_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr("mft_core.checkpoint_io._DROPOUTS", ("resid_pdrop",))
     with pytest.raises(ConfigError, match=r"training\.dropout = 0\.1: models of type 'llama' have none"):
         load_model(checkpoint, torch.float32, _CPU, dropout=0.1)
+
+
+_ODD_BITS = {
+    torch.float32: (0x80000000, 0x7FC01234, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0x00000001),
+    torch.bfloat16: (0x8000, 0x7FC1, 0x7F81, 0xFFFF, 0x7F80, 0x0001),
+    torch.float16: (0x8000, 0x7E01, 0x7C01, 0xFFFF, 0x7C00, 0x0001),
+}
+"""-0.0, a NaN with a payload, a signalling NaN, the negative NaN of all ones, infinity, the least subnormal"""
+
+
+def _odd_checkpoint(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a sharded checkpoint in which every matrix holds all kinds of odd values, many times."""
+    model = make_model().to(dtype)
+    bits = torch.tensor(_ODD_BITS[dtype], dtype=torch.int64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            odd = bits.repeat(20)[: parameter.numel()]
+            integers = torch.int32 if dtype == torch.float32 else torch.int16
+            wrapped = odd.where(odd < 2 ** (8 * dtype.itemsize - 1), odd - 2 ** (8 * dtype.itemsize)).to(integers)
+            parameter.view(-1)[: len(odd)] = wrapped.view(dtype)
+    model.save_pretrained(directory, max_shard_size="40KB")
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def _random_mask(checkpoint: Path, directory: Path, sparsity: float = 0.5) -> Path:
+    sites = choose_sites(find_sites(skeleton(checkpoint)), (1, 2), "both")
+    base = list(WeightFiles(checkpoint).tensors([site.name for site in sites]))
+    draws = torch.Generator().manual_seed(3)
+    kept = {name: select(torch.rand(weight.shape, generator=draws), sparsity) for name, weight in base}
+    save_mask(make_mask(sites, kept, base, sparsity=sparsity, selector="random", modules="both"), directory)
+    return directory
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("dtype", list(_ODD_BITS))
+def test_unmerging_restores_every_byte_of_the_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    checkpoint = _odd_checkpoint(tmp_path / "base", dtype)
+    mask_directory = _random_mask(checkpoint, tmp_path / "mask")
+    mask = merge(checkpoint, mask_directory, tmp_path / "merged", keep_removed=True)
+    for name, kept in mask.kept.items():
+        assert not _bits(WeightFiles(tmp_path / "merged").tensor(name)[~kept]).any()
+    progress = []
+    restored = unmerge(tmp_path / "merged", tmp_path / "again", lambda done, total: progress.append((done, total)))
+    assert restored.config == mask.config
+    assert _files(tmp_path / "again") == _files(checkpoint)
+    assert progress[-1][0] == progress[-1][1] == len(progress) > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "base", "mask", "merged"]
+
+
+def test_what_was_removed_lies_beside_the_merged_checkpoint_which_is_the_same_as_without(tmp_path: Path) -> None:
+    checkpoint = _odd_checkpoint(tmp_path / "base")
+    mask_directory = _random_mask(checkpoint, tmp_path / "mask")
+    merge(checkpoint, mask_directory, tmp_path / "plain")
+    merge(checkpoint, mask_directory, tmp_path / "merged", keep_removed=True)
+    kept = _files(tmp_path / "merged")
+    removed = {name: kept.pop(name) for name in list(kept) if name.startswith("mask/")}
+    assert kept == _files(tmp_path / "plain")
+    assert removed.keys() == {"mask/mask.safetensors", "mask/mask_config.json", "mask/removed.safetensors"}
+    mask = load_mask(tmp_path / "merged" / "mask")
+    values = load_file(tmp_path / "merged" / "mask" / "removed.safetensors")
+    for name, weight in WeightFiles(checkpoint).tensors(list(mask.kept)):
+        assert torch.equal(_bits(values[name]), _bits(weight[~mask.kept[name]]))
+
+
+def test_a_merged_checkpoint_with_what_was_removed_loads_as_the_one_without(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "base")
+    mask_directory = _random_mask(checkpoint, tmp_path / "mask")
+    merge(checkpoint, mask_directory, tmp_path / "merged", keep_removed=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(loaded[1][problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    checkpoint = save_checkpoint(tmp_path / "base")
+    merge(checkpoint, _random_mask(checkpoint, tmp_path / "mask"), tmp_path / "merged", keep_removed=True)
+    return tmp_path / "merged"
+
+
+def _refuses_to_unmerge(merged: Path, said: str) -> None:
+    before = sorted(merged.parent.iterdir())
+    with pytest.raises(ConfigError, match=said):
+        unmerge(merged, merged.parent / "again")
+    assert sorted(merged.parent.iterdir()) == before
+
+
+def test_a_checkpoint_merged_without_what_was_removed_cannot_be_unmerged(merged: Path) -> None:
+    shutil.rmtree(merged / "mask")
+    _refuses_to_unmerge(merged, "no folder mask/ there, so what was removed is not known")
+
+
+def test_a_missing_or_cut_file_of_removed_values_is_refused(merged: Path) -> None:
+    path = merged / "mask" / "removed.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    _refuses_to_unmerge(merged, r"no readable mask/removed\.safetensors")
+    path.unlink()
+    _refuses_to_unmerge(merged, r"no readable mask/removed\.safetensors")
+
+
+def test_a_flipped_bit_in_the_removed_values_is_refused(merged: Path) -> None:
+    path = merged / "mask" / "removed.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    _refuses_to_unmerge(merged, r"the values kept of model\.layers\..* do not give the base weight")
+
+
+@pytest.mark.parametrize("damage", ["dropped", "shortened", "converted"])
+def test_removed_values_that_do_not_fit_the_mask_are_refused(damage: str, merged: Path) -> None:
+    path = merged / "mask" / "removed.safetensors"
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata()
+    values = load_file(path)
+    first = min(values)
+    taken = values.pop(first)
+    if damage != "dropped":
+        values[first] = taken[1:].clone() if damage == "shortened" else taken.double()
+    save_file(values, path, metadata=metadata)
+    _refuses_to_unmerge(merged, "does not hold what its mask removes")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_weights_trained_on_after_the_merge_are_refused(name: str, merged: Path) -> None:
+    path = merged / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    _refuses_to_unmerge(merged, "the weight files are not those that the merge wrote")
+
+
+def test_an_altered_mask_is_refused(merged: Path) -> None:
+    path = merged / "mask" / "mask_config.json"
+    config = json.loads(path.read_text())
+    config["sites"][0]["base_sha256"] = "0" * 64
+    path.write_text(json.dumps(config))
+    _refuses_to_unmerge(merged, "base_digest is not that of the listed sites")
+
+
+def test_an_interrupted_merge_leaves_nothing(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "base")
+    mask_directory = _random_mask(checkpoint, tmp_path / "mask")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    for keep_removed in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            merge(checkpoint, mask_directory, tmp_path / "merged", stop, keep_removed=keep_removed)
+    merge(checkpoint, mask_directory, tmp_path / "merged", keep_removed=True)
+    with pytest.raises(KeyboardInterrupt):
+        unmerge(tmp_path / "merged", tmp_path / "again", stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "mask", "merged"]

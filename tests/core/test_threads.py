@@ -17,10 +17,10 @@ from mft_core.compute import PROCESS_WIDE
 from mft_core.full_tuning import FullOptimizer
 from mft_core.masking import MaskOptimizer, initial_scores, site_generator
 from mft_core.recipes import Training
-from mft_core.selectors import CONTROLS
+from mft_core.selectors import SELECTORS
 from mft_core.stages import Progress, StageContext
 from mft_core.training import History, train
-from tests.small_training import make_context, make_data, make_recipe, make_trainable
+from tests.small_training import make_context, make_data, make_job, make_recipe, make_trainable
 from tests.tiny import make_model, save_checkpoint
 
 
@@ -103,11 +103,12 @@ def test_a_training_beside_a_model_that_is_loaded_in_bfloat16_has_the_same_losse
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("init", ["normal", "kaiming-uniform"])
-def test_scores_and_random_masks_do_not_depend_on_the_default_dtype(init: Any) -> None:
+@pytest.mark.parametrize("init", ["normal", "kaiming-uniform", "magnitude"])
+def test_scores_and_random_masks_do_not_depend_on_the_default_dtype(init: Any, tmp_path: Path) -> None:
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
-        masks = dict(CONTROLS["random"](iter([("a", torch.ones(8, 8))]), 0.5, 1))
-        return initial_scores((8, 8), init, site_generator(1, "a")), masks["a"]
+        job = make_job(save_checkpoint(tmp_path / "model"), selector="random")
+        mask = SELECTORS["random"](job).kept[job.sites[0].name]
+        return initial_scores(torch.ones(8, 8), init, site_generator(1, "a")), mask
 
     expected = draw()
     torch.set_default_dtype(torch.bfloat16)

@@ -74,7 +74,7 @@ def test_validations_are_evenly_spaced_and_end_at_the_end() -> None:
     assert validation_steps(10, 0) == set()
 
 
-def _data_to_overfit() -> TrainingData:
+def data_to_overfit() -> TrainingData:
     """The validation sequences run backwards: what is learned from the others soon makes them worse."""
     data = make_data()
     held_out = [data.validation.example(index) for index in range(len(data.validation))]
@@ -84,7 +84,7 @@ def _data_to_overfit() -> TrainingData:
 @pytest.mark.parametrize("kind", ["full", "mask"])
 def test_keep_best_returns_the_state_of_the_lowest_validation_loss(kind: str, tmp_path: Path) -> None:
     recipe = make_recipe(epochs=6, learning_rate=0.05, validations=10, keep="best", schedule="constant")
-    model, data = make_model(), _data_to_overfit()
+    model, data = make_model(), data_to_overfit()
     history = train(make_trainable(kind, model, recipe), data, recipe, make_context(tmp_path / "a"))
     validated = {row["step"]: row["validation_loss"] for row in history.rows if "validation_loss" in row}
     assert sorted(validated) == [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]

@@ -38,9 +38,9 @@ def changed(folder, *overrides):
 def test_variants_share_data_and_fine_tuning(folder):
     stages = [step.node.stage for step in plan(folder).steps]
     assert stages.count("prepare-data") == 1
-    assert stages.count("fine-tune") == 2  # full, and continued
-    assert stages.count("learn-mask") == stages.count("merge-mask") == 4
-    assert stages.count("evaluate") == 7
+    assert stages.count("fine-tune") == 4  # full, continued, and two with adapters
+    assert stages.count("learn-mask") == stages.count("merge-mask") == 7
+    assert stages.count("evaluate") == 12
 
 
 def test_a_node_comes_after_what_it_needs(folder):
@@ -51,13 +51,30 @@ def test_a_node_comes_after_what_it_needs(folder):
         seen.add(step.node.id)
 
 
+_MASKS = {"learn-mask", "merge-mask", "evaluate"}
+_ADAPTERS = {"lora", "continued-lora", "evaluate"}
+
+
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("mask.training.learning_rate=0.5", {"learn-mask", "merge-mask", "evaluate"}),
+        ("mask.training.learning_rate=0.5", _MASKS),
         ("continued.learning_rate=0.5", {"continue-fft", "evaluate"}),
-        ("fine_tune.epochs=1", {"fine-tune", "continue-fft", "learn-mask", "merge-mask", "evaluate"}),
-        ("data.max_length=32", {"prepare-data", "fine-tune", "continue-fft", "learn-mask", "merge-mask", "evaluate"}),
+        ("lora.rank=2", _ADAPTERS),
+        ("fine_tune.epochs=1", {"fine-tune", "continue-fft", "continued-lora"} | _MASKS),
+        (
+            "data.max_length=32",
+            {
+                "prepare-data",
+                "fine-tune",
+                "continue-fft",
+                "lora",
+                "continued-lora",
+                "learn-mask",
+                "merge-mask",
+                "evaluate",
+            },
+        ),
         ("runtime.threads=2", set()),
     ],
 )
@@ -67,7 +84,7 @@ def test_an_override_changes_exactly_the_descendants(folder, override, stages):
 
 def test_controls_do_not_depend_on_how_the_learned_mask_is_trained(folder):
     before, after = ids(plan(folder)), ids(plan(folder, ["mask.training.learning_rate=0.5"]))
-    controls = [label for label in before if "random" in label or "magnitude" in label]
+    controls = [label for label in before if any(f"({name})" in label for name in ("random", "magnitude", "wanda"))]
     assert controls
     assert all(before[label] == after[label] for label in controls)
 
@@ -75,7 +92,8 @@ def test_controls_do_not_depend_on_how_the_learned_mask_is_trained(folder):
 def test_seeds_multiply_only_the_methods_that_have_one(folder):
     methods = [item.setup.method for item in plan(folder, seeds=[0, 1, 2]).variants]
     assert {m: methods.count(m) for m in methods} == {
-        "base": 1, "fft": 1, "continued-fft": 3, "mft": 6, "random": 3, "magnitude": 1
+        "base": 1, "fft": 1, "continued-fft": 3, "lora": 3, "continued-lora": 3, "mft": 6, "mft-soft": 3, "random": 3,
+        "magnitude": 1, "wanda": 3, "movement": 3,
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What a study varies: each variant meets its own baseline, is there once, and is called by a name of its own."""
 
 import pytest
+import yaml
 
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError
@@ -226,3 +227,114 @@ def test_the_order_of_the_benchmarks_does_not_change_the_data(plan, tmp_path):
     ]
     data = [{step.node.id for step in one.steps if step.node.stage == "prepare-data"} for one in plans]
     assert data[0] == data[1]
+
+
+def test_adapters_start_from_the_base_or_from_the_fine_tuned_model(plan):
+    the_plan = plan({"method": "fft"}, {"method": "lora"}, {"method": "continued-lora"})
+    fft, lora, continued = the_plan.variants
+    assert lora.trained.inputs["model"] == fft.trained.inputs["model"]
+    assert continued.trained.inputs["model"].node.id == fft.trained.id
+    assert lora.trained.recipe.lora == continued.trained.recipe.lora
+    assert baselines(the_plan) == {"fft": None, "lora seed=0": "fft", "continued-lora seed=0": "fft"}
+
+
+def test_adapters_without_their_section_are_refused(plan, tmp_path):
+    profile = write_profile(tmp_path / "bare", lora=None)
+    with pytest.raises(ConfigError, match=r"method 'lora' needs the section lora; give lora\.training"):
+        plan({"method": "lora"}, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "message"),
+    [
+        ("wanda", "mask.scope", "global", "makes no difference to wanda"),
+        ("random", "mask.calibration_rows", 4, "makes no difference to random"),
+        ("movement", "mask.score_init", "magnitude", "makes no difference to movement"),
+        ("mft-soft", "mask.scope", "global-threshold", "belongs to selector 'learned'"),
+        ("mft", "mask.min_kept", 0.2, "min_kept belongs to scope 'global'"),
+        ("mft", "mask.modules", "attention,q_proj", "valid: attention, mlp, both, or names"),
+    ],
+)
+def test_settings_of_masks_that_do_not_go_together_are_refused(plan, method, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        plan({"method": method, "grid": {key: [value]}})
+
+
+def test_only_selectors_that_look_at_data_need_them(plan):
+    the_plan = plan(*({"method": method} for method in ("mft", "mft-soft", "random", "magnitude", "wanda", "movement")))
+    masks = [item for item in the_plan.variants if item.setup.method != "fft"]
+    assert {item.setup.method: "data" in item.trained.inputs for item in masks} == {
+        "mft": True, "mft-soft": True, "random": False, "magnitude": False, "wanda": True, "movement": True
+    }  # fmt: skip
+
+
+def test_a_wanda_mask_can_stand_beside_a_global_scope(plan):
+    the_plan = plan({"method": "mft"}, {"method": "wanda"}, overrides=["mask.scope=global"])
+    scopes = {item.setup.method: item.trained.recipe.scope for item in the_plan.variants if item.setup.method != "fft"}
+    assert scopes == {"mft": "global", "wanda": "local"}
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """A profile of two domains and their mixture, each with a benchmark of its own name."""
+    folder = tmp_path_factory.mktemp("domains")
+    path = write_profile(folder)
+    profile = yaml.safe_load(path.read_text())
+    rows = profile["defaults"].pop("data")
+    bench = profile["defaults"].pop("benchmarks")[0]
+    (folder / "data" / "half.jsonl").write_text("".join((folder / "data" / "sums.jsonl").open().readlines()[:40]))
+    half = {**rows, "mixture": [{"path": "data/half.jsonl"}]}
+    both = {**rows, "mixture": [*rows["mixture"], *half["mixture"]]}
+    named = {name: [{**bench, "name": name}] for name in ("sums", "half")}
+    profile["domains"] = {
+        "mixed": {"data": both, "benchmarks": named["sums"]},
+        "sums": {"data": rows, "benchmarks": named["sums"]},
+        "half": {"data": half, "benchmarks": named["half"]},
+    }
+    profile["layer_groups"] = ["0-1", "2-3"]
+    path.write_text(yaml.safe_dump(profile, sort_keys=False))
+    return path
+
+
+def test_each_domain_is_every_domain_but_the_mixture(plan, domains):
+    the_plan = plan({"method": "mft", "domain": "each domain"}, profile=domains)
+    assert [(item.setup.domain, item.setup.method) for item in the_plan.variants] == [
+        ("sums", "fft"), ("sums", "mft"), ("half", "fft"), ("half", "mft")
+    ]  # fmt: skip
+
+
+def test_each_layer_group_is_what_the_profile_lists(plan, domains, folder):
+    the_plan = plan({"method": "magnitude", "grid": {"mask.layers": "each layer group"}}, profile=domains)
+    assert [item.columns["layers"] for item in the_plan.variants if item.baseline] == ["0-1", "2-3"]
+    with pytest.raises(ConfigError, match="profile mini: the study asks for each layer group; list some"):
+        plan({"method": "magnitude", "grid": {"mask.layers": "each layer group"}})
+
+
+def test_a_mask_can_be_learned_on_the_data_of_another_domain(plan, domains):
+    the_plan = plan({"method": "mft", "domain": "mixed", "grid": {"mask.domain": "each domain"}}, profile=domains)
+    fft, *masks = the_plan.variants
+    sums, half = (item.trained.inputs["data"].node for item in masks)
+    assert sums.id != half.id
+    assert fft.trained.inputs["data"].node.id not in (sums.id, half.id)
+    assert all(item.trained.inputs["model"].node.id == fft.trained.id for item in masks)
+    assert [item.columns["mask.domain"] for item in masks] == ["sums", "half"]
+
+
+def test_a_study_can_ask_for_the_benchmarks_of_all_domains(plan, domains, tmp_path):
+    study = load_study(str(write_study(tmp_path, [{"method": "mft", "domain": "half"}])))
+    own, every = (
+        make_plan(asked, load_profile(str(domains)), ArtifactStore(tmp_path / "home"))
+        for asked in (study, study.model_copy(update={"benchmarks": "all"}))
+    )
+    assert [list(item.evaluations) for item in own.variants] == [["half"], ["half"]]
+    assert [list(item.evaluations) for item in every.variants] == [["half", "sums"], ["half", "sums"]]
+    assert own.variants[1].trained.id == every.variants[1].trained.id  # what is trained does not depend on it
+
+
+def test_a_relative_value_is_that_many_times_the_profiles(plan):
+    the_plan = plan({"method": "mft", "grid": {"mask.training.learning_rate": ["x0.3", "x1", 0.5]}})
+    rates = [item.trained.recipe.training.learning_rate for item in the_plan.variants if item.baseline]
+    assert rates == [0.3 * TRAINING["learning_rate"], TRAINING["learning_rate"], 0.5]
+    assert [item.columns["mask.training.learning_rate"] for item in the_plan.variants if item.baseline] == rates
+    with pytest.raises(ConfigError, match="is relative, and the profile has no number there"):
+        plan({"method": "mft", "grid": {"mask.training.max_steps": ["x0.3"]}})

@@ -1,0 +1,88 @@
+"""What a selector is given and what it gives back: one call, `choose(job) -> Choice`, for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mft_core import compute
+from mft_core.checkpoint_io import WeightFiles, load_model, read_config
+from mft_core.data.batching import StepBatches, micro_batches
+from mft_core.data.order import seeded_order
+from mft_core.errors import ConfigError
+from mft_core.recipes import LearnMask
+from mft_core.selection import Global, Local, Scope
+from mft_core.sites import Site
+from mft_core.stages import StageContext
+from mft_core.training import History, TrainingData
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a selector has chosen."""
+
+    kept: Mapping[str, Tensor]
+    """mask by site name, True is kept"""
+    thresholds: Mapping[str, float] | None = None
+    """of scope 'global-threshold', by class"""
+    history: History | None = None
+    """of the training, where there was one"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One choice to make; model and data are loaded by who asks for them."""
+
+    recipe: LearnMask
+    sites: list[Site]
+    inputs: Mapping[str, Path]
+    """`model`, and `data` for the selectors that look at it"""
+    context: StageContext
+
+    def weights(self) -> Iterator[tuple[Site, Tensor]]:
+        """Yield every matrix as the checkpoint has it, one at a time to spare memory."""
+        files = WeightFiles(self.inputs["model"])
+        for site in self.sites:
+            yield site, files.tensor(site.name)
+
+    def scope(self, *, signed: bool = False) -> Scope:
+        """Return the recipe's scope for scores that are not trained."""
+        if self.recipe.scope == "global":
+            return Global(self.recipe.sparsity, self.recipe.min_kept, signed)
+        return Local(self.recipe.sparsity, signed)
+
+    def choice(self, scores: Iterator[Tensor], *, signed: bool = False) -> Choice:
+        """Return the masks that the recipe's scope makes of the scores, which come in the order of the sites."""
+        masks = self.scope(signed=signed).masks(scores)
+        return Choice({site.name: mask for site, mask in zip(self.sites, masks, strict=True)})
+
+    def data(self) -> TrainingData:
+        """Load the tokens."""
+        return TrainingData.load(self.inputs["data"])
+
+    def model(self) -> PreTrainedModel:
+        """Load the model to look at: frozen, without dropout, in the type that it is stored in."""
+        device = compute.settle(self.context.runtime)
+        dtype = read_config(self.inputs["model"]).dtype or torch.float32
+        return load_model(self.inputs["model"], dtype, device).eval().requires_grad_(False)
+
+    def calibration(self) -> StepBatches:
+        """Draw the recipe's calibration rows from the training data, as padded micro-batches.
+
+        Raises:
+            ConfigError: the data have fewer rows.
+        """
+        rows, train = self.recipe.calibration_rows, self.data().train
+        assert rows is not None  # the recipe's validator sees to it
+        if rows > len(train):
+            raise ConfigError(
+                f"calibration_rows = {rows}: the training data have {len(train)} sequences; valid: 1 to {len(train)}."
+            )
+        drawn = np.sort(seeded_order(len(train), self.recipe.seed)[:rows])
+        return micro_batches(train, drawn, self.context.runtime.micro_batch_tokens, packing=False)

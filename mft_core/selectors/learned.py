@@ -1,0 +1,51 @@
+"""Learned masks: scores trained with the ordinary loss through the hard mask (Mask Fine-Tuning, arXiv 2503.22764,
+section 3). The mathematics is in `mft_core.masking`, the loop in `mft_core.training`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mft_core import compute
+from mft_core.activations import recompute_activations
+from mft_core.checkpoint_io import DTYPES, load_model
+from mft_core.masking import MaskOptimizer
+from mft_core.optimizers import optimizer_factory
+from mft_core.selection import GlobalThreshold
+from mft_core.selectors.job import Choice, Job
+from mft_core.training import train
+
+
+def choose(job: Job, kind: Callable[..., MaskOptimizer] = MaskOptimizer) -> Choice:
+    """Learn the masks on the job's data.
+
+    Args:
+        kind: makes the optimizer of the masks, called as `MaskOptimizer` is.
+
+    Raises:
+        StageError: a loss is not finite.
+    """
+    recipe = job.recipe
+    training = recipe.training
+    assert training is not None  # the recipe's validator sees to it
+    device = compute.settle(job.context.runtime)
+    data = job.data()
+    model = load_model(job.inputs["model"], DTYPES[training.precision], device, training.dropout)
+    if job.context.runtime.gradient_checkpointing:
+        recompute_activations(model, noise=training.dropout > 0)
+    optimizer = kind(
+        model,
+        job.sites,
+        sparsity=recipe.sparsity,
+        init=recipe.score_init,
+        seed=recipe.seed,
+        optimizer=optimizer_factory(training),
+        scope=recipe.scope,
+        min_kept=recipe.min_kept,
+    )
+    history = train(optimizer, data, training, job.context)
+    thresholds = (
+        {str(kind): cut for kind, cut in optimizer.scope.thresholds.items()}
+        if isinstance(optimizer.scope, GlobalThreshold)
+        else None
+    )
+    return Choice(optimizer.masks(), thresholds, history)
