@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,14 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from mft_core.checkpoint_io import tensor_digest
 from mft_core.errors import ConfigError, explain
 from mft_core.identity import digest
-from mft_core.masked_sites import MaskedSite, Sha256, check_base, dtype_name
+from mft_core.masked_sites import MaskedSite, Sha256, check_base, dtype_name, tensor_digest
 from mft_core.packing import PackedMasks, packed_size
-from mft_core.recipes import Modules, Selector
+from mft_core.recipes import Modules, Selector, SiteClass
 from mft_core.selection import masked_count
-from mft_core.sites import Site, SiteClass
+
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
+    from mft_core.sites import Site
 
 WEIGHTS, CONFIG = "mask.safetensors", "mask_config.json"
 _TENSOR = "kept"
@@ -109,7 +109,7 @@ class MaskConfig(BaseModel):
         if self.scope == "global":
             _check_zeros("the mask", self.zeros, self.weights, self.sparsity)
             for site in self.sites:
-                if site.numel - site.zeros < ceil(self.min_kept * site.numel):
+                if site.numel - site.zeros < int(self.min_kept * site.numel):  # as `selection.Global` rounds
                     raise ValueError(
                         f"{site.name} keeps {site.numel - site.zeros} of {site.numel} weights, "
                         f"fewer than its min_kept = {self.min_kept}"

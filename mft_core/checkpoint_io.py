@@ -7,7 +7,6 @@ weights with random numbers and a warning. Used by the stages that train, mask a
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -64,7 +63,9 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
         ConfigError: not a decoder, weights missing, or `dropout` asked of a family that has none.
     """
     config = read_config(directory)
-    _set_dropout(config, dropout)
+    check_dropout(config, dropout)
+    for owner, field in _dropouts(config):
+        setattr(owner, field, dropout)
     disable_progress_bar()  # a stage has its own display, into which this one would write
     with PROCESS_WIDE:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -77,12 +78,16 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     return model.to(device)
 
 
-def _set_dropout(config: Any, dropout: float) -> None:
-    fields = [field for field in _DROPOUTS if hasattr(config, field)]
-    if dropout and not fields:
+def check_dropout(config: Any, dropout: float) -> None:
+    """Raise a ConfigError if `dropout` is asked of a family that has none."""
+    if dropout and not _dropouts(config):
         raise ConfigError(f"training.dropout = {dropout}: models of type '{config.model_type}' have none; set it to 0.")
-    for field in fields:
-        setattr(config, field, dropout)
+
+
+def _dropouts(config: Any) -> list[tuple[Any, str]]:
+    """Return the dropouts of a configuration, multimodal ones have theirs in the part for text."""
+    owners = [config] if config.get_text_config() is config else [config, config.get_text_config()]
+    return [(owner, field) for owner in owners for field in _DROPOUTS if hasattr(owner, field)]
 
 
 def skeleton(directory: Path) -> PreTrainedModel:
@@ -98,9 +103,8 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     The dropout of the training does not stay in the configuration.
     """
     original = read_config(source)
-    for field in _DROPOUTS:
-        if hasattr(original, field):
-            setattr(model.config, field, getattr(original, field))
+    for (owner, field), (before, _) in zip(_dropouts(model.config), _dropouts(original), strict=True):
+        setattr(owner, field, getattr(before, field))
     torch.nn.Module.to(model, dtype).save_pretrained(directory)  # transformers' own `to` is mistyped
     for name in parts("model", source):
         if name != "config.json" and not _holds_weights(name):
@@ -155,6 +159,10 @@ class WeightFiles:
         """The tensors that make up each matrix that the checkpoint has whole, by `Site.name`."""
         return find_pieces(skeleton(self.directory), self.file_of)
 
+    def holds_other_weights(self, name: str) -> bool:
+        """Whether a file of the directory holds weights, or names files that do, besides the ones that are read."""
+        return _holds_weights(name) and name not in self.files and (name != _INDEX or _SINGLE in self.files)
+
     def check(self, names: list[str]) -> None:
         """Raise a ConfigError if the checkpoint lacks one of these matrices, or a part of it."""
         for name in names:
@@ -199,9 +207,3 @@ class WeightFiles:
             if piece.index is None:
                 return handle.get_tensor(piece.tensor)
             return handle.get_slice(piece.tensor)[piece.index]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the sha256 hex digest of a tensor's bytes, row-major."""
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(content.numpy().data).hexdigest()

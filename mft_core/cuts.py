@@ -14,10 +14,10 @@ over the hypergeometric one, 1 by chance. Both kinds of number add up, over matr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from math import sqrt
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -63,13 +63,14 @@ class Tally:
     variance: float
 
     def figures(self, confidence: float) -> dict[str, float | None]:
-        """Return share removed, its ratio to chance, z, and the range of the ratio by chance (normal approximation)."""
+        """Return the share removed, its ratio to chance with the range by chance (normal approximation), and z."""
         deviation = sqrt(self.variance)
-        reach = float(stats.norm.interval(confidence)[1]) * deviation
-        ratio = (self.zeros / self.expected, 1 - reach / self.expected, 1 + reach / self.expected) if self.expected else None
+        reach = float(stats.norm.interval(confidence)[1]) * deviation / self.expected if self.expected else None
         return {
             "share": self.zeros / self.weights,
-            **dict(zip(("ratio", "chance_low", "chance_high"), ratio or (None,) * 3, strict=True)),
+            "ratio": self.zeros / self.expected if self.expected else None,
+            "chance_low": None if reach is None else max(0.0, 1 - reach),
+            "chance_high": None if reach is None else 1 + reach,
             "z": (self.zeros - self.expected) / deviation if deviation else None,
         }
 
@@ -90,12 +91,14 @@ class Spread:
 
     def figures(self, confidence: float) -> dict[str, float | None]:
         """Return the ratio of the variances, its range by chance (chi-square), and the `excess`: the standard deviation
-        of the lines' shares beyond that by chance, relative to their mean."""
-        low, high = stats.chi2.interval(confidence, self.degrees) / self.degrees
+        of the lines' shares beyond that by chance, relative to their mean; all None where nothing can be compared."""
+        if not self.lines:
+            return dict.fromkeys(("ratio", "chance_low", "chance_high", "excess"))
+        low, high = (float(bound) / self.degrees for bound in stats.chi2.interval(confidence, self.degrees))
         return {
             "ratio": self.squares / self.lines,
-            "chance_low": float(low),
-            "chance_high": float(high),
+            "chance_low": low,
+            "chance_high": high,
             "excess": sqrt(max(0.0, self.surplus) / self.scale),
         }
 
@@ -108,6 +111,13 @@ def add(first: T | None, second: T) -> T:
     if first is None:
         return second
     return type(second)(*(getattr(first, one.name) + getattr(second, one.name) for one in fields(second)))
+
+
+def chance(weights: int, zeros: int, size: int) -> tuple[float, float]:
+    """Return mean and variance of how many of `zeros` weights removed out of `weights` fall into a group of `size`."""
+    share = zeros / weights
+    expected = size * share
+    return expected, expected * (1 - share) * (weights - size) / max(weights - 1, 1)
 
 
 def dissect(
@@ -134,7 +144,7 @@ def dissect(
             record(group, number)
         if weight is not None:
             for group, size, count in _by_value(weight.detach(), removed):
-                number = Tally(count, size, *_chance(weights, zeros, size))
+                number = Tally(count, size, *chance(weights, zeros, size))
                 record(group, number)
                 record(group._replace(module=site.module), number)
     return _shares(mask, sites) | found
@@ -149,11 +159,50 @@ def deciles(weight: Tensor) -> Tensor:
     return found
 
 
-def _chance(weights: int, zeros: int, size: Any) -> tuple[Any, Any]:
-    """Return mean and variance of how many of `zeros` weights removed of `weights` fall into a group of a size."""
-    if weights == 1:
-        return zeros * size, 0.0
-    return stats.hypergeom.mean(weights, zeros, size), stats.hypergeom.var(weights, zeros, size)
+def _lines(
+    site: Site, removed: Tensor, zeros: int, layout: HeadLayout | None
+) -> Iterator[tuple[Group, Tally | Spread]]:
+    """Yield what the rows, columns and heads of one matrix (outputs, inputs) give."""
+    by_axis = {"outputs": _counted(removed, 1), "inputs": _counted(removed, 0)}
+    for axis, counts in by_axis.items():
+        for module in (None, site.module):
+            yield Group("spread", module=module, lines=axis), _spread(counts, removed.numel())
+    if layout is None:
+        return
+    across = removed.numel() // len(by_axis[layout.axis])
+    for projection, heads in layout.heads.items():
+        counts = np.bincount(heads[heads >= 0], by_axis[layout.axis][heads >= 0]).astype(np.int64)
+        size = across * int((heads == 0).sum())
+        for head, count in enumerate(counts.tolist()):
+            group = Group("head", site.layer, site.module, projection, head)
+            yield group, Tally(count, size, *chance(removed.numel(), zeros, size))
+        spread = _spread(counts, size * len(counts))
+        yield Group("spread", module=site.module, projection=projection, lines=f"{projection} heads"), spread
+        yield Group("spread", lines="heads"), spread
+
+
+def _counted(removed: Tensor, over: int) -> Counts:
+    return removed.sum(over).cpu().numpy()
+
+
+def _spread(counts: Counts, weights: int) -> Spread:
+    """Compare lines of equal size with chance, given how many weights they lose together."""
+    zeros, lines = int(counts.sum()), len(counts)
+    expected, variance = chance(weights, zeros, weights // lines)
+    if variance == 0:  # nothing, or everything, is removed, or there is one line: nothing to learn
+        return Spread(0.0, 0.0, 0.0, 0, 0)
+    squares = float(((counts - expected) ** 2).sum())
+    return Spread(squares / variance, squares - lines * variance, lines * expected**2, lines, lines - 1)
+
+
+def _by_value(weight: Tensor, removed: Tensor) -> Iterator[tuple[Group, int, int]]:
+    """Yield the size of every decile and sign of a matrix, and how many of it are removed."""
+    decile = deciles(weight)
+    sizes, counts = (torch.bincount(of.flatten(), minlength=DECILES).tolist() for of in (decile, decile[removed]))
+    found = [(Group("decile", decile=index + 1), *pair) for index, pair in enumerate(zip(sizes, counts, strict=True))]
+    for sign, there in (("+", weight > 0), ("-", weight < 0)):
+        found.append((Group("sign", sign=sign), int(there.sum()), int((there & removed).sum())))
+    return ((group, size, count) for group, size, count in found if size)
 
 
 def _shares(mask: Mask, sites: Mapping[str, Site]) -> Measures:
@@ -161,8 +210,10 @@ def _shares(mask: Mask, sites: Mapping[str, Site]) -> Measures:
     weights: Counter[Group] = Counter()
     for masked in mask.config.sites:
         layer, module = masked.layer, sites[masked.name].module
-        for group in (Group("share"), *(Group("share", *at) for at in ((layer, None), (None, module), (layer, module)))):
-            zeros[group] += masked.zeros
-            weights[group] += masked.numel
-    everything = weights[Group("share")], zeros[Group("share")]
-    return {group: Tally(zeros[group], size, *_floats(_chance(*everything, size))) for group, size in weights.items()}
+        for at in ((None, None), (layer, None), (None, module), (layer, module)):
+            zeros[Group("share", *at)] += masked.zeros
+            weights[Group("share", *at)] += masked.numel
+    whole = Group("share")
+    return {
+        group: Tally(zeros[group], size, *chance(weights[whole], zeros[whole], size)) for group, size in weights.items()
+    }

@@ -93,6 +93,4 @@ def _fused(outputs: int, queries: int, width: int, family: str) -> dict[str, Hea
         ]
     else:
         return {}
-    return {
-        role: np.repeat([head if own == role else -1 for own, head in sequence], width) for role in ("q", "k", "v")
-    }
+    return {role: np.repeat([head if own == role else -1 for own, head in sequence], width) for role in ("q", "k", "v")}

@@ -33,9 +33,12 @@ from mft_core.recipes import TRAINED, FineTune, LearnMask, Recipe, Runtime
 from mft_core.stages import Progress, StageContext, StageFunction
 from mft_core.worker import STOP, Job
 
-_LAST_WORDS = 5.0
-"""seconds between a process that broke and the end of the others, in which one may say what was at the bottom of it"""
+_LAST_WORDS = 10.0
+"""seconds between the first process that fails and the end of all, in which the others may say why they do"""
+_COMMAND = (sys.executable, "-P", "-m", "mft_core.worker")  # -P: not what happens to lie in the working directory
 _ERRORS = {"ConfigError": ConfigError, "StageError": StageError}
+_SAID, _DIED, _BROKE = range(3)
+"""how a process fails, in the order in which it explains the others: it says why, it dies, it meets a surprise"""
 
 
 def trains(recipe: Recipe) -> bool:
@@ -51,7 +54,7 @@ def check(recipe: Recipe, runtime: Runtime) -> None:
     """
     if not trains(recipe):
         return
-    if runtime.shard:
+    if runtime.shard and isinstance(recipe, FineTune) and recipe.lora is None:
         _check_shard(recipe, max(runtime.processes, parallel.processes()))
     if runtime.processes > 1:
         device = compute.find_device(runtime)
@@ -67,17 +70,11 @@ def check(recipe: Recipe, runtime: Runtime) -> None:
             )
 
 
-def _check_shard(recipe: Recipe, processes: int) -> None:
-    if not isinstance(recipe, FineTune):
-        reason = (
-            "masks are learned on whole weights; compute the fine-tuning with it first (`mft stage fine-tune`), then"
-        )
-    elif recipe.lora is not None:
-        reason = "LoRA trains too little to divide;"
-    elif recipe.training.optimizer != "adamw":
+def _check_shard(recipe: FineTune, processes: int) -> None:
+    if recipe.training.optimizer != "adamw":
         reason = f"optimizer '{recipe.training.optimizer}' has no divided form; use adamw, or"
     elif processes == 1:
-        reason = "there is one process to divide among; set runtime.processes, or"
+        reason = "there is one process, nothing to divide among; set runtime.processes, or"
     else:
         return
     raise ConfigError(f"runtime.shard = true: {reason} set runtime.shard to false.")
@@ -121,9 +118,9 @@ class _Worker:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a process did not finish; of several, the one of lowest order is told."""
+    """Why a process did not finish."""
 
-    order: int
+    kind: int
     error: Exception
 
 
@@ -142,6 +139,7 @@ class _Team:
         self._asked: BaseException | None = None
 
     def run(self) -> dict[str, Any]:
+        """Return the summary of the first process, or raise what the stage raised or whoever it reported to."""
         shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
         self._folder.mkdir(parents=True)
         (self._folder / "job.json").write_text(self._job.model_dump_json(), encoding="utf-8")
@@ -157,7 +155,7 @@ class _Team:
         if self._asked is not None:
             raise self._asked
         if self._failures:
-            raise min(self._failures, key=lambda failure: failure.order).error
+            raise min(self._failures, key=lambda failure: failure.kind).error
         return self._summary
 
     def _start(self, rank: int) -> _Worker:
@@ -165,15 +163,7 @@ class _Team:
         output = self._folder / f"{rank}.log"
         with theirs, output.open("wb") as sink:
             process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "mft_core.worker",
-                    self._folder / "job.json",
-                    str(rank),
-                    str(theirs.fileno()),
-                ],
+                [*_COMMAND, self._folder / "job.json", str(rank), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -199,31 +189,28 @@ class _Team:
 
     def _read(self, rank: int, line: socket.socket) -> None:
         """Put a worker's messages into the mail, and None at its end."""
-        with line.makefile(encoding="utf-8") as messages:
+        with contextlib.suppress(OSError), line.makefile(encoding="utf-8") as messages:
             for message in messages:
                 self._mail.put((rank, json.loads(message)))
         self._mail.put((rank, None))
 
     def _listen(self) -> None:
-        """Handle the mail until all workers have ended, or one has broken and the others had time for last words."""
+        """Handle the mail until all workers have ended, or one has failed and the others had time for last words."""
         running = set(range(self._size))
         deadline = None
         while running:
             try:
-                rank, message = self._mail.get(
-                    timeout=None if deadline is None else max(0, deadline - time.monotonic())
-                )
+                rank, message = self._mail.get(timeout=deadline and max(0, deadline - time.monotonic()))
             except queue.Empty:
                 return
-            if message is None:
-                running.discard(rank)
-                if rank not in self._finished:
-                    self._failures.append(
-                        _Failure(1, StageError(f"process {rank} of {self._size} {self._workers[rank].obituary()}"))
-                    )
-            else:
+            if message is not None:
                 self._handle(rank, message)
-            if deadline is None and any(failure.order for failure in self._failures):
+                continue
+            running.discard(rank)
+            if rank not in self._finished:
+                text = f"process {rank} of {self._size} {self._workers[rank].obituary()}"
+                self._failures.append(_Failure(_DIED, StageError(text)))
+            if deadline is None and self._failures:
                 deadline = time.monotonic() + _LAST_WORDS
 
     def _handle(self, rank: int, message: dict[str, Any]) -> None:
@@ -251,7 +238,7 @@ class _Team:
 
     def _failure(self, rank: int, message: dict[str, Any]) -> _Failure:
         if message["error"]:
-            return _Failure(0, _ERRORS.get(message["error"], StageError)(message["text"]))
+            return _Failure(_SAID, _ERRORS.get(message["error"], StageError)(message["text"]))
         text = f"process {rank} of {self._size}: {message['text']}"
         self._context.log.error("%s\n%s", text, message["trace"])
-        return _Failure(2, StageError(text))
+        return _Failure(_BROKE, StageError(text))

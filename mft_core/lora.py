@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021), the baseline that trains as few numbers as a mask does: W + (alpha / rank) · B A.
+"""LoRA (Hu et al., 2021), the baseline that leaves the weights frozen, as masks do: W + (alpha / rank) · B A.
 
 `peft` puts the adapters into the model, in place of the layers they adapt, and merges them in the end; in between the
 model keeps its class, so the loop trains it like any other. Used by the stage `fine-tune`.
@@ -60,13 +60,19 @@ class LoraOptimizer(ParameterOptimizer):
         self._tuner.merge_and_unload()
 
 
-def _peft_config(sites: Sequence[Site], lora: Lora) -> LoraConfig:
-    stacked = sorted({site.parameter for site in sites if site.index is not None})
+def check_lora(sites: Sequence[Site], lora: Lora) -> None:
+    """Raise a ConfigError if these matrices cannot have the adapters that `lora` describes."""
+    stacked = [site.parameter for site in sites if site.index is not None]
     if stacked and lora.dropout:
         raise ConfigError(
             f"lora.dropout = {lora.dropout}: {stacked[0]} holds the matrices of several experts, whose adapters can "
             "have no dropout of their input; set it to 0."
         )
+
+
+def _peft_config(sites: Sequence[Site], lora: Lora) -> LoraConfig:
+    check_lora(sites, lora)
+    stacked = sorted({site.parameter for site in sites if site.index is not None})
     modules = [site.parameter.removesuffix(".weight") for site in sites if site.index is None]
     return LoraConfig(
         r=lora.rank,

@@ -7,6 +7,7 @@ by merging, and by what shows and compares masks.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from mft_core.checkpoint_io import tensor_digest
 from mft_core.errors import ConfigError
 
 _MATRIX_OF = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8})\]")
@@ -179,3 +179,9 @@ def check_base(site: MaskedSite, weight: Tensor | None) -> None:
 def dtype_name(tensor: Tensor) -> str:
     """Return the type as mask files name it, e.g. 'bfloat16'."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256 hex digest of a tensor's bytes, row-major."""
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).hexdigest()

@@ -71,9 +71,14 @@ class MaskOptimizer:
     """Learns the masks of a model whose weights are frozen; the mask lives here, the model keeps plain layers.
 
     On creation every parameter is frozen except the sites' weights, which then hold W ⊙ M (so autograd stops at the
-    lowest masked layer). Call `backward` for any number of micro-batches, then `step`. What `backward` accumulates is the
-    weights' ordinary `.grad`, in float32 whatever the weights are, so that everything that works on gradients
+    lowest masked layer). Call `backward` for any number of micro-batches, then `step`. What `backward` accumulates is
+    the weights' ordinary `.grad`, in float32 whatever the weights are, so that everything that works on gradients
     (data-parallel reduction, accelerate, checkpointing, compilation) works here; `trained` turns it into the scores'.
+
+    In loops other than `mft_core.training`: move the model to its device, make this, then wrap the model (DDP asks what
+    is frozen when it is made), and call `step` once per accumulation window. DDP averages over processes: multiply the
+    loss by their number for the sum. It takes no bfloat16 weights here: leave the model unwrapped and call
+    `mft_core.parallel.add_up_gradients(p for p in model.parameters() if p.requires_grad)` before `step`.
 
     Args:
         model: the decoder; its site weights are overwritten by W ⊙ M.
@@ -160,6 +165,16 @@ class MaskOptimizer:
     def evaluating(self) -> contextlib.AbstractContextManager[None]:
         """The model holds the mask that will be the result: nothing to change for a validation."""
         return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """Leave the model with W ⊙ M as an ordinary one: all parameters can be trained, gradients in their own type."""
+        with self.evaluating():
+            held = [weight.detach().clone() for weight in self._parameters.values()]
+        self.discard_gradients()
+        for weight, final in zip(self._parameters.values(), held, strict=True):
+            weight.grad_dtype = weight.dtype
+            weight.data.copy_(final)
+        self.model.requires_grad_(True)
 
     def discard_gradients(self) -> None:
         """Forget what `backward` has accumulated since the last step."""

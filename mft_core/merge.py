@@ -26,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mft_core.adapter import Mask, check_base, load_mask, save_mask
-from mft_core.checkpoint_io import WeightFiles, tensor_digest
+from mft_core.adapter import Mask, load_mask, save_mask
+from mft_core.checkpoint_io import WeightFiles
 from mft_core.checkpoint_names import Piece
 from mft_core.errors import ConfigError
 from mft_core.identity import digest_file
+from mft_core.masked_sites import check_base, tensor_digest
 from mft_core.sources import parts
 
 KEPT, REMOVED = "mask", "removed.safetensors"
@@ -112,6 +113,8 @@ def unmerge(merged: Path, out: Path, report: Report = _silent) -> Mask:
 @contextlib.contextmanager
 def _whole_or_absent(out: Path) -> Iterator[Path]:
     """Give a directory beside `out` to write to, renamed to `out` at the end and deleted on failure."""
+    if out.exists():
+        raise ConfigError(f"out = {out}: exists already; give a directory that does not.")
     unfinished = out.with_name(f".incomplete-{out.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -147,7 +150,7 @@ def _rewrite(
     """Copy a checkpoint; masked entries become zero, or what `removed` has of them."""
     regions = _regions(files, mask)
     for name in parts("model", files.directory):
-        if name not in regions:
+        if name not in regions and not files.holds_other_weights(name):
             shutil.copyfile(files.directory / name, target / name)
     for done, name in enumerate(sorted(regions), start=1):
         with safe_open(files.directory / name, framework="pt") as handle:

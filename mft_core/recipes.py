@@ -42,6 +42,8 @@ TRAINED: frozenset[Selector] = frozenset({"learned", "soft"})
 """selectors that train scores, and so have `training` and `score_init`"""
 CALIBRATED: frozenset[Selector] = frozenset({"wanda", "movement"})
 """selectors that look at some training sequences, and so have `calibration_rows`"""
+SiteClass = Literal["attention", "mlp"]
+"""what a maskable matrix belongs to"""
 Scope = Literal["local", "global", "global-threshold"]
 ScoreInit = Literal["normal", "kaiming-uniform", "magnitude"]
 
@@ -79,7 +81,9 @@ class Training(Recipe):
     weight_decay: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = Field(
-        "adamw", description="'adamw-8bit' has quantised moments, 'adafactor' factored ones"
+        "adamw",
+        description="'adamw-8bit' has quantised moments; 'adafactor' factored ones, and a learning rate relative to "
+        "the tensor's root mean square, about 50 times that of the others",
     )
     max_grad_norm: float | None = Field(None, gt=0, description="null does not clip")
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -96,7 +100,7 @@ class Training(Recipe):
 
 
 class Lora(Recipe):
-    """Low-rank adapters (Hu et al., 2021) on the maskable matrices of all layers, merged into the weights at the end."""
+    """Low-rank adapters (Hu et al., 2021) of the maskable matrices of all layers, merged in the end."""
 
     rank: int = Field(64, gt=0)
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
@@ -146,7 +150,7 @@ class LearnMask(Recipe):
 
     @model_validator(mode="after")
     def _settings_fit_the_scope(self) -> LearnMask:
-        if self.min_kept and (self.scope != "global" or self.min_kept > 1 - self.sparsity):
+        if self.min_kept and (self.scope != "global" or self.min_kept + self.sparsity > 1 + 1e-9):
             raise ValueError("min_kept belongs to scope 'global' and is at most 1 - sparsity")
         if self.scope == "global-threshold" and self.selector != "learned":
             raise ValueError(
@@ -190,13 +194,74 @@ class Runtime(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', 'cuda:0'")
-    threads: int | None = Field(None, gt=0, description="CPU threads of one heavy stage; null lets torch choose")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of each process of a heavy stage; null lets torch choose"
+    )
     micro_batch_tokens: int = Field(8_192, gt=0, description="padded tokens of one forward pass in training")
     eval_batch_size: int = Field(400, gt=0, description="sequences decoded together")
     heavy_slots: int = Field(1, gt=0, description="heavy stages at one time per device")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     processes: int = Field(1, gt=0, description="training processes on this machine, which share each step's sequences")
     shard: bool = Field(
-        False, description="FSDP2: divide weights, gradients and optimizer among the processes (fine-tune only)"
+        False,
+        description="FSDP2: divide weights, gradients and optimizer of full fine-tunings among the processes; masks "
+        "and adapters train on whole weights",
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two resumable states")
+
+
+class Anatomy(Recipe):
+    """Recipe of the stage `anatomy`: where masks cut, how far they agree, and what the removed weights did."""
+
+    masks: tuple[dict[str, str | int | float | None], ...] = Field(
+        min_length=1, description="columns that name each mask, as `Compare.variants` has them"
+    )
+    rows: int = Field(96, gt=0, description="validation sequences to measure losses on; all, if there are fewer")
+    bootstrap: int = Field(2_000, gt=0, description="resamples of the sequences")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of intervals, and of the ranges that chance gives")
+    seed: int = Field(0, ge=0, description="of the choice of sequences and of the resamples")
+
+
+class Landscape(Recipe):
+    """Recipe of the analysis `landscape`: loss surface, sharpness and a PAC-Bayes bound of a masked model and the model
+    that it was made from.
+    """
+
+    variant: str = Field("masked", description="what the masked model is called in tables and figures")
+    rows: int = Field(200, ge=8, description="sequences of the line and of the bound; all, if there are fewer")
+    plane_rows: int = Field(64, gt=0, description="validation sequences of the planes, some of `rows`")
+    points: int = Field(11, gt=2, description="of a plane's axis, odd")
+    span: float = Field(1.0, gt=0, description="half the width of a plane, in lengths of the filters")
+    hessian_batches: int = Field(6, ge=2, description="batches of training sequences, each with a Hessian of its own")
+    hessian_rows: int = Field(32, gt=0, description="sequences of such a batch")
+    noise: tuple[float, ...] = Field(
+        (0.1, 0.2, 0.5, 1.0, 2.0),
+        min_length=1,
+        description="standard deviations of the bound's noise, in root mean squares of the weights",
+    )
+    draws: int = Field(5, ge=2, description="of the noise")
+    bootstrap: int = Field(2_000, gt=0, description="resamples of the sequences")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    seed: int = Field(0, ge=0, description="of directions, noise and the choice of sequences")
+
+    @model_validator(mode="after")
+    def _planes_have_a_centre(self) -> Landscape:
+        if self.points % 2 == 0:
+            raise ValueError("points is odd, so that the model itself is one of them")
+        if min(self.noise) <= 0:
+            raise ValueError("noise is a tuple of numbers above 0")
+        return self
+
+
+class PredictLayers(Recipe):
+    """Recipe of the analysis `predict-layers`: which layer groups are worth masking, guessed from one backward pass and
+    set beside the measured sweep.
+    """
+
+    groups: tuple[str, ...] = Field(min_length=3, description="the sweep's layers, as its rows have them")
+    modules: Modules = "both"
+    sparsity: Sparsity
+    domain: str | None = Field(None, description="of the sweep's rows; null where they have only one")
+    calibration_rows: int = Field(128, gt=0, description="training sequences to look at; all, if there are fewer")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    seed: int = Field(0, ge=0, description="of the choice of sequences")

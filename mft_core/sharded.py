@@ -53,7 +53,7 @@ def _divided(model: PreTrainedModel, mesh: Any) -> PreTrainedModel:
         raise ConfigError(
             f"runtime.shard = true: {type(model).__name__} has no layers that transformers knows; set it to false."
         )
-    for module in (*layers, model):
+    for module in (*reversed(layers), model):  # a layer within a layer first
         fully_shard(module, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft_core.errors import ConfigError, did_you_mean
 from mft_core.layers import format_layers
-from mft_core.recipes import CLASSES, Modules
-
-SiteClass = Literal["attention", "mlp"]
+from mft_core.recipes import CLASSES, Modules, SiteClass
 
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ATTENTION = r"(?:self_attn|self_attention|attention|attn|attn\.attention)\."

@@ -25,10 +25,21 @@ METHODS = {
 _IDENTITY = ("method", "domain", "layers", "modules", "sparsity")
 _STANDARD = {
     *_IDENTITY, "variant", "seed", "seeds", "benchmark", "metric", "n", "accuracy", "commonest_target_share", "family",
-    "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses", "verdict",
-    "study", "profile", "cached", "seconds",
+    "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses", "verdict", "seed_sd",
+    "items_for_80_power",
+    "study", "profile", "cached", "seconds", "validation_loss",
 }  # fmt: skip
 """the columns of every study; any other one is a setting that the study varies, named by its key"""
+_WINNERS_LEGEND = (
+    "The best of many looks better than it is. Here each method's best variant is chosen by accuracy on one half of "
+    "the items (the first n), and its gain is reported on the other, which had no part in the choice; adjusted by Holm "
+    "over this table. *optimism*: how much more the gain was where it was chosen. *naive*: what is usually reported."
+)
+_POWER_LEGEND = (
+    "Items on which one run with these shares of items won and lost would be told from the baseline with 80% chance "
+    "(McNemar's exact test, two-sided, this test alone), if the true gain were the one observed. *shown*: it is; *-*: "
+    "the observed gain is zero."
+)
 _WORDS = {
     "better": "better",
     "worse": "worse",
@@ -82,12 +93,21 @@ def cell(row: Row) -> str:
     accuracy = f"{100 * row['accuracy']:.1f}"
     if row["gain"] is None:
         return accuracy
+    return f"{accuracy} ({gain_cell(row)})"
+
+
+def gain_cell(row: Row) -> str:
+    """Return the gain in percentage points with its interval and what it shows."""
     gain, low, high = (100 * row[key] for key in ("gain", "gain_low", "gain_high"))
-    return f"{accuracy} ({gain:+.1f} [{low:+.1f}, {high:+.1f}] {_WORDS[row['verdict']]})"
+    return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}] {_WORDS[row['verdict']]}"
 
 
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Sequence[Row], show: Callable[[Row], str] = cell) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of the table; only the columns that tell variants apart are there.
+
+    Args:
+        rows: of the table.
+        show: what stands in a row's cell.
 
     Raises:
         ValueError: two rows of one variant on one benchmark; a table that hides one of them would lie.
@@ -110,7 +130,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         heads = [_head(row, columns) for row in firsts]
     sizes = {row["benchmark"]: row["n"] for row in rows}
     header = ["method", *columns, *(f"{name} (n = {sizes[name]:,})" for name in benchmarks)]
-    answers = [[cell(line[name]) if name in line else "-" for name in benchmarks] for line in lines.values()]
+    answers = [[show(line[name]) if name in line else "-" for name in benchmarks] for line in lines.values()]
     return header, [[*head, *answer] for head, answer in zip(heads, answers, strict=True)]
 
 
@@ -126,17 +146,70 @@ def _varies(rows: Sequence[Row], key: str) -> bool:
     return len(_values(rows, key)) > 1 or any(len(values) > 1 for values in found.values())
 
 
-def markdown(rows: Sequence[Row], question: str, confidence: float = 0.95) -> str:
-    """Return the page: question, pooled table, how to read it, what it shows, and each seed apart."""
+def markdown(rows: Sequence[Row], question: str, confidence: float = 0.95, winners: Sequence[Row] = ()) -> str:
+    """Return the page: question, pooled table, how to read it, what it shows, sweeps' winners, power, each seed apart.
+
+    Args:
+        rows: as the stage `compare` writes them.
+        question: the title.
+        confidence: of the intervals.
+        winners: as the stage `compare` writes them.
+    """
     header, lines = cells(pooled(rows))
     guess = _guessing(rows)
     if guess:
         blank = [""] * (len(header) - 1 - len(guess))
         lines.append(["always the commonest answer", *blank, *guess])
-    parts = [f"## {question}", _grid(header, lines), _legend(confidence), _conclusion(rows)]
+    parts = [f"## {question}", _grid(header, lines), _legend(rows, confidence), _conclusion(rows)]
+    if winners:
+        parts += ["### The best of each sweep", _grid(*_winner_cells(winners)), _WINNERS_LEGEND]
+    unclear = _unclear(rows)
+    if unclear:
+        parts += ["### How many items would show it", _grid(*cells(unclear, _power_cell)), _POWER_LEGEND]
     if single := apart(rows):
-        parts += ["### Each seed apart", _grid(*cells(single)), "Adjusted over this table, apart from the one above."]
+        parts += ["### Each seed apart", _grid(*cells(single)), "Adjusted over this table, apart from the ones above."]
     return "\n\n".join(parts) + "\n"
+
+
+def _winner_cells(winners: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table of the sweeps' winners."""
+    several = len({row["domain"] for row in winners}) > 1
+    header = ["method", *(["domain"] if several else []), "benchmark", "best, chosen on half of the items",
+              "gain where chosen", "gain on the other half", "optimism", "best on all items (naive)"]  # fmt: skip
+    lines = []
+    for row in winners:
+        choice = ", ".join(f"{key} {plain(key, row.get(key))}" for key in row["varied"])
+        same = row["naive_variant"] == row["variant"]
+        lines.append(
+            [
+                method_label(row["method"]),
+                *([str(row["domain"])] if several else []),
+                f"{row['benchmark']} (n = {row['n_chosen_on']:,} + {row['n']:,})",
+                f"{choice} (of {row['candidates']})",
+                f"{100 * row['gain_where_chosen']:+.1f}",
+                gain_cell(row),
+                f"{100 * row['optimism']:+.1f}",
+                f"{100 * row['naive_gain']:+.1f}{'' if same else ' (another one)'}",
+            ]
+        )
+    return header, lines
+
+
+def _unclear(rows: Sequence[Row]) -> list[Row]:
+    """Return the pooled rows of the variants of which some gain is not distinguishable from noise."""
+    tests = [row for row in pooled(rows) if row["family"] == "study"]
+    key = _identity(rows)
+    unclear = {key(row)[:-1] for row in tests if row["verdict"] == "not distinguishable from noise"}
+    return [row for row in tests if key(row)[:-1] in unclear]
+
+
+def _power_cell(row: Row) -> str:
+    if row["verdict"] in ("better", "worse"):
+        return "shown"
+    if row["items_for_80_power"] is None:
+        return "-"
+    rounded = float(f"{row['items_for_80_power']:.3g}")  # the observed gain does not say more
+    return f"{rounded:,.0f}"
 
 
 def _guessing(rows: Sequence[Row]) -> list[str]:
@@ -146,13 +219,17 @@ def _guessing(rows: Sequence[Row]) -> list[str]:
     return ["-" if share is None else f"{100 * share:.1f}" for share in shares.values()]
 
 
-def _legend(confidence: float) -> str:
+def _legend(rows: Sequence[Row], confidence: float) -> str:
+    seeds = (
+        "Where seeds are pooled, interval and test also hold the noise between trainings (Student's t); with two seeds "
+        "of few variants that is little known, and the interval is wide. "
+    )
     return (
         "Accuracy in %; in brackets the gain over the baseline (FFT) on the same items, in percentage points, with its "
-        f"{percent(confidence)} interval from the paired bootstrap over items and seeds. *better*, *worse*: the "
+        f"{percent(confidence)} interval from the paired bootstrap over items. *better*, *worse*: the "
         "sign-flip test (for one seed: McNemar's exact test), adjusted by Holm over the study, has "
         f"p < {1 - confidence:.2g}, and the interval excludes zero. *noise*: not distinguishable from noise. "
-        "Sparsity: share of each masked matrix set to zero."
+        f"{seeds if apart(rows) else ''}Sparsity: share of each masked matrix set to zero."
     )
 
 

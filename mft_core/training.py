@@ -294,9 +294,11 @@ class _Loop:
         self.context.report(Progress(int(row["step"]), self.steps, metrics=metrics))
 
     def _save(self) -> None:
+        """Save the state; no process goes on, or ends, before it is on disk."""
         content = {"history": vars(self.history), "trainable": self.trainable.state_dict()}
         if parallel.is_first():
             self.saved.save(content, self.history.best_step)
+        parallel.check_agreed("the number of steps to save", len(self.history.rows), self.device)
 
     def _resume(self) -> None:
         content = self.saved.load()

@@ -7,6 +7,7 @@ descriptor go lines of JSON to the parent (progress, log records, the end) and w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +30,8 @@ from mft_core.recipes import Runtime
 from mft_core.stages import Progress, StageContext, get_stage
 
 MEETING, STOP = "meeting", "stop"
+_PATIENCE = timedelta(hours=2)
+"""how long a process waits for others, which may be loading or saving a large model (torch alone: 10 minutes)"""
 
 
 class Job(BaseModel):
@@ -55,9 +59,10 @@ class Parent:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        for line in self._socket.makefile(encoding="utf-8"):
-            self._answers.put(line.strip())
-        os._exit(1)  # nobody is left to work for
+        with contextlib.suppress(OSError):
+            for line in self._socket.makefile(encoding="utf-8"):
+                self._answers.put(line.strip())
+        os._exit(1)  # closed or reset: nobody is left to work for
 
     def tell(self, kind: str, **content: Any) -> None:
         """Send one message."""
@@ -105,6 +110,7 @@ def _work(job: Job, rank: int, parent: Parent, meeting: Path) -> dict[str, Any]:
         init_method=f"file://{meeting}",
         rank=rank,
         world_size=job.runtime.processes,
+        timeout=_PATIENCE,
         device_id=device if on_gpu else None,
     )
     stage = get_stage(job.stage)

@@ -60,6 +60,9 @@ class Study(Recipe):
     benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
     variants: tuple[VariantSpec, ...] = ()
     analyses: tuple[Analysis, ...] = ()
+    figure: Literal["gains", "methods", "matrix"] | None = Field(
+        None, description="what the report's main figure shows; null fits it to what varies"
+    )
     studies: tuple[str, ...] = ()
 
     @model_validator(mode="after")

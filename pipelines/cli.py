@@ -53,14 +53,17 @@ def plan(
     seeds: Seeds = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a study would run: variants, stages, what is cached, disk needed. Computes nothing."""
-    from pipelines.plan_view import as_dict, show
+    """Show what a study would run: variants, stages, what is cached, memory and disk needed. Computes nothing."""
+    from pipelines.plan_view import as_dict, show, show_together
 
-    the_plan, _ = _plan(study, profile, overrides, seeds)
+    plans, _ = _plans(study, profile, overrides, seeds)
     if as_json:
-        print(json.dumps(as_dict(the_plan), indent=2))
+        found = [as_dict(the_plan) for the_plan in plans]
+        print(json.dumps(found if len(found) > 1 else found[0], indent=2))
+    elif len(plans) == 1:
+        show(plans[0])
     else:
-        show(the_plan)
+        show_together(plans)
 
 
 @app.command()
@@ -73,7 +76,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
-    _, store = _checked_plan(study, profile, overrides, seeds, rerun)
+    _, store = _checked_plans(study, profile, overrides, seeds, rerun)
     rows, table, directory = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -96,7 +99,7 @@ def stage(
     from mft_core.stages import get_stage
 
     get_stage(name)
-    _, store = _checked_plan(study, profile, overrides, seeds, rerun)
+    _, store = _checked_plans(study, profile, overrides, seeds, rerun)
     made = _run_flow(store, lambda flows: flows.STAGE_FLOWS[name], study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(made, indent=2))
@@ -113,20 +116,23 @@ def report(
     seeds: Seeds = None,
     as_json: AsJson = False,
     sync: Annotated[bool, typer.Option("--sync", help="write all numbers to MLflow again")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the pages; by default reports/STUDY-PROFILE under MFT_HOME")
+    ] = None,
 ) -> None:
-    """Print the answer of a study that has been run, from its artifacts alone."""
-    from pipelines.report import find_report
+    """Write the report of a study that has been run (Markdown, HTML, CSV, Parquet), and print its answer.
 
-    the_plan, store = _plan(study, profile, overrides, seeds)
-    found = find_report(the_plan, store)
-    if sync:
-        from pipelines.record import sync_to_mlflow
+    From its artifacts alone: needs no server and computes nothing.
+    """
+    from pipelines.report_pages.asked import Asked
+    from pipelines.report_pages.command import write
 
-        sync_to_mlflow(the_plan, store, found)
+    reports, page = write(Asked(study, profile, overrides or [], _seeds(seeds)), out, sync)
     if as_json:
-        print(json.dumps(found.rows, indent=2))
-    else:
-        print(f"{found.table}\n{found.directory}")
+        print(json.dumps([row for found in reports for row in found.rows], indent=2))
+        return
+    print("\n\n".join(found.table for found in reports))
+    print(f"report: {page}")
 
 
 @app.command()
@@ -155,29 +161,31 @@ def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
         sys.exit(1)
 
 
-def _plan(study: str, profile: str, overrides: list[str] | None, seeds: str | None) -> tuple[Plan, ArtifactStore]:
+def _plans(
+    study: str, profile: str, overrides: list[str] | None, seeds: str | None
+) -> tuple[list[Plan], ArtifactStore]:
     from mft_core.artifacts import ArtifactStore
-    from pipelines.catalogue import load_profile, load_study
-    from pipelines.plan import make_plan
+    from pipelines.catalogue import load_profile, load_studies
+    from pipelines.plan import make_plans
 
     store = ArtifactStore.from_environment()
-    the_plan = make_plan(load_study(study), load_profile(profile), store, overrides or [], _seeds(seeds))
-    return the_plan, store
+    return make_plans(load_studies(study), load_profile(profile), store, overrides or [], _seeds(seeds)), store
 
 
-def _checked_plan(
+def _checked_plans(
     study: str, profile: str, overrides: list[str] | None, seeds: str | None, rerun: list[str] | None
-) -> tuple[Plan, ArtifactStore]:
+) -> tuple[list[Plan], ArtifactStore]:
     """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
     from mft_core.stages import get_stage
     from pipelines.preflight import check
 
     for name in rerun or []:
         get_stage(name)
-    the_plan, store = _plan(study, profile, overrides, seeds)
+    plans, store = _plans(study, profile, overrides, seeds)
     store.check_writable()
-    check(the_plan, store)
-    return the_plan, store
+    for the_plan in plans:
+        check(the_plan, store)
+    return plans, store
 
 
 def _run_flow(

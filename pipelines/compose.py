@@ -106,15 +106,21 @@ def _compose(
     domain = domain_of(profile, spec.domain or study.domain)
     values = _of_domain(profile, domain)
     meant: dict[str, Any] = {}
-    for key, value in {**settings, **point}.items():
-        last = key.split(".")[-1]
+    changes = {**settings, **point}
+    for key, value in changes.items():
         where = f"study {study.name}, grid of {spec.method}" if key in point else f"--set {key}"
-        value = _scaled(values, key, anchored({last: value}, Path.cwd())[last], where)
-        _put(values, key, value, where)
+        final = _change(values, key, value, where)
         if key in point:
-            meant[key] = value
-    if values["mask"].get("domain"):
-        values["mask"]["data"] = _of_domain(profile, domain_of(profile, values["mask"]["domain"]))["data"]
+            meant[key] = final
+    mask = values["mask"] if isinstance(values["mask"], Mapping) else {}
+    if mask.get("domain"):
+        if "data" in mask:
+            raise ConfigError("mask.data and mask.domain both say what a mask is learned on; give one of them.")
+        other = _of_domain(profile, domain_of(profile, mask["domain"]))
+        for key, value in changes.items():
+            if key.startswith("data."):  # what holds for the fine-tuning's data holds for the mask's
+                _change(other, key, value, f"--set {key}")
+        values["mask"]["data"] = other["data"]
     everything = _every_benchmark(profile)
     if study.benchmarks == "all":
         own = values["benchmarks"]
@@ -124,6 +130,14 @@ def _compose(
         return Setup.model_validate(values), meant
     except ValidationError as error:
         raise explain(error, Setup, f"study {study.name} on profile {profile.name}") from error
+
+
+def _change(values: dict[str, Any], key: str, value: Any, where: str) -> Any:
+    """Set a key, and return the value that is meant."""
+    last = key.split(".")[-1]
+    final = _scaled(values, key, anchored({last: value}, Path.cwd())[last], where)
+    _put(values, key, final, where)
+    return final
 
 
 def _of_domain(profile: Profile, domain: str) -> dict[str, Any]:
@@ -185,6 +199,14 @@ def _refuse_misplaced(settings: Mapping[str, Any], study: Study) -> None:
                 raise ConfigError(
                     f"{where} makes no difference to {spec.method}: all its variants would be the same; leave it out."
                 )
+
+
+def concerns(study: Study, key: str) -> bool:
+    """Whether an override makes a difference to some variant of the study that does not vary the setting itself."""
+    if key.startswith("runtime."):
+        return True
+    varied = any(key in spec.grid for spec in study.variants)
+    return not varied and any(uses(spec.method, key) for spec in study.variants)
 
 
 def _refuse_unused(settings: Mapping[str, Any], study: Study, found: Sequence[Setup]) -> None:

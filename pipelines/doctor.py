@@ -19,11 +19,12 @@ from packaging.requirements import Requirement
 
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError
-from mft_core.layers import parse_layers
+from mft_core.recipes import Evaluate, FineTune, LearnMask, Recipe, Runtime
 from pipelines import doctor_hub, resolve
 from pipelines.catalogue import Profile, Study, VariantSpec, load_profile
-from pipelines.compose import setups
+from pipelines.compose import runtime_of, setups
 from pipelines.doctor_hub import Finding
+from pipelines.memory import memory_parts
 from pipelines.setup import ModelSpec, Setup
 from pipelines.size import parameter_count, state_bytes
 
@@ -31,6 +32,7 @@ _CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 _TRAINING_BYTES = 16
 """per trained weight: the weight, its gradient and AdamW's two moments, all float32"""
 _BYTES = {"float32": 4, "bfloat16": 2}
+_USUAL = Runtime()
 _GPU_ADVISED = 500_000_000
 """weights; training more of them on a CPU takes days"""
 
@@ -49,13 +51,14 @@ def examine(profile: str) -> list[Finding]:
     Raises:
         ConfigError: no such profile, or one that cannot be read.
     """
-    domains = _setups(load_profile(profile))
+    loaded = load_profile(profile)
+    domains = _setups(loaded)
     first = domains[0]
     store = ArtifactStore.from_environment()
     findings = [_python(), _packages(), _home(store)]
     findings += doctor_hub.model_and_data(domains)
     size = _size(first.model)
-    findings += _space(first, size, store) if size else [_unknown_size(first.model)]
+    findings += _space(first, size, store, runtime_of(loaded, {})) if size else [_unknown_size(first.model)]
     findings += doctor_hub.benchmarks(domains)
     findings += [_port(4200, "the Prefect server", store), _port(5000, "the MLflow server", store)]
     return findings
@@ -134,7 +137,7 @@ def _unknown_size(spec: ModelSpec) -> Finding:
     return Finding("memory and disk", False, f"cannot be estimated: config.json of {spec.path} is not readable")
 
 
-def _space(setup: Setup, size: Size, store: ArtifactStore) -> list[Finding]:
+def _space(setup: Setup, size: Size, store: ArtifactStore, runtime: Runtime = _USUAL) -> list[Finding]:
     """Compare what fine-tuning, mask and evaluation need with the disk and the device's memory."""
     stored = _BYTES[setup.precision] * size.weights
     disk = {
@@ -145,30 +148,45 @@ def _space(setup: Setup, size: Size, store: ArtifactStore) -> list[Finding]:
     }
     there = next(path for path in (store.home, *store.home.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    memory = _memory(setup, size.weights)
     device, available = _device(setup)
     findings = [
         Finding("model size", True, f"{_amount(size.weights, 'weights')} ({size.source})"),
         _enough("disk", disk, sum(disk.values()), free),
-        _enough(f"memory of {device}, before activations", memory, max(memory.values()), available),
+        _memory(setup, size.weights, runtime, device, available),
     ]
     if device == "cpu" and size.weights > _GPU_ADVISED:
         findings.append(Finding("GPU", False, "torch finds none; on a CPU this model takes weeks to train"))
     return findings
 
 
-def _memory(setup: Setup, weights: int) -> dict[str, int]:
-    """Estimate the bytes that each heavy stage holds on its device, without activations and caches."""
-    training = setup.mask.training
-    needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": _BYTES[setup.precision] * weights}
+def _memory(setup: Setup, weights: int, runtime: Runtime, device: str, available: int) -> Finding:
+    """Compare the peaks of the heavy stages with what the device has; on a CPU, all processes share it."""
     try:
-        layers = resolve.decoder_layers(setup.model)
-        share = len(parse_layers(setup.mask.layers, layers)) / layers
-    except ConfigError:  # no config.json: fine-tuning, which needs the most, is known all the same
-        return needs
-    stored = _BYTES[training.precision]
-    needs["mask learning"] = int(weights * (stored + share * (stored + _TRAINING_BYTES)))
-    return needs
+        needs = {name: sum(memory_parts(recipe, setup, runtime).values()) for name, recipe in _heaviest(setup).items()}
+    except ConfigError:  # no config.json: what fine-tuning takes besides activations is known all the same
+        needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": _BYTES[setup.precision] * weights}
+        return _enough(f"memory of {device}, before activations", needs, max(needs.values()), available)
+    at_once = runtime.heavy_slots * (runtime.processes if device == "cpu" else 1)
+    return _enough(f"memory of {device}", needs, at_once * max(needs.values()), available)
+
+
+def _heaviest(setup: Setup) -> dict[str, Recipe]:
+    """Return what takes most memory of a study on the setup, by what it does."""
+    mask = setup.mask
+    shots = max(bench.num_fewshot or 0 for bench in setup.benchmarks)
+    return {
+        "fine-tuning": FineTune(training=setup.fine_tune),
+        "mask learning": LearnMask(
+            sparsity=mask.sparsity,
+            layers=resolve.layers(setup),
+            modules=mask.modules,
+            scope=mask.scope,
+            min_kept=mask.min_kept,
+            score_init=mask.score_init,
+            training=mask.training,
+        ),
+        "evaluation": Evaluate(task=setup.benchmarks[0].task, num_fewshot=shots, precision=setup.precision),
+    }
 
 
 def _device(setup: Setup) -> tuple[str, int]:

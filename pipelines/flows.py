@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from mft_core.artifacts import ArtifactStore
-from mft_core.errors import StageError
-from mft_core.stages import STAGES, get_stage
-from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_study
+from mft_core.errors import ConfigError, StageError
+from mft_core.stages import STAGES, Progress, get_stage
+from pipelines.analyses import answers
+from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_studies
 from pipelines.display import Display
-from pipelines.execute import run_nodes, workplace
+from pipelines.execute import Outcome, run_nodes, workplace
 from pipelines.graph import Node, closure
 from pipelines.logs import log_to
-from pipelines.plan import Plan, make_plan
+from pipelines.plan import Plan, make_plans
 from pipelines.preflight import check
 from pipelines.record import Recorder
 from pipelines.report import Report, comparison_node, read_report
 from pipelines.setup import Method
+from tasks.stage_task import StageCall
 
 _WORKERS = 8
 """threads that wait for or do work; heavy stages take turns by themselves (`runtime.heavy_slots`)"""
@@ -58,8 +60,7 @@ def mft_ablation(
     Returns:
         the rows of the report, its table in Markdown, and the directory of its files.
     """
-    report = _run_study(load_study(study), load_profile(profile), overrides, seeds, rerun)
-    return report.rows, report.table, str(report.directory)
+    return _answer(_run(load_studies(study), load_profile(profile), overrides, seeds, rerun))
 
 
 @flow(name="mft-pipeline", flow_run_name="{method} on {profile}", task_runner=_runner(), persist_result=False)
@@ -78,34 +79,48 @@ def mft_pipeline(
         domain=domain,
         variants=(VariantSpec(method="fft"), VariantSpec(method=method)),
     )
-    report = _run_study(study, load_profile(profile), overrides, [seed], rerun)
-    return report.rows, report.table, str(report.directory)
+    return _answer(_run([study], load_profile(profile), overrides, [seed], rerun))
 
 
-def _run_study(
-    study: Study, profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
-) -> Report:
-    plan, store = _checked(study, profile, overrides, seeds, rerun)
-    comparison = comparison_node(plan)
-    nodes = closure([comparison])
-    with (
-        _logged(store, study.name) as logfile,
-        Recorder(plan, store, logfile) as recorder,
-        Display(len(nodes)) as display,
-    ):
-        outcomes = run_nodes(nodes, workplace(plan, store, display, recorder.progress), display, rerun)
-        artifacts = {node_id: outcome.artifact for node_id, outcome in outcomes.items()}
-        cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
-        report = read_report(plan, store, artifacts[comparison.id], cached)
-        recorder.record(report, artifacts, cached)
-        links = recorder.links()
+def _answer(reports: list[Report]) -> tuple[list[dict[str, Any]], str, str]:
+    """Return rows, tables and the directory (of several: the first's) of the reports."""
+    rows = [row for report in reports for row in report.rows]
+    return rows, "\n\n".join(report.table for report in reports), str(reports[0].directory)
+
+
+def _run(
+    studies: list[Study], profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
+) -> list[Report]:
+    """Run studies as one: what they share is computed once, in whatever order it becomes possible."""
+    plans, store = _checked(studies, profile, overrides, seeds, rerun)
+    nodes = closure(node for plan in plans for node in answers(plan))
+    with contextlib.ExitStack() as stack:
+        logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
+        recorders = [stack.enter_context(Recorder(plan, store, logfile)) for plan in plans]
+        display = stack.enter_context(Display(len(nodes)))
+
+        def record(call: StageCall, progress: Progress) -> None:
+            for recorder in recorders:
+                recorder.progress(call, progress)
+
+        outcomes = run_nodes(nodes, workplace(plans[0], store, display, record), display, rerun)
+        return [_recorded(plan, store, recorder, outcomes) for plan, recorder in zip(plans, recorders, strict=True)]
+
+
+def _recorded(plan: Plan, store: ArtifactStore, recorder: Recorder, outcomes: Mapping[str, Outcome]) -> Report:
+    """Read a study's report from what has been run, and tell MLflow and Prefect."""
+    study, profile = plan.study.name, plan.profile.name
+    artifacts = {node_id: outcome.artifact for node_id, outcome in outcomes.items()}
+    cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
+    report = read_report(plan, store, artifacts[comparison_node(plan).id], cached)
+    recorder.record(report, artifacts, cached)
     create_markdown_artifact(
-        f"{study.question}\n\n{report.table}\n\n{links}",
-        key=re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{profile.name}".lower()),
-        description=f"{study.name} on {profile.name}",
+        f"{plan.study.question}\n\n{report.table}\n\n{recorder.links()}",
+        key=re.sub(r"[^a-z0-9]+", "-", f"{study}-{profile}".lower()),
+        description=f"{study} on {profile}",
     )
     if recorder.problem:
-        print(f"warning: {recorder.problem}. `mft report {study.name} --sync` records it later.", file=sys.stderr)
+        print(f"warning: {recorder.problem}. `mft report {study} --sync` records it later.", file=sys.stderr)
     return report
 
 
@@ -120,14 +135,15 @@ def _logged(store: ArtifactStore, name: str) -> Iterator[Path]:
 
 
 def _checked(
-    study: Study, profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
-) -> tuple[Plan, ArtifactStore]:
+    studies: list[Study], profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
+) -> tuple[list[Plan], ArtifactStore]:
     for name in rerun:
         get_stage(name)
     store = ArtifactStore.from_environment()
-    plan = make_plan(study, profile, store, overrides, seeds)
-    check(plan, store)
-    return plan, store
+    plans = make_plans(studies, profile, store, overrides, seeds)
+    for plan in plans:
+        check(plan, store)
+    return plans, store
 
 
 def _stage_flow(stage: str) -> Flow[Any, Any]:
@@ -141,10 +157,10 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         seeds: list[int] | None = None,
         rerun: list[str] = [],  # noqa: B006
     ) -> list[dict[str, str]]:
-        plan, store = _checked(load_study(study), load_profile(profile), overrides, seeds, rerun)
-        wanted = _up_to(stage, plan)
+        plans, store = _checked(load_studies(study), load_profile(profile), overrides, seeds, rerun)
+        wanted = _up_to(stage, plans)
         with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
-            outcomes = run_nodes(wanted, workplace(plan, store, display), display, rerun)
+            outcomes = run_nodes(wanted, workplace(plans[0], store, display), display, rerun)
         return [
             {"label": done.node.label, "directory": str(done.artifact.local_path(store))}
             for done in outcomes.values()
@@ -154,9 +170,20 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
     return stage_flow
 
 
-def _up_to(stage: str, plan: Plan) -> list[Node]:
-    """Return the nodes of a stage, each after the ones that it needs."""
-    return closure(node for node in closure([comparison_node(plan)]) if node.stage == stage)
+def _up_to(stage: str, plans: list[Plan]) -> list[Node]:
+    """Return the nodes of a stage, each after the ones that it needs.
+
+    Raises:
+        ConfigError: no study has such a stage.
+    """
+    everything = closure(node for plan in plans for node in answers(plan))
+    wanted = [node for node in everything if node.stage == stage]
+    if not wanted:
+        names = ", ".join(plan.study.name for plan in plans)
+        raise ConfigError(
+            f"stage = {stage}: {names} has none; its stages are {', '.join(sorted({n.stage for n in everything}))}."
+        )
+    return closure(wanted)
 
 
 STAGE_FLOWS: dict[str, Flow[Any, Any]] = {name: _stage_flow(name) for name in STAGES}

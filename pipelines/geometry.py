@@ -22,6 +22,8 @@ KNOWN = frozenset(
 """families (`model_type`) whose matrices are told right"""
 _TIED = frozenset({"gemma", "gemma2", "gemma3_text", "gpt2", "opt", "falcon"})
 """families whose embeddings are tied where config.json does not say"""
+_OF_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""what changes the logits after the output embedding, where it is there and not null"""
 _GEMMA3 = {"vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 """what the config.json of published Gemma 3 checkpoints leaves out"""
 
@@ -66,7 +68,13 @@ class Geometry:
     """the maskable matrices of every layer"""
     inner: int
     """features inside the MLP that one token passes through, shared and chosen experts together"""
-    gated: bool
+    inner_kept: int
+    """numbers for each of them that autograd keeps of the activation function: gate, its activation and up where it is
+    gated; the input; or four of GPT-2's formula for GELU"""
+    norms: int
+    """norms of a layer over its hidden features"""
+    plain_logits: bool
+    """the logits are what the output embedding gives, neither capped nor scaled"""
     embeddings: int
     """weights of token embedding, output embedding and learned positions"""
     rest: int
@@ -82,6 +90,11 @@ class Geometry:
         """Weights of the largest parameter; experts of a layer are one."""
         matrices = [matrix.weights for layer in self.layers for matrix in layer]
         return max([*matrices, self.vocabulary * self.hidden])
+
+    def adapters(self, rank: int) -> int:
+        """Return the numbers in low-rank adapters of all maskable matrices."""
+        matrices = [matrix for layer in self.layers for matrix in layer]
+        return sum(rank * (matrix.inputs + matrix.outputs) * matrix.count for matrix in matrices)
 
     def masked(self, layers: tuple[int, ...], modules: str) -> list[Matrix]:
         """Return the matrices that a mask of these layers and modules covers."""
@@ -104,8 +117,10 @@ def read_geometry(config: Mapping[str, Any]) -> Geometry:
         vocabulary=sizes.vocabulary,
         context=_number(config, "max_position_embeddings", "n_positions", "seq_length"),
         layers=layers,
-        inner=max(_inner(config, sizes, index) for index in range(sizes.layers)),
-        gated=family not in ("gpt_neox", "gpt2", "opt", "falcon"),
+        inner=max((_inner(config, sizes, index) for index in range(sizes.layers)), default=sizes.inner),
+        inner_kept=(4 if config.get("activation_function") == "gelu_new" else 1) if family in _TWO_MATRICES else 3,
+        norms=_norms(family),
+        plain_logits=not any(config.get(name) for name in _OF_LOGITS),
         embeddings=_embeddings(family, config, sizes),
         rest=sum(_rest(family, config, sizes, layer) for layer in layers) + sizes.hidden,
     )
@@ -234,6 +249,10 @@ def _embeddings(family: str, config: Mapping[str, Any], sizes: _Sizes) -> int:
     return copies * sizes.vocabulary * width + projected + learned.get(family, 0)
 
 
+def _norms(family: str) -> int:
+    return 4 if family in ("gemma2", "gemma3_text") else 2
+
+
 def _rest(family: str, config: Mapping[str, Any], sizes: _Sizes, layer: tuple[Matrix, ...]) -> int:
     """Return what a layer has besides: norms, biases, routers (OPT's and Falcon's variants are taken for the usual)."""
     outputs = {matrix.path: matrix.outputs for matrix in layer}
@@ -241,7 +260,7 @@ def _rest(family: str, config: Mapping[str, Any], sizes: _Sizes, layer: tuple[Ma
         return 4 * sizes.hidden + sum(outputs.values())
     if family == "falcon":
         return 4 * sizes.hidden + (sum(outputs.values()) if config.get("bias") else 0)
-    norms = (4 if family in ("gemma2", "gemma3_text") else 2) * sizes.hidden
+    norms = _norms(family) * sizes.hidden
     if family in ("qwen3", "qwen3_moe", "gemma3_text"):
         norms += 2 * sizes.head
     elif family == "olmo2":

@@ -7,12 +7,12 @@ I inside the MLP, numbers of 4 bytes (float32) or 2 (bfloat16):
 
     2 H             inputs of the two norms, in float32; norms that are trained keep what they normalise it to as well
     4 Q             q, k, v (these for as many heads as q) and the output of the attention
-    3 I             gate, activated gate and up of a gated MLP; of another I, the input of the activation
+    3 I             gate, activated gate and up of a gated MLP; of another I, the input of the activation function
     2 H + Q + I     where matrices are trained, what goes into them
 
-Layers below the lowest trained matrix keep nothing. The loss takes 12 bytes for an entry of the logits (log-
-probabilities and two gradients, in float32), and all tokens are taken to be in the loss. Tests hold the sums against
-what torch allocates.
+Layers below the lowest trained matrix keep nothing. The loss takes 12 bytes for each of the logits that it has at one
+time (log-probabilities and two gradients, in float32), and all tokens are taken to be in the loss. Tests hold the sums
+against what torch allocates.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from pipelines import resolve
 from pipelines.geometry import Geometry, Matrix, read_geometry
 from pipelines.graph import Node
 from pipelines.setup import Setup
+from pipelines.size import MOMENTS
 
 PROCESS = 600_000_000
 """bytes of a process before it has tensors: interpreter and libraries on a CPU, context and workspaces on a GPU"""
 ANSWER, EXAMPLE = 256, 128
 """tokens that are assumed of an answer, and of a question and each example before it"""
 _BYTES = {"float32": 4, "bfloat16": 2}
-_MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adafactor": 0.0}
-"""bytes of state per trained number; quantised moments have a float32 scale per block of 256, factored ones are rows
-and columns: next to nothing"""
-_STEP = {"adamw": 0, "adamw-8bit": 24, "adafactor": 4}
-"""bytes per entry of one parameter that an optimizer step takes for a moment (8 bits: on a CPU, where it is not
-compiled)"""
+_STEP = {"adamw": 0, "adamw-8bit": 56, "adafactor": 4}
+"""bytes per entry of one parameter that an optimizer step takes for a moment (8 bits: where it is not compiled, as on a
+CPU)"""
 _SELECTION = 21
 """bytes per entry among which a mask selects, for a moment: magnitudes twice, their order with indices, the mask"""
+MOST_LOGITS = 2**26
+"""`mft_core.loss.MOST_LOGITS`: more are made a part at a time"""
 _MESSAGES = 2 * 4 * 16 * 2**20
 """bytes that summing gradients over processes takes (`mft_core.parallel`)"""
 
@@ -96,28 +96,29 @@ def _fine_tune(recipe: FineTune, geometry: Geometry, setup: Setup, runtime: Runt
     kept = [_trained_layer(geometry, _BYTES[training.precision], mixed=mixed)] * len(geometry.layers)
     one_matrix = 4 * geometry.largest
     passing = _passing(geometry, tokens, kept, _BYTES[training.precision], 2 if small else 4, runtime)
-    whole = geometry.embeddings + 2 * max(sum(matrix.weights for matrix in layer) for layer in geometry.layers)
+    whole = geometry.embeddings + 2 * max((_weights(layer) for layer in geometry.layers), default=0)
     return {
         "weights": stored * geometry.weights / parts,
         "gradients": 4 * geometry.weights / parts,
-        "optimizer": _MOMENTS[training.optimizer] * geometry.weights / parts,
+        "optimizer": MOMENTS[training.optimizer] * geometry.weights / parts,
         "weights gathered from all processes": (stored + 4) * whole if runtime.shard else 0,
         "weights in bfloat16": 2 * (geometry.weights - geometry.vocabulary * geometry.hidden) if mixed else 0,
-        "activations": max(passing + one_matrix, _STEP[training.optimizer] * geometry.largest),
+        **_largest(
+            {"activations": passing + one_matrix, "optimizer step": _STEP[training.optimizer] * geometry.largest}
+        ),
         "messages": _messages(runtime),
     }
 
 
 def _lora(training: Training, lora: Lora, geometry: Geometry, tokens: int, runtime: Runtime) -> dict[str, float]:
     number = _BYTES[training.precision]
-    matrices = [matrix for layer in geometry.layers for matrix in layer]
-    adapters = sum(lora.rank * (matrix.inputs + matrix.outputs) * matrix.count for matrix in matrices)
-    kept = [_layer(geometry, number) + _lora_inputs(layer, number, lora.dropout > 0) for layer in geometry.layers]
+    adapters = geometry.adapters(lora.rank)
+    kept = [_lora_layer(geometry, layer, number, dropout=lora.dropout > 0) for layer in geometry.layers]
     return {
         "weights": number * geometry.weights,
         "adapters": 4 * adapters,
         "gradients": 4 * adapters,
-        "optimizer": _MOMENTS[training.optimizer] * adapters,
+        "optimizer": MOMENTS[training.optimizer] * adapters,
         "activations": _passing(geometry, tokens, kept, number, number, runtime),
         "messages": _messages(runtime),
     }
@@ -131,14 +132,19 @@ def _learn(
     number, masked = _BYTES[training.precision], _weights(matrices)
     tokens = _micro_batch(setup, runtime, training.batch_size)
     passing = _passing(geometry, tokens, _mask_layers(recipe, geometry, number), number, number, runtime)
-    step = _STEP[training.optimizer] * _one(matrices)
     return {
         "weights": number * geometry.weights,
         "copy of the masked weights": number * masked,
         "scores": 4 * masked,
         "gradients": 4 * masked,
-        "optimizer": _MOMENTS[training.optimizer] * masked,
-        "activations": max(passing + 4 * _one(matrices), step, _selecting(recipe, matrices), masked),
+        "optimizer": MOMENTS[training.optimizer] * masked,
+        **_largest(
+            {
+                "activations": passing + 4 * _one(matrices),
+                "optimizer step": _STEP[training.optimizer] * _one(matrices),
+                "selection": _selecting(recipe, matrices) - 4 * masked,  # the gradients are gone by then
+            }
+        ),
         "messages": _messages(runtime),
     }
 
@@ -180,6 +186,12 @@ def _merge(geometry: Geometry, setup: Setup) -> dict[str, float]:
     return {"weights": min(_BYTES[setup.fine_tune.precision] * geometry.weights, 50e9), "masks": masked}
 
 
+def _largest(moments: dict[str, float]) -> dict[str, float]:
+    """Return the one entry that is largest: what a stage holds at different moments."""
+    name = max(moments, key=lambda moment: moments[moment])
+    return {name: moments[name]}
+
+
 def _micro_batch(setup: Setup, runtime: Runtime, batch_size: int) -> int:
     """Return the tokens of the largest forward pass, if the data have sequences of the full length."""
     longest = setup.data.max_length
@@ -195,8 +207,8 @@ def _layer(geometry: Geometry, number: int, *, attention: bool = False, mlp: boo
         attention: whether matrices of the attention are trained.
         mlp: whether matrices of the MLP are.
     """
-    norms = 4 * 2 * geometry.hidden
-    features = 4 * geometry.queries + (3 if geometry.gated else 1) * geometry.inner
+    norms = 4 * geometry.norms * geometry.hidden
+    features = 4 * geometry.queries + geometry.inner_kept * geometry.inner
     if attention:
         features += geometry.hidden + geometry.queries
     if mlp:
@@ -211,14 +223,22 @@ def _trained_layer(geometry: Geometry, number: int, *, mixed: bool) -> int:
         mixed: weights are float32 and matrices are computed in bfloat16: norms are float32, and each of the matrices
             that share an input (three of the attention, two of the MLP) keeps its own bfloat16 copy.
     """
-    kept = _layer(geometry, number, attention=True, mlp=True) + (4 if mixed else number) * 2 * geometry.hidden
+    kept = (
+        _layer(geometry, number, attention=True, mlp=True) + (4 if mixed else number) * geometry.norms * geometry.hidden
+    )
     return kept + (number * 3 * geometry.hidden if mixed else 0)
 
 
-def _lora_inputs(layer: Sequence[Matrix], number: int, dropout: bool) -> int:
-    """Return the bytes per token of what goes into adapters, a copy for each, and of the dropouts' masks."""
+def _lora_layer(geometry: Geometry, layer: Sequence[Matrix], number: int, *, dropout: bool) -> int:
+    """Return the bytes per token that a layer with adapters keeps.
+
+    Every adapter has a copy of its input (in bfloat16, since adapters are float32), or of what dropout leaves of it,
+    with a byte for each feature that says whether it is dropped, as on GPUs; on a CPU it is four.
+    """
+    if number == 4 and not dropout:
+        return _layer(geometry, number, attention=True, mlp=True)
     inputs = sum(matrix.inputs for matrix in layer)
-    return inputs * (number + 1) if dropout else inputs * number
+    return _layer(geometry, number) + inputs * (number + dropout)
 
 
 def _mask_layers(recipe: LearnMask, geometry: Geometry, number: int) -> list[int]:
@@ -241,15 +261,18 @@ def _passing(
         number: bytes of an activation.
         residual: bytes of a feature between the layers, which is all that is kept where activations are recomputed.
     """
-    loss = 12 * geometry.vocabulary
+    logits = tokens * geometry.vocabulary
+    loss = 12 * (min(logits, MOST_LOGITS) if geometry.plain_logits else logits)
+    working = tokens * _working(geometry, number)
     if runtime.gradient_checkpointing:
-        return tokens * (residual * geometry.hidden * len(kept) + max(loss, max(kept) + _working(geometry, number)))
-    return tokens * (sum(kept) + max(loss, _working(geometry, number)))
+        inputs = tokens * residual * geometry.hidden * len(kept)
+        return inputs + max(loss, tokens * max(kept, default=0) + working)
+    return tokens * sum(kept) + max(loss, working)
 
 
 def _working(geometry: Geometry, number: int) -> int:
     """Return the bytes per token of what one layer has in hand at a time, forwards or (gradients) backwards."""
-    return number * ((3 if geometry.gated else 2) * geometry.inner + 4 * geometry.hidden)
+    return number * (3 * geometry.inner + 4 * geometry.hidden)
 
 
 def _selecting(recipe: LearnMask, matrices: Sequence[Matrix]) -> int:

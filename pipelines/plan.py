@@ -6,6 +6,7 @@ can be known to fail (`compose`, `resolve`, `check`), with exit code 2.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from mft_core.stages import STAGES
 from pipelines import compose
 from pipelines.catalogue import Profile, Study
 from pipelines.graph import Edge, Node, Variant, unique_nodes, variant
-from pipelines.size import disk_needed
+from pipelines.memory import memory_parts
+from pipelines.setup import Setup
+from pipelines.size import disk_needed, setups_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,14 @@ class Plan:
     def to_compute(self) -> list[Step]:
         """The steps that are not cached."""
         return [step for step in self.steps if step.artifact is None]
+
+    def memory(self, node: Node) -> dict[str, int]:
+        """Return what one process of a stage of the plan holds at its worst moment, bytes by name."""
+        return memory_parts(node.recipe, self._setups[node.id], self.runtime)
+
+    @functools.cached_property
+    def _setups(self) -> dict[str, Setup]:
+        return setups_of(self.variants)
 
     def comparison(self) -> tuple[Compare, list[Node]]:
         """Return the recipe of the comparison and the evaluations that it takes, in order.
@@ -118,6 +129,32 @@ def make_plan(
     steps = _steps(unique_nodes(variants), store)
     needed = disk_needed([step.node for step in steps if step.artifact is None], variants, runtime.heavy_slots)
     return Plan(study, profile, runtime, variants, steps, needed)
+
+
+def make_plans(
+    studies: Sequence[Study],
+    profile: Profile,
+    store: ArtifactStore,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+) -> list[Plan]:
+    """Expand several studies on a profile; what one of them uses of the overrides, the others need not.
+
+    Raises:
+        ConfigError: as `make_plan`; or no study uses an override.
+    """
+    if len(studies) == 1:
+        return [make_plan(studies[0], profile, store, overrides, seeds)]
+    settings = compose.parse_overrides(overrides)
+    plans = []
+    unused = set(settings)
+    for study in studies:
+        own = [text for text in overrides if compose.concerns(study, text.partition("=")[0].strip())]
+        unused -= {text.partition("=")[0].strip() for text in own}
+        plans.append(make_plan(study, profile, store, own, seeds))
+    if unused:
+        raise ConfigError(f"--set {', '.join(sorted(unused))}: no study of these uses it.")
+    return plans
 
 
 def _distinct(asked: Sequence[Variant], study: Study) -> list[Variant]:

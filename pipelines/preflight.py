@@ -11,25 +11,26 @@ from pathlib import Path
 
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, unknown
-from mft_core.recipes import Evaluate, PrepareData
+from mft_core.recipes import Evaluate, PrepareData, Runtime
 from mft_core.sources import Source
 from pipelines import resolve
 from pipelines.graph import Node
 from pipelines.plan import Plan, check_disk
-from pipelines.setup import SELECTORS, ModelSpec, Setup
+from pipelines.setup import SELECTORS, ModelSpec, Setup, datas, trainings, uses
 
 
 def check(plan: Plan, store: ArtifactStore) -> None:
     """Raise a ConfigError for anything in the plan that is bound to fail.
 
-    Checks disk, that the model is a whole decoder with maskable weights, chat template, training rows and their
-    lengths, and the benchmarks.
+    Checks disk, processes and devices, that the model is a whole decoder with maskable weights, chat template, training
+    rows and their lengths, and the benchmarks.
     """
     store.check_writable()
     check_disk(plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
     setups = [item.setup for item in plan.variants]
+    _check_processes(nodes, plan.runtime)
     if stages - {"compare"}:
         _check_models(setups)
     if "prepare-data" in stages:
@@ -38,11 +39,19 @@ def check(plan: Plan, store: ArtifactStore) -> None:
     _check_benchmarks(node for node in nodes if node.stage == "evaluate")
 
 
+def _check_processes(nodes: Iterable[Node], runtime: Runtime) -> None:
+    if runtime.processes > 1 or runtime.shard:
+        from mft_core import launch
+
+        for node in nodes:
+            launch.check(node.recipe, runtime)
+
+
 def _check_rows(setups: Iterable[Setup]) -> None:
     from mft_core.data.rows import check_rows_file
 
     held: dict[str, int] = {}
-    for source in dict.fromkeys(source for setup in setups for source in setup.data.mixture):
+    for source in dict.fromkeys(source for setup in setups for data in datas(setup) for source in data.mixture):
         if not Path(source.path).is_absolute():
             continue
         if source.path not in held:
@@ -73,22 +82,31 @@ def _check_lengths(nodes: Iterable[Node]) -> None:
 
 
 def _check_models(setups: Iterable[Setup]) -> None:
-    from mft_core.checkpoint_io import read_config, skeleton
+    from mft_core.checkpoint_io import check_dropout, read_config, skeleton
     from mft_core.layers import parse_layers
+    from mft_core.lora import check_lora
+    from mft_core.selectors import wanda
     from mft_core.sites import choose_sites, find_sites
 
     sites: dict[ModelSpec, list] = {}
     for setup in setups:
         spec = setup.model
         directory = resolve.configuration_file(spec).parent
-        read_config(directory)
+        config = read_config(directory)
+        for training in trainings(setup).values():
+            check_dropout(config, training.dropout)
         _check_weights(spec)
         _check_chat_template(setup)
-        if setup.method in SELECTORS:
+        if setup.method in SELECTORS or uses(setup.method, "lora"):
             if spec not in sites:
                 sites[spec] = find_sites(skeleton(directory))
+            if setup.lora and uses(setup.method, "lora"):
+                check_lora(sites[spec], setup.lora)
+        if setup.method in SELECTORS:
             layers = parse_layers(setup.mask.layers, resolve.decoder_layers(spec))
-            choose_sites(sites[spec], layers, setup.mask.modules)
+            chosen = choose_sites(sites[spec], layers, setup.mask.modules)
+            if setup.method == "wanda":
+                wanda.check_inputs(chosen)
 
 
 def _check_weights(spec: ModelSpec) -> None:

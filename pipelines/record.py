@@ -67,12 +67,19 @@ class Recorder:
             if self._tracker.log_point(key, row):
                 self._sent[key].add(progress.step)
 
-    def record(self, report: Report, artifacts: Mapping[str, ArtifactRef], cached: Mapping[str, bool]) -> None:
-        """Send the results: numbers, curves not seen live, artifact keys, table and figure.
+    def record(
+        self,
+        report: Report,
+        artifacts: Mapping[str, ArtifactRef],
+        cached: Mapping[str, bool],
+        pages: Path | None = None,
+    ) -> None:
+        """Send the results: every number of the report, curves not seen live, artifact keys, tables and pages.
 
         Args:
             artifacts: of every node, by node id.
             cached: by node id, whether the node was served from the cache.
+            pages: the folder of the report's files, attached as `report/`; None attaches the comparison's.
         """
         for item in self._plan.variants:
             key = variant_key(item.columns)
@@ -80,10 +87,17 @@ class Recorder:
             tags: dict[str, Any] = {f"artifact.{node.stage}": artifacts[node.id].key for node in nodes}
             tags["cached"] = all(cached.get(node.id, False) for node in nodes)
             self._tracker.set_tags(key, tags)
+            if item.trained:
+                summary = report.manifests[item.trained.id]["summary"]
+                self._tracker.log_metrics(key, {f"training/{name}": value for name, value in summary.items()})
             if item.trained and self._owners[item.trained.id] == key:
                 self._tracker.log_curve(key, self._unsent(key, _history(self._store, artifacts[item.trained.id])))
         self._tracker.log_rows(report.rows)
-        self._tracker.log_files([path for path in sorted(report.directory.iterdir()) if path.name != "manifest.json"])
+        for name, rows in report.tables.items():
+            self._tracker.log_table(name, rows)
+        folder = pages or report.directory
+        files = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json" and path.name[0] != "."]
+        self._tracker.log_files(files, "report")
 
     def _unsent(self, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return what the live curve lacks: all of a cached training, the steps before a kill, the last step."""
@@ -91,10 +105,19 @@ class Recorder:
         first = min(live, default=math.inf)
         return [row for row in rows if row["step"] < first or (row is rows[-1] and row["step"] not in live)]
 
-    def links(self) -> str:
-        """Return Markdown with the addresses of the runs in the MLflow UI."""
+    def links(self, page: Path | None = None) -> str:
+        """Return Markdown with the addresses of the runs in the MLflow UI, and of the report.
+
+        Args:
+            page: the report's HTML page, which is attached to the execution's run.
+        """
         links = self._tracker.links()
-        return "\n".join(["MLflow runs:", "", *(f"- [{name}]({address})" for name, address in links.items())])
+        lines = ["MLflow runs:", "", *(f"- [{name}]({address})" for name, address in links.items())]
+        if page:
+            execution = next(iter(links.values()), None)
+            attached = f" ([in MLflow]({execution}/artifacts/report/{page.name}))" if execution else ""
+            lines = [f"Report: `{page}`{attached}", "", *lines]
+        return "\n".join(lines)
 
     @property
     def problem(self) -> str | None:
@@ -102,15 +125,18 @@ class Recorder:
         return self._tracker.problem
 
 
-def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report) -> None:
+def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report, pages: Path) -> None:
     """Write a finished study to MLflow again, from its artifacts, as a new execution.
+
+    Args:
+        pages: the folder of the report's files.
 
     Raises:
         StageError: MLflow cannot be reached.
     """
     artifacts = {step.node.id: step.artifact for step in plan.steps if step.artifact}
     with Recorder(plan, store, report.directory / "table.md") as recorder:
-        recorder.record(report, artifacts, dict.fromkeys(artifacts, True))
+        recorder.record(report, artifacts, dict.fromkeys(artifacts, True), pages)
     if recorder.problem:
         raise StageError(recorder.problem)
 

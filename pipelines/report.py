@@ -1,30 +1,58 @@
-"""The answer of a study as rows, a table and files: read from the artifacts, so it needs neither Prefect nor MLflow."""
+"""The answer of a study as rows and tables: read from the artifacts, so it needs neither Prefect nor MLflow.
+
+`pipelines.report_pages` makes pages of it, `pipelines.record` MLflow runs.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import StageError
 from mft_core.stages import STAGES
-from pipelines.graph import Edge, Node, unique_nodes
+from pipelines import costs
+from pipelines.graph import Edge, Node, closure
 from pipelines.plan import Plan
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A finished comparison."""
+    """A finished study."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     """one per variant and benchmark, with the columns of `mft report --json`"""
     table: str
     """Markdown"""
     directory: Path
-    """where table and figures lie"""
+    """the comparison's artifact: where table and figure lie"""
+    plan: Plan
+    manifests: Mapping[str, dict[str, Any]]
+    """of every stage behind the answer, by node id"""
+    analyses: Mapping[str, Path] = field(default_factory=dict)
+    """directories of the study's analyses by name: `section.md`, figures, `rows.json`"""
+
+    @property
+    def tables(self) -> dict[str, list[Row]]:
+        """Every table of numbers besides `rows`, by name: what it cost, the winners of sweeps, each analysis."""
+        found = {
+            "winners": _read_rows(self.directory / "winners.json"),
+            "cost": costs.by_stage(self.plan, self.manifests),
+            "cost-per-point": costs.per_point(self.plan, self.manifests, self.rows),
+        }
+        found |= {slug(name): _read_rows(directory / "rows.json") for name, directory in self.analyses.items()}
+        return {name: rows for name, rows in found.items() if rows}
+
+
+def slug(name: str) -> str:
+    """Return an analysis' name for files, anchors and metrics: 'anatomy math' is 'anatomy-math'."""
+    return re.sub(r"[^\w.=-]+", "-", name)
 
 
 def comparison_node(plan: Plan) -> Node:
@@ -34,60 +62,93 @@ def comparison_node(plan: Plan) -> Node:
     return Node("compare", recipe, inputs, f"compare {plan.study.name}")
 
 
-def find_report(plan: Plan, store: ArtifactStore) -> Report:
+def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None) -> Report:
     """Read the report of a study that has been run.
+
+    Args:
+        analyses: the study's further nodes by name.
 
     Raises:
         StageError: the study has not been run (whole) with these settings.
     """
-    artifacts = {step.node.id: step.artifact for step in plan.steps if step.artifact}
-    node = comparison_node(plan)
+    named = {"its comparison": comparison_node(plan), **(analyses or {})}
+    manifests = _manifests(closure(named.values()), store)
+    found = {name: store.find(node.stage, manifests[node.id]["key"]) if node.id in manifests else None
+             for name, node in named.items()}  # fmt: skip
     missing = [step.node.label for step in plan.to_compute]
-    ref = None
-    if not missing:
-        inputs = {name: artifacts[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
-        stage = STAGES["compare"]
-        ref = store.find("compare", store.key(stage, node.recipe, inputs))
-    if ref is None:
-        what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else "its comparison is missing"
+    lacking = [name for name, ref in found.items() if ref is None]
+    if missing or lacking:
+        what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
         raise StageError(
             f"study {plan.study.name} on {plan.profile.name}: {what}. Run it: "
             f"mft run {plan.study.name} --profile {plan.profile.name}"
         )
-    return read_report(plan, store, ref, dict.fromkeys(artifacts, True))
+    comparison, *others = [ref for ref in found.values() if ref is not None]
+    directories = {name: ref.local_path(store) for name, ref in zip(analyses or {}, others, strict=True)}
+    return read_report(plan, store, comparison, dict.fromkeys(manifests, True), directories)
 
 
-def read_report(plan: Plan, store: ArtifactStore, ref: ArtifactRef, cached: Mapping[str, bool]) -> Report:
-    """Join the comparison's rows with study, profile, cost and whether the evaluation was cached.
+def read_report(
+    plan: Plan,
+    store: ArtifactStore,
+    ref: ArtifactRef,
+    cached: Mapping[str, bool],
+    analyses: Mapping[str, Path] | None = None,
+) -> Report:
+    """Join the comparison's rows with study, profile, cost, validation loss, and whether the evaluation was cached.
 
     Args:
+        ref: the comparison.
         cached: by node id, for each evaluation, whether it was served from the cache in this run.
+        analyses: directories of the study's analyses by name.
     """
     directory = ref.local_path(store)
-    rows = json.loads((directory / "rows.json").read_text())
+    rows = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
+    manifests = _manifests(closure([comparison_node(plan)]), store)
     evaluations = {(item.name, item.setup.domain, name): (item, node) for item in plan.variants
                    for name, node in item.evaluations.items()}  # fmt: skip
-    seconds = _seconds_by_node(plan, store)
     for row in rows:
-        row |= {"study": plan.study.name, "profile": plan.profile.name, "cached": None, "seconds": None}
+        row |= {"study": plan.study.name, "profile": plan.profile.name}
+        row |= dict.fromkeys(("cached", "seconds", "validation_loss"))
         found = evaluations.get((row["variant"], row["domain"], row["benchmark"]))
         if found:
             item, node = found
             own = {n.id for n in (item.trained, node) if n is not None}
             row["cached"] = cached.get(node.id, False)
-            row["seconds"] = round(sum(seconds.get(node_id, 0.0) for node_id in own), 3)
-    return Report(rows, (directory / "table.md").read_text(), directory)
+            row["seconds"] = round(sum(manifests[n]["provenance"]["seconds"] for n in own if n in manifests), 3)
+            if item.trained and item.trained.id in manifests:
+                row["validation_loss"] = validation_loss(manifests[item.trained.id])
+    table = (directory / "table.md").read_text(encoding="utf-8")
+    return Report(rows, table, directory, plan, manifests, analyses or {})
 
 
-def _seconds_by_node(plan: Plan, store: ArtifactStore) -> dict[str, float]:
-    """Look up how long each node took when it was computed."""
+def validation_loss(manifest: Mapping[str, Any]) -> float | None:
+    """Return the validation loss (nats per token) of the checkpoint that a training kept; None if it measured none."""
+    summary = manifest["summary"]
+    loss = summary.get("validation_losses", {}).get(str(summary.get("kept_step")))
+    return None if loss is None else float(loss)
+
+
+def _manifests(nodes: Iterable[Node], store: ArtifactStore) -> dict[str, dict[str, Any]]:
+    """Look up the manifests of nodes, each after the ones that it needs; by node id, those that are there.
+
+    Payloads are not looked at: a large checkpoint takes minutes to verify, and the plan has done so.
+    """
     found: dict[str, ArtifactRef] = {}
-    seconds: dict[str, float] = {}
-    for node in unique_nodes(plan.variants):
-        stage = STAGES[node.stage]
-        inputs = {n: found[g.node.id] if isinstance(g, Edge) else g for n, g in node.inputs.items()}
-        manifest = store.manifest(node.stage, store.key(stage, node.recipe, inputs))
+    manifests: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        inputs = {name: found.get(given.node.id) if isinstance(given, Edge) else given
+                  for name, given in node.inputs.items()}  # fmt: skip
+        if None in inputs.values():
+            continue
+        key = store.key(STAGES[node.stage], node.recipe, inputs)  # type: ignore[arg-type]
+        manifest = store.manifest(node.stage, key)
         if manifest:
-            found[node.id] = ArtifactRef(stage=node.stage, key=manifest["key"], digest=manifest["digest"])
-            seconds[node.id] = manifest["provenance"]["seconds"]
-    return seconds
+            found[node.id] = ArtifactRef(stage=node.stage, key=key, digest=manifest["digest"])
+            manifests[node.id] = manifest
+    return manifests
+
+
+def _read_rows(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return rows

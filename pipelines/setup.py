@@ -180,16 +180,28 @@ class Setup(Recipe):
 
     @model_validator(mode="after")
     def _validations_have_rows(self) -> Setup:
-        trainings = {
-            "fine_tune": self.fine_tune,
-            "continued": self.continued,
-            "lora.training": self.lora and self.lora.training,
-            "mask.training": self.mask.training,
-        }
-        for name, training in trainings.items():
-            if uses(self.method, name) and training and training.validations and not self.data.validation_rows:
+        for name, training in trainings(self).items():
+            data = (self.mask.data or self.data) if name == "mask.training" else self.data
+            if training.validations and not data.validation_rows:
                 raise ValueError(
                     f"{name}.validations = {training.validations}, but data.validation_rows = 0: there is nothing to "
                     "validate on; set data.validation_rows, or validations to 0 and keep to 'last'"
                 )
         return self
+
+
+def trainings(setup: Setup) -> dict[str, Training]:
+    """Return the trainings that the setup's method uses, by key."""
+    every = {
+        "fine_tune": setup.fine_tune,
+        "continued": setup.continued,
+        "lora.training": setup.lora and setup.lora.training,
+        "mask.training": setup.mask.training,
+    }
+    return {name: training for name, training in every.items() if training and uses(setup.method, name)}
+
+
+def datas(setup: Setup) -> list[DataSpec]:
+    """Return the training data that the setup's method uses."""
+    own = setup.mask.data if uses(setup.method, "mask.data") else None
+    return [setup.data, own] if own else [setup.data]

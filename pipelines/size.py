@@ -18,9 +18,11 @@ from pipelines.setup import ModelSpec, Setup
 _BYTES = {"float32": 4, "bfloat16": 2}
 _SMALL = 1_000_000
 """bytes that a stage without weights leaves: tokens, answers, tables"""
-_STATE = 12
-"""bytes of state per trained number: the number itself and the two moments of AdamW, in float32"""
-_BEST = 4
+MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adafactor": 0.0}
+"""bytes of state per trained number that an optimizer has: float32 moments; one byte each, and a float32 scale for each
+block of 256; rows and columns, which are next to nothing"""
+_NUMBER = 4
+"""bytes of a trained number itself"""
 
 
 def disk_needed(nodes: Sequence[Node], variants: Sequence[Variant], slots: int) -> int:
@@ -31,13 +33,19 @@ def disk_needed(nodes: Sequence[Node], variants: Sequence[Variant], slots: int) 
         variants: of the study; every node belongs to one of them.
         slots: trainings at one time (`runtime.heavy_slots`).
     """
+    setups = setups_of(variants)
+    left = sum(_left(node, setups[node.id]) for node in nodes)
+    meanwhile = sorted((_meanwhile(node, setups[node.id].model) for node in nodes), reverse=True)
+    return left + sum(meanwhile[:slots])
+
+
+def setups_of(variants: Sequence[Variant]) -> dict[str, Setup]:
+    """Return for every node of the variants, by id, the settings of a variant that it belongs to."""
     setups: dict[str, Setup] = {}
     for item in variants:
         for node in closure(item.evaluations.values()):
             setups.setdefault(node.id, item.setup)
-    left = sum(_left(node, setups[node.id]) for node in nodes)
-    meanwhile = sorted((_meanwhile(node, setups[node.id].model) for node in nodes), reverse=True)
-    return left + sum(meanwhile[:slots])
+    return setups
 
 
 def _left(node: Node, setup: Setup) -> int:
@@ -54,10 +62,12 @@ def _stored(node: Node, setup: Setup) -> str:
 
 
 def _meanwhile(node: Node, model: ModelSpec) -> int:
-    """Return the bytes of a training's state; the new one is written before the old one goes."""
+    """Return the bytes of a training's state."""
     training: Training | None = None
     if isinstance(node.recipe, FineTune):
-        training, trained = node.recipe.training, parameter_count(resolve.configuration(model))
+        geometry = read_geometry(resolve.configuration(model))
+        lora = node.recipe.lora
+        training, trained = node.recipe.training, geometry.adapters(lora.rank) if lora else geometry.weights
     elif isinstance(node.recipe, LearnMask) and node.recipe.training:
         training, trained = node.recipe.training, _masked(node.recipe, model)
     if training is None:
@@ -67,7 +77,8 @@ def _meanwhile(node: Node, model: ModelSpec) -> int:
 
 def state_bytes(training: Training, trained: int) -> int:
     """Return the most that the resumable state of a training of so many numbers takes."""
-    return trained * (2 * _STATE + (_BEST if training.keep == "best" else 0))
+    states = 2 * (_NUMBER + MOMENTS[training.optimizer])  # the new one is written before the old one goes
+    return round(trained * (states + (_NUMBER if training.keep == "best" else 0)))
 
 
 def _masked(recipe: LearnMask, model: ModelSpec) -> int:

@@ -1,39 +1,84 @@
-"""What a study's numbers look like in MLflow, and who owns a run; pure functions for `tasks.tracking`."""
+"""What a study's numbers look like in MLflow, and who owns a run; pure functions for `tasks.tracking`.
+
+Params are what a variant is, metrics what came out. A param that is a number for one variant is a number for all of
+them, or not there: MLflow's parallel-coordinates view takes a param for words as soon as one run has a word in it. So
+the pooled rows' seed ("all") is not a param (`seeds` counts them), and no param says "None".
+"""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import psutil
 
+from mft_core.tables import settings
+
 LONGEST = {"param": 6000, "tag": 8000}
+Row = Mapping[str, Any]
 
 
-def variant_key(row: Mapping[str, Any]) -> str:
+def variant_key(row: Row) -> str:
     """Return the key of a report row's variant: rows of its benchmarks share it."""
     return f"{row.get('domain')}/{row['variant']}"
 
 
-_RESULTS = ("accuracy", "gain", "gain_low", "gain_high", "p_value", "p_holm")
-_NOT_PARAMS = {*_RESULTS, "benchmark", "metric", "n", "baseline", "cached", "seconds"}
+_IDENTITY = ("study", "profile", "variant", "method", "domain", "layers", "modules", "sparsity", "seed", "seeds")
+_OF_VARIANT = ("validation_loss",)
+"""numbers that are the same for every benchmark"""
+_WORDS = ("verdict", "metric", "family")
 
 
-def columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what identifies the row's variant: its params."""
-    return {name: value for name, value in row.items() if name not in _NOT_PARAMS}
+def columns(row: Row) -> dict[str, Any]:
+    """Return what identifies the row's variant: its params; `first_layer` and `last_layer` are numbers to plot by."""
+    found = {name: row[name] for name in (*_IDENTITY, *settings([row])) if row.get(name) not in (None, "None")}
+    if found.get("seed") == "all":
+        del found["seed"]
+    layers = re.findall(r"\d+", str(found.get("layers", "")))
+    return found | ({"first_layer": int(layers[0]), "last_layer": int(layers[-1])} if layers else {})
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row's results as metrics by name, e.g. ``gain_low/gsm8k``."""
-    return {f"{name}/{row['benchmark']}": row.get(name) for name in _RESULTS}
+def numbers(row: Row) -> dict[str, Any]:
+    """Return the row's results as metrics by name, e.g. ``gain_low/gsm8k``, ``validation_loss``."""
+    params = columns(row)
+    return {
+        metric_name(name, row["benchmark"]): value
+        for name, value in row.items()
+        if name not in params and is_number(value)
+    }
+
+
+def metric_name(column: str, benchmark: str) -> str:
+    """Return the metric that holds a column of the report's rows for a benchmark."""
+    return column if column in _OF_VARIANT else clean(f"{column}/{benchmark}")
+
+
+def words(row: Row) -> dict[str, Any]:
+    """Return the row's results that are words as tags by name, e.g. ``verdict/gsm8k``."""
+    return {clean(f"{name}/{row['benchmark']}"): row.get(name) for name in _WORDS}
+
+
+def table_metrics(table: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Return every number of a table as a metric ``TABLE/ROW/COLUMN``, rows counted from 000."""
+    return {
+        clean(f"{table}/{index:03d}/{name}"): value
+        for index, row in enumerate(rows)
+        for name, value in row.items()
+        if is_number(value)
+    }
+
+
+def clean(name: str) -> str:
+    """Return a name that MLflow takes for a metric or tag."""
+    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
 
 
 def texts(kind: Literal["param", "tag"], values: Mapping[str, Any]) -> dict[str, str]:
     """Turn values into the texts that MLflow keeps: numbers plain, None left out, too long ones cut and said so."""
-    texts = {name: str(value) for name, value in values.items() if value is not None}
+    texts = {name: str(value) for name, value in values.items() if value not in (None, "None")}
     for name, text in texts.items():
         if len(text) > LONGEST[kind]:
             note = f" ... (cut, {len(text)} characters)"

@@ -16,18 +16,32 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from mft_core import provenance
 from mft_core.artifacts import ArtifactStore
-from tasks.records import cause, columns, is_dead, is_number, is_refusal, numbers, owner, texts, variant_key
+from tasks.records import (
+    cause,
+    columns,
+    is_dead,
+    is_number,
+    is_refusal,
+    numbers,
+    owner,
+    table_metrics,
+    texts,
+    variant_key,
+    words,
+)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 BATCH = 1000
 """metrics that MLflow takes in one request"""
+FEW = 100
+"""params or tags that it takes in one request"""
 FLUSH_SECONDS = 1.0
 """curve points wait this long for company"""
 CURVE_POINTS = 50
@@ -133,21 +147,34 @@ class Tracker:
         """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
         params: dict[str, dict[str, Any]] = {}
         metrics: dict[str, dict[str, Any]] = {}
+        tags: dict[str, dict[str, Any]] = {}
         for row in rows:
             key = variant_key(row)
             params[key] = columns(row)
             metrics.setdefault(key, {}).update(numbers(row))
+            tags.setdefault(key, {}).update(words(row))
         for key in params:
             self.variant(key, str(params[key]["variant"]), {})
             self._batch(key, params=params[key])
-            self._batch(key, metrics=metrics[key])
+            self._batch(key, metrics=metrics[key], tags=tags[key])
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a table of the report to the execution: as a table, and each number as a metric (`table_metrics`)."""
+        names = list(dict.fromkeys(column for row in rows for column in row))
+        content = {column: [row.get(column) for row in rows] for column in names}
+        self._batch("", metrics=table_metrics(name, rows))
+        self._jobs.put(lambda: self._client.log_table(self._runs[""], content, f"tables/{name}.json"))
 
     def log_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
-        """Attach files (tables, figures) to the execution."""
+        """Attach files (tables, figures), and folders with what is in them, to the execution."""
 
         def attach() -> None:
             for path in paths:
-                self._client.log_artifact(self._runs[""], str(path), folder)
+                if path.is_dir():
+                    inner = f"{folder}/{path.name}" if folder else path.name
+                    self._client.log_artifacts(self._runs[""], str(path), inner)
+                else:
+                    self._client.log_artifact(self._runs[""], str(path), folder)
 
         self._jobs.put(attach)
 
@@ -278,15 +305,22 @@ class Tracker:
         from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._runs[key],
-            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if is_number(v)],
-            params=[Param(k, v) for k, v in texts("param", params or {}).items()],
-            tags=[RunTag(k, v) for k, v in texts("tag", tags or {}).items()],
-        )
+        run_id = self._runs[key]
+        for some in _portions([Param(k, v) for k, v in texts("param", params or {}).items()], FEW):
+            self._client.log_batch(run_id, params=some)
+        for some in _portions([RunTag(k, v) for k, v in texts("tag", tags or {}).items()], FEW):
+            self._client.log_batch(run_id, tags=some)
+        numbers = [Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if is_number(v)]
+        for some in _portions(numbers, BATCH):
+            self._client.log_batch(run_id, metrics=some)
 
     def _flush(self) -> None:
         points, self._points = self._points, {}
         for key, metrics in points.items():
-            for start in range(0, len(metrics), BATCH):
-                self._client.log_batch(self._runs[key], metrics=metrics[start : start + BATCH])
+            for some in _portions(metrics, BATCH):
+                self._client.log_batch(self._runs[key], metrics=some)
+
+
+def _portions(values: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

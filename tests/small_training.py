@@ -58,7 +58,7 @@ def make_context(work: Path, **runtime: Any) -> StageContext:
 
 
 def make_job(model: Path, data: Path | None = None, layers: tuple[int, ...] = (1, 2), **recipe: Any) -> Job:
-    """Return the job of a selector on a saved checkpoint, at sparsity 0.3 of two layers unless `recipe` says otherwise."""
+    """Return the job of a selector on a saved checkpoint, by default at sparsity 0.3 of two layers."""
     made = LearnMask.model_validate({"sparsity": 0.3, "layers": format_layers(layers), "seed": 5, **recipe})
     sites = choose_sites(find_sites(skeleton(model)), layers, made.modules)
     inputs = {"model": model} | ({"data": data} if data else {})

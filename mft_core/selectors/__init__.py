@@ -9,8 +9,8 @@
 | wanda | abs(W) · norm of the input feature | Sun et al. 2024, Wanda |
 | movement | −W · dL/dW | Sanh et al. 2020, Movement Pruning; here at frozen weights |
 
-A further selector is a further file and a further row of `SELECTORS`, its name in `recipes.Selector`. The recipe's scope
-(`mft_core.selection`) then says among which weights the least scores go.
+A further selector is a further file and a further row of `SELECTORS`, its name in `recipes.Selector`. The recipe's
+scope (`mft_core.selection`) then says among which weights the least scores go.
 """
 
 from __future__ import annotations

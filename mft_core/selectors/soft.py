@@ -38,7 +38,8 @@ def choose(job: Job) -> Choice:
     training = job.recipe.training
     assert training is not None  # the recipe's validator sees to it
     plan = plan_epochs(len(job.data().train), training.batch_size, training.epochs, training.seed)
-    return learned.choose(job, functools.partial(SoftMaskOptimizer, steps=len(plan)))
+    steps = min(len(plan), training.max_steps or len(plan))
+    return learned.choose(job, functools.partial(SoftMaskOptimizer, steps=steps))
 
 
 class SoftMaskOptimizer(MaskOptimizer):
@@ -54,7 +55,7 @@ class SoftMaskOptimizer(MaskOptimizer):
         super().__init__(*args, **settings)
 
     def _make_scope(self, scope: ScopeName, sparsity: float, min_kept: float) -> Scope:
-        self._widths = [float(score.std()) or 1.0 for score in self._scores]
+        self._widths = [float(score.std()) or 1.0 if score.numel() > 1 else 1.0 for score in self._scores]
         return Global(sparsity, min_kept, signed=True) if scope == "global" else Local(sparsity, signed=True)
 
     def _sharpness(self, index: int) -> float:

@@ -7,7 +7,7 @@ each output row, as published.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,7 @@ def choose(job: Job) -> Choice:
     Raises:
         ConfigError: a matrix of experts is to be masked: what each expert is given cannot be observed.
     """
-    experts = [site.name for site in job.sites if site.index is not None]
-    if experts:
-        raise ConfigError(
-            f"selector 'wanda': {experts[0]} belongs to experts whose inputs cannot be observed; choose modules "
-            "without experts (e.g. 'attention'), or another selector."
-        )
+    check_inputs(job.sites)
     model = job.model()
     norms = _input_norms(job, model)
     scores = (
@@ -41,6 +36,16 @@ def choose(job: Job) -> Choice:
     )
     masks = Rows(job.recipe.sparsity).masks(scores)
     return Choice({site.name: _by_output(site, mask) for site, mask in zip(job.sites, masks, strict=True)})
+
+
+def check_inputs(sites: Sequence[Site]) -> None:
+    """Raise a ConfigError for matrices of experts: what each of them is given cannot be observed."""
+    experts = [site.name for site in sites if site.index is not None]
+    if experts:
+        raise ConfigError(
+            f"selector 'wanda': {experts[0]} belongs to experts whose inputs cannot be observed; choose modules "
+            "without experts (e.g. 'attention'), or another selector."
+        )
 
 
 def _by_output(site: Site, matrix: Tensor) -> Tensor:

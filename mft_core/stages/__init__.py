@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mft_core.errors import unknown
-from mft_core.recipes import Compare, Evaluate, FineTune, LearnMask, MergeMask, PrepareData, Recipe, Runtime
+from mft_core.recipes import (
+    Anatomy,
+    Compare,
+    Evaluate,
+    FineTune,
+    Landscape,
+    LearnMask,
+    MergeMask,
+    PredictLayers,
+    PrepareData,
+    Recipe,
+    Runtime,
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,13 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("prepare-data", 1, PrepareData, heavy=False),
         Stage("fine-tune", 1, FineTune, heavy=True),
-        Stage("learn-mask", 1, LearnMask, heavy=True),
+        Stage("learn-mask", 2, LearnMask, heavy=True),
         Stage("merge-mask", 1, MergeMask, heavy=False),
         Stage("evaluate", 1, Evaluate, heavy=True),
-        Stage("compare", 2, Compare, heavy=False),
+        Stage("compare", 3, Compare, heavy=False),
+        Stage("anatomy", 1, Anatomy, heavy=True),
+        Stage("landscape", 1, Landscape, heavy=True),
+        Stage("predict-layers", 1, PredictLayers, heavy=True),
     )
 }
 

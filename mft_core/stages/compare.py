@@ -1,4 +1,4 @@
-"""Stage `compare`: the rows, the table and the figure that answer a study's question.
+"""Stage `compare`: the rows, the tables and the figure that answer a study's question.
 
 `recipe.variants[i]` describes the input `eval-<i>`: `variant` (its name), `method`, `domain`, `layers`, `modules`,
 `sparsity`, `seed` (None: the method has none), `benchmark` (display name), and `baseline`: the index of the evaluation
@@ -9,31 +9,79 @@ are two seeds or more, one with `seed: "all"`. Accuracies and gains are shares, 
 
 The Holm family (`family` of the row) is "study": one test per variant and benchmark, pooled over its seeds. The seeds
 apart are a family of their own, "seed", to be read beside the pooled rows. The pretrained base against the fine-tuned
-model is shown with interval and p-value, but is no part of the question and of no family.
+model is shown with interval and p-value, but is no part of the question and of no family. The best of each sweep
+(`mft_core.winner`) stands in `winners.json`; these tests are a third family.
+
+The noise between trainings (`seed_sd` of the pooled rows) is estimated from all variants of the method or, where these
+are too few to tell, from those of the study. `items_for_80_power` is explained in `mft_core.power`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mft_core import figures, tables
-from mft_core.comparison import Comparison, Outcomes, adjust, compare_variant, verdict
+from mft_core.comparison import Comparison, Outcomes, Pairs, adjust, compare, pair, verdict
 from mft_core.errors import StageError
+from mft_core.power import items_needed
 from mft_core.recipes import Compare
+from mft_core.seed_noise import SeedNoise
 from mft_core.stages import Progress, StageContext
+from mft_core.winner import Entry, best_of_sweeps
 
+Array = NDArray[np.float64]
 OUTSIDE_THE_QUESTION = {"base"}
 _FIGURES = ("gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses")
+_ENOUGH = 4
+"""degrees of freedom with which the noise between a method's trainings is its own (Student's t: 2.8; with one: 12.7)"""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One variant on one benchmark: the evaluations of all its seeds."""
+
+    described: Mapping[str, Any]
+    """the columns of the first seed"""
+    seeds: Sequence[Any]
+    outcomes: Sequence[Outcomes]
+    share: float | None
+    """of the commonest target"""
+    pairs: Pairs | None
+    """None: a baseline"""
+
+    @property
+    def name(self) -> str:
+        return tables.without_seed(str(self.described["variant"]))
+
+    @property
+    def method(self) -> str:
+        return str(self.described["method"])
+
+    @property
+    def differences(self) -> Array | None:
+        """Of several trainings."""
+        return self.pairs.differences if self.pairs and len(self.seeds) > 1 else None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What all seeds and benchmarks of the variant share."""
+        apart = ("seed", "baseline", "benchmark")
+        return {key: value for key, value in self.described.items() if key not in apart} | {"variant": self.name}
+
+    @property
+    def in_question(self) -> bool:
+        return self.pairs is not None and self.method not in OUTSIDE_THE_QUESTION
 
 
 def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """Compare every evaluation with its baseline; write `rows.json`, `table.md` and `figure.png`.
+    """Compare every evaluation with its baseline; write `rows.json`, `winners.json`, `table.md` and `figure.png`.
 
     Returns:
         Counts of the study's tests by verdict: tests, better, worse, indistinguishable.
@@ -41,21 +89,23 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
     Raises:
         StageError: evaluations that do not pair, or two that are described alike.
     """
-    outcomes, shares = [], []
-    for index, described in enumerate(recipe.variants):
-        one, share = _read(inputs[f"eval-{index}"], described)
-        outcomes.append(one)
-        shares.append(share)
+    groups = _groups(recipe, [_read(inputs[f"eval-{i}"], described) for i, described in enumerate(recipe.variants)])
+    noises = _noises(groups)
     rows = []
-    groups = _groups(recipe.variants)
-    for done, members in enumerate(groups, start=1):
-        rows += [_row(recipe, outcomes, shares, [index], pooled=len(members) == 1) for index in members]
-        if len(members) > 1:
-            rows.append(_row(recipe, outcomes, shares, members, pooled=True))
+    for done, (group, noise) in enumerate(zip(groups, noises, strict=True), start=1):
+        rows += _rows(recipe, group, noise)
         context.report(Progress(done, len(groups), "comparison"))
     final = _adjusted(rows)
-    (out / "rows.json").write_text(json.dumps(final, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    table = tables.markdown(final, recipe.question, recipe.confidence)
+    entries = [
+        Entry(group.columns, str(group.described["benchmark"]), group.outcomes[0].items, group.pairs, noise)
+        for group, noise in zip(groups, noises, strict=True)
+        if group.pairs is not None and group.in_question
+    ]
+    best = best_of_sweeps(entries, recipe.bootstrap, recipe.confidence, recipe.seed)
+    for name, content in (("rows", final), ("winners", best)):
+        text = json.dumps(content, indent=1, allow_nan=False)
+        (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    table = tables.markdown(final, recipe.question, recipe.confidence, best)
     (out / "table.md").write_text(table, encoding="utf-8")
     figures.gains(final, recipe.question, out / "figure.png", recipe.confidence)
     tests = [row["verdict"] for row in final if row["family"] == "study"]
@@ -83,54 +133,85 @@ def _read(directory: Path, described: Mapping[str, Any]) -> tuple[Outcomes, floa
     return outcomes, summary["commonest_target_share"]
 
 
-def _groups(variants: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Return the indices of the variants that differ in nothing but the seed, in the order of the study."""
-    groups: dict[str, list[int]] = {}
-    for index, described in enumerate(variants):
+def _groups(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]]) -> list[_Group]:
+    """Gather the evaluations that differ in nothing but the seed, in the order of the study."""
+    found: dict[str, list[int]] = {}
+    for index, described in enumerate(recipe.variants):
         apart = {key: value for key, value in described.items() if key not in ("seed", "baseline")}
         apart["variant"] = tables.without_seed(str(described["variant"]))
-        groups.setdefault(json.dumps(apart, sort_keys=True), []).append(index)
-    for members in groups.values():
-        seeds = [variants[index].get("seed") for index in members]
-        if len(set(seeds)) < len(seeds):
-            raise StageError(
-                f"two evaluations on '{variants[members[0]]['benchmark']}' are described alike: "
-                f"{variants[members[0]]['variant']}, seeds {seeds}; variants need columns that tell them apart."
-            )
-    return list(groups.values())
+        found.setdefault(json.dumps(apart, sort_keys=True), []).append(index)
+    return [_group(recipe, evaluations, members) for members in found.values()]
+
+
+def _group(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]], members: Sequence[int]) -> _Group:
+    described = recipe.variants[members[0]]
+    seeds = [recipe.variants[index].get("seed") for index in members]
+    if len(set(seeds)) < len(seeds):
+        raise StageError(
+            f"two evaluations on '{described['benchmark']}' are described alike: "
+            f"{described['variant']}, seeds {seeds}; variants need columns that tell them apart."
+        )
+    outcomes = [evaluations[index][0] for index in members]
+    baselines = [recipe.variants[index].get("baseline") for index in members]
+    asked = [evaluations[index][0] for index in baselines if isinstance(index, int)]
+    pairs = pair(asked, outcomes) if len(asked) == len(members) else None
+    return _Group(described, seeds, outcomes, evaluations[members[0]][1], pairs)
+
+
+def _noises(groups: Sequence[_Group]) -> list[SeedNoise | None]:
+    """Estimate for each group the noise between its trainings; None where there is one training."""
+    of_study = _noise(groups)
+    of_method = {method: _noise([group for group in groups if group.method == method])
+                 for method in {group.method for group in groups}}  # fmt: skip
+    found: list[SeedNoise | None] = []
+    for group in groups:
+        own = of_method[group.method] if group.differences is not None else None
+        found.append(of_study if own and own.freedom < _ENOUGH else own)
+    return found
+
+
+def _noise(groups: Sequence[_Group]) -> SeedNoise | None:
+    variants: dict[str, list[list[Array]]] = {}
+    for group in groups:
+        if group.differences is not None:
+            variants.setdefault(json.dumps(group.columns, sort_keys=True), []).append([group.differences])
+    return SeedNoise.pooled(list(variants.values())) if variants else None
+
+
+def _rows(recipe: Compare, group: _Group, noise: SeedNoise | None) -> list[tuple[dict[str, Any], Comparison | None]]:
+    """Return a row for each seed and, of several, one for all."""
+    described = {key: value for key, value in group.described.items() if key != "baseline"}
+    rows = []
+    for index, (seed, outcomes) in enumerate(zip(group.seeds, group.outcomes, strict=True)):
+        of_seed = described | {"seed": seed, "variant": outcomes.label}
+        alone = group.pairs.seed(index) if group.pairs else None
+        rows.append(_row(recipe, group, of_seed, [outcomes], alone, None))
+    if len(group.seeds) > 1:
+        pooled = described | {"seed": "all", "variant": group.name}
+        rows.append(_row(recipe, group, pooled, group.outcomes, group.pairs, noise))
+    return rows
 
 
 def _row(
     recipe: Compare,
+    group: _Group,
+    described: Mapping[str, Any],
     outcomes: Sequence[Outcomes],
-    shares: Sequence[float | None],
-    members: Sequence[int],
-    pooled: bool,
+    pairs: Pairs | None,
+    noise: SeedNoise | None,
 ) -> tuple[dict[str, Any], Comparison | None]:
-    first = recipe.variants[members[0]]
-    described = {key: value for key, value in first.items() if key != "baseline"}
-    if len(members) > 1:
-        described |= {"seed": "all", "variant": tables.without_seed(str(first["variant"]))}
-    baselines = [recipe.variants[index].get("baseline") for index in members]
-    asked = all(isinstance(baseline, int) for baseline in baselines)
-    comparison = None
-    if asked:
-        comparison = compare_variant(
-            [outcomes[int(baseline)] for baseline in baselines if baseline is not None],
-            [outcomes[index] for index in members],
-            recipe.bootstrap,
-            recipe.confidence,
-            recipe.seed,
-        )
-    in_question = asked and described.get("method") not in OUTSIDE_THE_QUESTION
+    pooled = len(outcomes) == len(group.outcomes)
+    comparison = compare([pairs], recipe.bootstrap, recipe.confidence, recipe.seed, noise) if pairs else None
     row = {
         **described,
-        "seeds": len(members),
-        "metric": outcomes[members[0]].metric,
-        "n": len(outcomes[members[0]].items),
-        "accuracy": float(np.mean([outcomes[index].values.mean() for index in members])),
-        "commonest_target_share": shares[members[0]],
-        "family": ("study" if pooled else "seed") if in_question else None,
+        "seeds": len(outcomes),
+        "metric": outcomes[0].metric,
+        "n": len(outcomes[0].items),
+        "accuracy": float(np.mean([one.values.mean() for one in outcomes])),
+        "commonest_target_share": group.share,
+        "family": ("study" if pooled else "seed") if group.in_question else None,
+        "seed_sd": noise.deviation([pairs.differences]) if noise and pairs else None,
+        "items_for_80_power": items_needed(pairs.differences, 1 - recipe.confidence) if pairs else None,
     }
     return row, comparison
 

@@ -40,14 +40,14 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     training = recipe.training
     device = compute.settle(context.runtime)
     data = TrainingData.load(inputs["data"])
-    model = _load(recipe, inputs["model"], device, context.runtime.shard)
+    model = _load(recipe, inputs["model"], device, context.runtime.shard and recipe.lora is None)
     trainable = _trainable(recipe, model)
     if context.runtime.gradient_checkpointing:
         recompute_activations(model, noise=training.dropout > 0 or trainable.draws_random_numbers)
     history = train(trainable, data, training, context)
     if isinstance(trainable, LoraOptimizer):
         trainable.merge()
-    result = gathered(model, inputs["model"]) if context.runtime.shard else model
+    result = gathered(model, inputs["model"]) if is_divided(model) else model
     if result is None or not parallel.is_first():
         return {}  # the first process writes
     save_model(result, out / "model", DTYPES[training.precision], inputs["model"])

@@ -9,6 +9,7 @@ from typing import Any
 from mft_core import parallel
 from mft_core.adapter import make_mask, save_mask
 from mft_core.checkpoint_io import WeightFiles, skeleton
+from mft_core.errors import ConfigError
 from mft_core.layers import format_layers, parse_layers
 from mft_core.recipes import LearnMask
 from mft_core.selectors import SELECTORS
@@ -31,6 +32,9 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
     names = [site.name for site in sites]
     files = WeightFiles(inputs["model"])
     files.check(names)
+    for name, weight in files.tensors(names):
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(f"model: {name} has weights that are not finite; give a sound checkpoint.")
     choice = SELECTORS[recipe.selector](Job(recipe, sites, inputs, context))
     if not parallel.is_first():
         return {}  # the first process writes

@@ -1,6 +1,6 @@
 """What a step of mask learning costs beside a dense model and beside the published way: `make bench`.
 
-    python -m tests.bench.mask_step [--geometry smollm2-135m] [--steps 1] [--rounds 7] [--out results/bench]
+    python -m tests.bench.mask_step [--geometry smollm2-135m] [--steps 1] [--rounds 5] [--out results/bench]
 
 Measures the three variants of `variants` in one run, each in a process of its own, all three alive together. A round
 is a number of optimizer steps of every variant; they take turns after every micro-batch, so whatever else the machine
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.1)
     parser.add_argument("--tokens", type=int, default=256, help="of one micro-batch")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of each variant in a round")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     options = parser.parse_args()
     asked = [(options.geometry or "smollm2-135m", options.device or "cpu")]

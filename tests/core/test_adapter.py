@@ -296,7 +296,7 @@ def test_thresholds_give_the_share_that_they_give() -> None:
     [
         ({"sparsity": 0.2}, "has 6 zeros, where sparsity 0.2 of 15 weights is 3"),
         ({"scope": "global", "sparsity": 0.2}, "the mask has 14 zeros, where sparsity 0.2 of 40 weights is 8"),
-        ({"scope": "global", "sparsity": 0.35, "min_kept": 0.65}, "keeps 9 of 15 weights, fewer than its min_kept"),
+        ({"scope": "global", "sparsity": 0.35, "min_kept": 0.7}, "keeps 9 of 15 weights, fewer than its min_kept"),
         ({"min_kept": 0.1}, "min_kept belongs to scope 'global'"),
         ({"thresholds": {"mlp": 0.1}}, "thresholds belong to scope 'global-threshold'"),
         ({"scope": "global-threshold", "thresholds": {"norm": 0.1}}, "Input should be 'attention' or 'mlp'"),

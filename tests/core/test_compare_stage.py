@@ -10,6 +10,7 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from mft_core.errors import StageError
+from mft_core.power import items_needed
 from mft_core.recipes import Compare, Runtime
 from mft_core.stages import StageContext, get_stage
 from mft_core.tables import pooled
@@ -137,10 +138,66 @@ def test_the_table_shows_no_gain_without_its_interval_and_what_it_means(study: S
     assert "| always the commonest answer |  |  | 12.5 | 12.5 |" in table
 
 
+def test_the_best_of_each_sweep_stands_under_the_table_and_in_a_file(study: Study, tmp_path: Path):
+    study.compare(tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "winners.json").read_text())
+    assert [(row["method"], row["benchmark"], row["candidates"], row["sparsity"]) for row in found] == [
+        ("mft", "gcd", 2, 0.1), ("mft", "sums", 2, 0.1), ("mft", "mean", 2, 0.1),
+    ]  # fmt: skip
+    table = (tmp_path / "out" / "table.md").read_text()
+    section = table[table.index("### The best of each sweep") : table.index("### How many items would show it")]
+    lines = [line for line in section.splitlines() if line.startswith("| MFT")]
+    assert [line.split(" | ")[1] for line in lines] == [
+        "gcd (n = 100 + 100)",
+        "sums (n = 100 + 100)",
+        "mean (n = 200 + 200)",
+    ]
+    gain = r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\] (better|worse|noise|identical)"
+    assert all(re.search(rf"\| sparsity 10% \(of 2\) \| [+-]\d+\.\d \| {gain} \|", line) for line in lines)
+
+
+def test_a_study_that_varies_nothing_has_no_winner(tmp_path: Path):
+    study = Study(tmp_path / "evaluations")
+    fft = np.repeat([1, 0], [120, 80])
+    study.add(fft, "fft")
+    study.add(changed(fft, 30, 2), "mft", **mask(0.1, seed=0), baseline=0)
+    study.compare(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "winners.json").read_text()) == []
+    assert "best of each sweep" not in (tmp_path / "out" / "table.md").read_text()
+    assert "How many items" not in (tmp_path / "out" / "table.md").read_text(), "the only gain is shown"
+
+
+def test_what_is_noise_has_the_number_of_items_that_would_show_it(study: Study, tmp_path: Path):
+    rows = study.compare(tmp_path / "out")
+    continued = next(row for row in rows if (row["method"], row["benchmark"]) == ("continued-fft", "gcd"))
+    assert continued["items_for_80_power"] == items_needed(np.repeat([1.0, -1.0, 0.0], [8, 5, 187])[None]) > 1_000
+    assert all((row["items_for_80_power"] is None) == (not row["gain"]) for row in rows)
+    table = (tmp_path / "out" / "table.md").read_text()
+    section = table[table.index("### How many items would show it") : table.index("### Each seed apart")]
+    needed = f"{round(continued['items_for_80_power'], -1):,}"
+    assert f"| continued FFT | - | 1 | {needed} | {needed} |" in section
+    assert "| MFT | 10%" not in section
+
+
+def test_a_method_of_few_trainings_has_the_noise_of_the_studys(tmp_path: Path):
+    study = Study(tmp_path / "evaluations")
+    fft = np.repeat([1, 0], [120, 80])
+    study.add(fft, "fft")
+    for seed in (0, 1):
+        alike = changed(fft, 9, 2, seed)  # two trainings as good as each other, which says little
+        study.add(alike, "continued-fft", seed=seed, baseline=0, variant=f"continued-fft seed={seed}")
+        for sparsity in (0.1, 0.2, 0.3, 0.4):
+            apart = changed(fft, int(50 * sparsity) + 12 * seed, 5, seed)
+            study.add(apart, "mft", **mask(sparsity, seed), baseline=0)
+    several = [row for row in study.compare(tmp_path / "out") if row["seed"] == "all"]
+    assert [row["method"] for row in several] == ["continued-fft"] + ["mft"] * 4
+    assert all(row["seed_sd"] > 0.01 for row in several)
+
+
 def test_the_same_evaluations_give_the_same_bytes(study: Study, tmp_path: Path):
     study.compare(tmp_path / "one")
     study.compare(tmp_path / "two")
-    files = ("rows.json", "table.md", "figure.png")
+    files = ("rows.json", "winners.json", "table.md", "figure.png")
     assert [(tmp_path / "one" / f).read_bytes() for f in files] == [(tmp_path / "two" / f).read_bytes() for f in files]
     figure = (tmp_path / "one" / "figure.png").read_bytes()
     assert figure.startswith(b"\x89PNG")
@@ -205,3 +262,16 @@ def test_responses_may_hold_any_line_separator_of_unicode(study: Study, tmp_path
         )
         path.write_text(text, encoding="utf-8")
     assert study.compare(tmp_path / "separated") == expected
+
+
+@pytest.mark.parametrize("items", [1, 2, 3])
+def test_a_quick_look_at_a_few_items_has_a_table_too(items: int, tmp_path: Path) -> None:
+    study = Study(tmp_path / "evaluations")
+    study.add(np.zeros(items, dtype=int), "fft")
+    for seed in (0, 1):
+        for sparsity in (0.1, 0.2):
+            answers = np.arange(items) % 2 == seed if sparsity == 0.1 else np.ones(items, dtype=int)
+            study.add(answers, "mft", **mask(sparsity, seed), baseline=0)
+    rows = study.compare(tmp_path / "out")
+    assert all(row["verdict"] in (None, "not distinguishable from noise", "identical") for row in rows)
+    assert len(json.loads((tmp_path / "out" / "winners.json").read_text())) == (items > 1)

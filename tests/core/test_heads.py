@@ -43,7 +43,9 @@ def _heads_output(model: PreTrainedModel, output: Site) -> Tensor:
 
 
 @torch.no_grad()
-def _changed_heads(model: PreTrainedModel, site: Site, lines: np.ndarray, of_inputs: np.ndarray) -> tuple[set[int], bool]:
+def _changed_heads(
+    model: PreTrainedModel, site: Site, lines: np.ndarray, of_inputs: np.ndarray
+) -> tuple[set[int], bool]:
     """Zero these outputs of a matrix; return the heads whose output changes, and whether it became zero."""
     output = _attention(model)["o"]
     before = _heads_output(model, output)

@@ -13,6 +13,11 @@ from torch import nn
 
 from mft_core import parallel
 from mft_core.errors import ConfigError, StageError
+from mft_core.full_tuning import FullOptimizer, ParameterOptimizer
+from mft_core.lora import LoraOptimizer
+from mft_core.optimizers import optimizer_factory
+from mft_core.recipes import Lora
+from mft_core.sites import find_sites
 from mft_core.stages import Progress, StageContext
 from mft_core.training import train
 from tests.small_group import together
@@ -20,6 +25,7 @@ from tests.small_training import make_context, make_data, make_recipe, make_trai
 from tests.tiny import make_model
 
 Result = dict[str, Any]
+SLOW = pytest.mark.slow
 
 
 def run_training(
@@ -76,7 +82,9 @@ def same_weights(one: Result, other: Result) -> bool:
     return all(torch.equal(one["weights"][name], tensor) for name, tensor in other["weights"].items())
 
 
-@pytest.mark.parametrize("tokens", [8192, 40], ids=["one micro-batch", "some micro-batches"])
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(8192, marks=SLOW, id="one micro-batch"), pytest.param(40, id="some micro-batches")]
+)
 def test_two_processes_learn_the_masks_that_one_learns(tokens: int, tmp_path: Path) -> None:
     changes = {"epochs": 4, "validations": 4, "keep": "best", "batch_size": 7}
     alone = run_training("mask", tmp_path / "one", changes, tokens)
@@ -88,9 +96,10 @@ def test_two_processes_learn_the_masks_that_one_learns(tokens: int, tmp_path: Pa
     assert all(torch.equal(first["masks"][name], mask) for name, mask in alone["masks"].items())
     assert same_weights(first, alone)
     assert same_weights(second, alone)
+    assert (first["told"], second["told"]) == (list(range(1, 25)), [])  # only the first reports
 
 
-@pytest.mark.parametrize("kind", ["full", "mask"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=SLOW), "mask"])
 def test_a_step_of_one_sequence_is_shared_with_a_process_that_has_nothing_to_do(kind: str, tmp_path: Path) -> None:
     changes = {"batch_size": 1, "max_steps": 5, "max_grad_norm": 1.0}
     alone = run_training(kind, tmp_path / "one", changes)
@@ -99,6 +108,7 @@ def test_a_step_of_one_sequence_is_shared_with_a_process_that_has_nothing_to_do(
     assert same_weights(first, second)
 
 
+@SLOW
 def test_two_processes_fine_tune_as_one_does(tmp_path: Path) -> None:
     changes = {"validations": 2, "max_grad_norm": 1.0}
     alone = run_training("full", tmp_path / "one", changes, 40)
@@ -110,12 +120,7 @@ def test_two_processes_fine_tune_as_one_does(tmp_path: Path) -> None:
         torch.testing.assert_close(first["weights"][name], tensor, atol=1e-5, rtol=0)
 
 
-def test_only_the_first_process_reports(tmp_path: Path) -> None:
-    first, second = together(run_training, "mask", tmp_path, {"max_steps": 2})
-    assert (first["told"], second["told"]) == ([1, 2], [])
-
-
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=SLOW), 2])
 def test_a_training_of_two_processes_that_was_stopped_goes_on_in_any_number(processes: int, tmp_path: Path) -> None:
     changes = {"epochs": 3, "validations": 5, "keep": "best", "learning_rate": 0.03}
     undisturbed = together(run_training, "mask", tmp_path / "undisturbed", changes)[0]
@@ -156,7 +161,7 @@ def seeds_of(work: Path, dropout: float, draws: bool) -> tuple[set[int], set[int
     return passes, steps, {"weights": model.state_dict()}
 
 
-@pytest.mark.parametrize(("dropout", "draws"), [(0.3, False), (0.0, True)])
+@pytest.mark.parametrize(("dropout", "draws"), [(0.3, False), pytest.param(0.0, True, marks=SLOW)])
 def test_noise_differs_between_processes_in_the_passes_and_not_in_the_step(
     dropout: float, draws: bool, tmp_path: Path
 ) -> None:
@@ -167,6 +172,28 @@ def test_noise_differs_between_processes_in_the_passes_and_not_in_the_step(
     assert len(other_passes) == 3
     assert steps == other_steps == alone_steps
     assert not steps & (passes | other_passes)
+    assert same_weights(first, second)
+
+
+def train_with_noise(kind: str, work: Path) -> Result:
+    """Train adapters with dropout, or bfloat16 weights that are rounded at random; return what was trained."""
+    model, recipe = make_model(), make_recipe(max_steps=4, optimizer="adamw-8bit")
+    optimizer = optimizer_factory(recipe)
+    trainable: ParameterOptimizer
+    if kind == "lora":
+        lora = Lora(rank=4, alpha=8, dropout=0.3)
+        trainable = LoraOptimizer(model, find_sites(model), lora, seed=1, optimizer=optimizer)
+    else:
+        trainable = FullOptimizer(model.to(torch.bfloat16), optimizer=optimizer)
+    rows = train(trainable, make_data(), recipe, make_context(work)).rows
+    return {"rows": rows, "weights": trainable.snapshot()}
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["lora", "rounded at random"])
+def test_what_is_trained_with_noise_is_the_same_in_both_processes(kind: str, tmp_path: Path) -> None:
+    first, second = together(train_with_noise, kind, tmp_path)
+    assert first["rows"] == second["rows"]
     assert same_weights(first, second)
 
 
@@ -190,16 +217,19 @@ def test_gradients_are_summed_wherever_they_are_and_missing_everywhere_they_stay
         assert found[2].dtype == torch.bfloat16
 
 
-def buckets_of(size: int) -> list[torch.Tensor | None]:
+def sums_in_messages_of(sizes: list[int]) -> list[list[torch.Tensor | None]]:
     """As `gradients_of`, when that many numbers fit into one message."""
-    parallel._BUCKET = size
-    return gradients_of([[0, 1, 2], [0, 1, 2]], ["float32"] * 3)
+    found = []
+    for size in sizes:
+        parallel._BUCKET = size
+        found.append(gradients_of([[0, 1, 2], [0, 1, 2]], ["float32"] * 3))
+    return found
 
 
-@pytest.mark.parametrize("size", [1, 6, 13])
-def test_how_gradients_are_put_into_messages_changes_nothing(size: int) -> None:
-    for found in together(buckets_of, size):
-        assert all(gradient is not None and gradient.unique().tolist() == [3.0] for gradient in found)
+def test_how_gradients_are_put_into_messages_changes_nothing() -> None:
+    for found in together(sums_in_messages_of, [1, 6, 13]):
+        sums = [gradient for gradients in found for gradient in gradients]
+        assert all(gradient is not None and gradient.unique().tolist() == [3.0] for gradient in sums)
 
 
 @pytest.mark.parametrize("costs", [[], [5], [5, 1, 1, 1], [9, 8, 7, 6, 5, 4, 3, 2, 1], [4] * 7])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mft_core import selection
 from mft_core.selection import Global, GlobalThreshold, Local, Rows, masked_count, remove_least, select
 
 _SHARES = st.floats(0, 1, exclude_max=True)
@@ -102,10 +103,22 @@ def test_equal_scores_lose_their_first_entries_in_every_scope(dtype: torch.dtype
 @pytest.mark.parametrize("scope", [Local(0.5), Rows(0.5), Global(0.5), Global(0.5, min_kept=0.1)])
 def test_undecidable_scores_are_an_error_in_every_scope(scope: Local | Rows | Global) -> None:
     score = torch.tensor([[1.0, math.nan], [1.0, 1.0]])
-    with pytest.raises(ValueError, match="NaN|not finite"):
+    with pytest.raises(ValueError, match=r"NaN|not finite"):
         list(scope.masks([score]))
 
 
 def test_values_are_removed_from_the_least_upwards() -> None:
     values = torch.from_numpy(np.array([3.0, -1.0, 2.0, -5.0], np.float32))
     assert remove_least(values, 2).tolist() == [True, False, True, False]
+
+
+@given(_SHAPES, st.integers(0, 1000), _SHARES, st.booleans(), st.booleans(), st.booleans())
+def test_bisection_of_the_bits_removes_what_sorting_removes(
+    shapes: list[tuple[int, int]], seed: int, sparsity: float, ties: bool, signed: bool, half: bool
+) -> None:
+    scores = [score.bfloat16() if half else score for score in _scores(shapes, seed, ties)]
+    expected = list(Global(sparsity, signed=signed).masks(scores))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_MOST_SORTED", 0)
+        found = list(Global(sparsity, signed=signed).masks(scores))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

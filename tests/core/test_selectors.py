@@ -13,6 +13,7 @@ from mft_core.checkpoint_io import load_model
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 from mft_core.loss import LossHead
+from mft_core.masking import initial_scores, site_generator
 from mft_core.recipes import CALIBRATED, TRAINED, Selector
 from mft_core.selection import remove_least, select
 from mft_core.selectors import SELECTORS
@@ -163,3 +164,23 @@ def test_soft_gates_harden_into_the_mask_and_validations_see_the_mask() -> None:
     assert between[0] > 100
     assert between[-1] < 10
     assert between == sorted(between, reverse=True)
+
+
+@pytest.mark.parametrize("init", ["normal", "kaiming-uniform"])
+def test_a_random_mask_is_no_more_alike_to_the_learned_one_of_its_seed_than_chance(init: str, checkpoint: Path) -> None:
+    job = make_job(checkpoint, selector="random")
+    random = SELECTORS["random"](job).kept
+    both = either = 0
+    for site, weight in job.weights():
+        first = select(initial_scores(weight, init, site_generator(job.recipe.seed, site.name)), 0.3)  # type: ignore[arg-type]
+        both += int((~first & ~random[site.name]).sum())
+        either += int((~first | ~random[site.name]).sum())
+    assert both / either == pytest.approx(0.3 / 1.7, abs=0.02)  # independent masks; about 19,000 weights
+
+
+def test_the_selectors_settings_reach_what_learns(checkpoint: Path, data: Path) -> None:
+    floored = make_job(checkpoint, data, scope="global", min_kept=0.65, **_settings("learned"))
+    assert all(mask.float().mean() >= 0.649 for mask in SELECTORS["learned"](floored).kept.values())
+    choice = SELECTORS["learned"](make_job(checkpoint, data, scope="global-threshold", **_settings("learned")))
+    assert choice.thresholds is not None
+    assert set(choice.thresholds) == {"attention", "mlp"}

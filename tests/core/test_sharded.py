@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from mft_core import loss
 from mft_core.activations import recompute_activations
 from mft_core.checkpoint_io import load_model
 from mft_core.errors import StageError
@@ -46,6 +47,7 @@ def fine_tune(
     model = divide(load, CPU) if divided else load()
     if recompute:
         recompute_activations(model, noise=False)
+        loss.MOST_LOGITS = 2000  # of a vocabulary of some hundred: a few at a time
     trainable = (ShardedOptimizer if divided else FullOptimizer)(model, optimizer=optimizer_factory(recipe))
     context = make_context(work, micro_batch_tokens=40)
     try:
@@ -86,7 +88,7 @@ def save_tied(directory: Path) -> Path:
     "changes",
     [
         pytest.param({"max_steps": 5, "validations": 5, "max_grad_norm": 1.0, "weight_decay": 0.1}, id="clipped"),
-        pytest.param({"max_steps": 5, "batch_size": 1}, id="a process without work of its own"),
+        pytest.param({"max_steps": 5, "batch_size": 1}, marks=pytest.mark.slow, id="a process without work of its own"),
     ],
 )
 def test_a_divided_model_is_fine_tuned_as_a_whole_one(changes: Result, tmp_path: Path) -> None:
@@ -100,6 +102,7 @@ def test_a_divided_model_is_fine_tuned_as_a_whole_one(changes: Result, tmp_path:
     assert max(first["held"], second["held"]) < 0.51 * alone["held"]
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_model_is_divided_without_a_difference(tmp_path: Path) -> None:
     """One process cuts steps otherwise than two, and bfloat16 makes that show: so both have two."""
     checkpoint, changes = save_checkpoint(tmp_path / "model"), {"precision": "bfloat16", "max_steps": 5}
@@ -107,7 +110,8 @@ def test_in_bfloat16_the_model_is_divided_without_a_difference(tmp_path: Path) -
     assert_equal(divided, whole)
 
 
-def test_tied_embeddings_and_recomputed_activations_are_divided_too(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_tied_embeddings_and_recomputed_activations_and_logits_are_divided_too(tmp_path: Path) -> None:
     checkpoint, changes = save_tied(tmp_path / "model"), {"max_steps": 5}
     alone = fine_tune(checkpoint, tmp_path / "one", changes, False)
     first, _ = together(fine_tune, checkpoint, tmp_path / "two", changes, True, True)
@@ -115,10 +119,11 @@ def test_tied_embeddings_and_recomputed_activations_are_divided_too(tmp_path: Pa
     assert torch.equal(first["weights"]["lm_head.weight"], first["weights"]["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_the_best_of_several_validations_is_kept_of_a_divided_model(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "model")
     changes = {"max_steps": 8, "learning_rate": 0.05, "schedule": "constant", "validations": 8, "keep": "best"}
-    first, second = together(fine_tune, checkpoint, tmp_path / "best", changes, True)
+    first, _ = together(fine_tune, checkpoint, tmp_path / "best", changes, True)
     validated = [row["validation_loss"] for row in first["rows"]]
     best = validated.index(min(validated)) + 1
     assert best < 8
@@ -127,7 +132,7 @@ def test_the_best_of_several_validations_is_kept_of_a_divided_model(tmp_path: Pa
     assert all(torch.equal(first["weights"][name], weight) for name, weight in short["weights"].items())
 
 
-@pytest.mark.parametrize("divided", [True, False])
+@pytest.mark.parametrize("divided", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_divided_training_that_was_stopped_goes_on_divided_or_not(divided: bool, tmp_path: Path) -> None:
     checkpoint, changes = save_checkpoint(tmp_path / "model"), {"max_steps": 7, "validations": 7, "keep": "best"}
     undisturbed, _ = together(fine_tune, checkpoint, tmp_path / "undisturbed", changes, True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mft_core.tables import apart, cells, pooled
+from mft_core.tables import apart, cells, markdown, pooled
 
 
 def row(method: str, accuracy: float, benchmark: str = "sums", **columns: Any) -> dict[str, Any]:
@@ -69,9 +69,44 @@ def test_the_seeds_of_each_setting_are_pooled_apart_from_the_others():
     assert len(cells(pooled(rows))[1]) == 2
 
 
-def test_the_figure_has_a_place_for_each_value_of_what_is_varied():
-    from mft_core.figures import _axis
+def winner(**columns: Any) -> dict[str, Any]:
+    """Return the winner of a sweep as the stage `compare` writes it."""
+    shares = {"gain": 0.012, "gain_low": -0.004, "gain_high": 0.028, "gain_where_chosen": 0.03, "optimism": 0.018}
+    described = {"method": "mft", "domain": "maths", "variant": "mft sparsity=0.1", "sparsity": 0.1, "layers": "2-5"}
+    chosen = {"benchmark": "sums", "candidates": 5, "varied": ["sparsity"], "n_chosen_on": 1000, "n": 1001}
+    noise = {"verdict": "not distinguishable from noise", "naive_variant": "mft sparsity=0.1", "naive_gain": 0.021}
+    return {**shares, **described, **chosen, **noise, **columns}
 
-    rates = [mask(0.5, **{RATE: rate}, variant=f"mft rate={rate}") for rate in (1e-3, 3e-3, 1e-2)]
-    axis = _axis([row("fft", 0.9), *rates])
-    assert (axis.column, axis.places) == (RATE, {1e-3: 0.0, 3e-3: 1.0, 1e-2: 2.0})
+
+def test_the_winner_of_a_sweep_stands_with_what_was_chosen_where_and_what_it_looked_like():
+    table = markdown([row("fft", 0.9, commonest_target_share=None, family=None)], "Which?", winners=[winner()])
+    assert (
+        "| MFT | sums (n = 1,000 + 1,001) | sparsity 10% (of 5) | +3.0 | +1.2 [-0.4, +2.8] noise | +1.8 | +2.1 |"
+        in table
+    )
+
+
+def test_winners_of_several_domains_name_theirs_and_another_naive_choice_is_said_to_be_one():
+    other = winner(domain="code", varied=["sparsity", "layers"], naive_variant="mft sparsity=0.2")
+    table = markdown([row("fft", 0.9, commonest_target_share=None, family=None)], "Which?", winners=[winner(), other])
+    assert "| MFT | code | sums (n = 1,000 + 1,001) | sparsity 10%, layers 2-5 (of 5) | +3.0 |" in table
+    assert "| +2.1 (another one) |" in table
+
+
+def test_the_items_that_would_show_a_gain_are_told_for_variants_with_noise():
+    compared = {"baseline": 0.5, "gain_low": 0.0, "gain_high": 0.1, "family": "study", "commonest_target_share": None}
+    noise, better = "not distinguishable from noise", "better"
+    rows = [
+        {**mask(0.5, benchmark=benchmark, sparsity=sparsity, variant=f"mft sparsity={sparsity}", gain=gain), **compared,
+         "verdict": verdict, "items_for_80_power": needed}
+        for sparsity, benchmark, verdict, gain, needed in (
+            (0.1, "sums", noise, 0.01, 12345), (0.1, "gcd", better, 0.1, 150),
+            (0.2, "sums", noise, 0.0, None), (0.2, "gcd", noise, 0.02, 3000),
+            (0.4, "sums", better, 0.1, 120), (0.4, "gcd", better, 0.1, 130),
+        )
+    ]  # fmt: skip
+    page = markdown(rows, "How much?")
+    section = page[page.index("### How many items would show it") :]
+    assert "| MFT | 10% | 0 | 12,300 | shown |" in section
+    assert "| MFT | 20% | 0 | - | 3,000 |" in section
+    assert "| MFT | 40%" not in section

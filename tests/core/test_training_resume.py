@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 import time
@@ -18,12 +17,11 @@ from mft_core.checkpoints import ResumableState
 from mft_core.errors import StageError
 from mft_core.stages import Progress, StageContext
 from mft_core.training import History, train
+from tests.small_group import PROCESSES
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.tiny import make_model
 
 _RECIPE = {"epochs": 8, "validations": 8, "keep": "best", "learning_rate": 0.03, "max_grad_norm": 1.0, "dropout": 0.2}
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__])
 
 
 class _Killed(BaseException):
@@ -58,7 +56,7 @@ def test_a_training_killed_with_sigkill_at_random_moments_ends_as_if_undisturbed
     steps = len((tmp_path / "expected/history.jsonl").read_text().splitlines())
     work, out = tmp_path / "work", tmp_path / "out"
     for _ in range(3):
-        child = _PROCESSES.Process(target=run_training, args=(kind, work, out))
+        child = PROCESSES.Process(target=run_training, args=(kind, work, out))
         child.start()
         _wait_for_progress(child, work)
         child.kill()

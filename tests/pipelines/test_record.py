@@ -1,4 +1,4 @@
-"""Which MLflow run a measurement goes to: that of its own variant, whatever variants and stages are called."""
+"""What of a study goes to MLflow, and to which run: every number of its report, whatever variants are called."""
 
 from typing import Any
 
@@ -11,6 +11,11 @@ from pipelines import record
 from pipelines.catalogue import load_profile, load_study
 from pipelines.execute import call_of
 from pipelines.plan import make_plan
+from pipelines.report import find_report
+from pipelines.report_pages.asked import Asked
+from pipelines.report_pages.page import write_report
+from tasks.records import is_number, metric_name, table_metrics
+from tests.finished import finish
 from tests.mini import write_profile, write_study
 
 
@@ -53,3 +58,36 @@ def test_the_curve_of_a_training_goes_to_its_own_variant_even_where_two_are_labe
     tracker = recorder._tracker
     assert len(set(tracker.keys)) == len(plan.variants) == 4
     assert tracker.points == [(f"{item.setup.domain}/{item.name}", float(i)) for i, item in enumerate(masks)]
+
+
+def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    profile = load_profile(str(write_profile(tmp_path)))
+    masks = {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3], "mask.training.learning_rate": [0.01, 0.1]}}
+    study = load_study(str(write_study(tmp_path, [{"method": "base"}, {"method": "fft"}, masks], (0, 1))))
+    store = ArtifactStore(tmp_path / "home")
+    finish(make_plan(study, profile, store), store, {"base": 0.2, "fft": 0.5, "mft": 0.6})
+    plan = make_plan(study, profile, store)
+    report = find_report(plan, store)
+    pages = write_report(report, tmp_path / "pages", Asked("s", "p")).parent
+    record.sync_to_mlflow(plan, store, report, pages)
+    mlflow.set_tracking_uri(f"sqlite:///{store.home / 'mlflow.db'}")
+    found = mlflow.search_runs(experiment_names=["mini-study"])
+    runs = found.set_index("tags.mlflow.runName")
+    for row in report.rows:
+        run = runs.loc[row["variant"]]
+        for name, value in row.items():
+            if is_number(value):
+                param, metric = run.get(f"params.{name}"), run.get(f"metrics.{metric_name(name, row['benchmark'])}")
+                assert value in (metric, float(param) if isinstance(param, str) else None), name
+    parent = runs.loc["mini-study on mini"]
+    assert set(report.tables) == {"winners", "cost", "cost-per-point"}
+    for table, rows in report.tables.items():
+        for name, value in table_metrics(table, rows).items():
+            assert parent[f"metrics.{name}"] == value
+    first = runs.loc["mft sparsity=0.1 layers=1-2 seed=0 learning_rate=0.01"]
+    assert (first["metrics.training/steps"], first["metrics.validation_loss"]) == (20, 0.5)
+    attached = {file.path for file in mlflow.MlflowClient().list_artifacts(parent["run_id"], "report")}
+    assert {"report/report.html", "report/rows.parquet", "report/figure.png"} <= attached

@@ -3,10 +3,12 @@
 import pytest
 
 from mft_core.artifacts import ArtifactStore
+from mft_core.recipes import Training
 from pipelines.catalogue import load_profile, load_study
+from pipelines.geometry import read_geometry
 from pipelines.plan import make_plan
 from pipelines.plan_view import as_dict
-from pipelines.size import parameter_count
+from pipelines.size import parameter_count, state_bytes
 from tests.mini import TRAINING, write_profile, write_study
 from tests.tiny import make_model
 
@@ -57,3 +59,18 @@ def test_trainings_that_wait_for_a_slot_need_no_state_yet(needed, model):
     weights = parameter_count(model.config.to_dict())
     one = needed({"method": "continued-fft"})
     assert needed({"method": "continued-fft"}, seeds=(0, 1, 2)) == one + 2 * weights * 4
+
+
+def test_adapters_need_the_state_of_their_own_numbers_alone(needed, model):
+    adapters = read_geometry(model.config.to_dict()).adapters(4)
+    lora = {"rank": 4, "training": TRAINING}
+    one = needed({"method": "lora"}, lora=lora)
+    assert needed({"method": "lora"}, lora=lora, overrides=["runtime.heavy_slots=2"]) == one + adapters * 28
+
+
+def test_lean_optimizers_have_a_smaller_state():
+    sizes = {
+        name: state_bytes(Training.model_validate({**TRAINING, "keep": "last", "optimizer": name}), 1000)
+        for name in ("adamw", "adamw-8bit", "adafactor")
+    }
+    assert sizes == {"adamw": 24_000, "adamw-8bit": 12_062, "adafactor": 8_000}

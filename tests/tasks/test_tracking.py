@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from tasks import tracking
-from tasks.records import variant_key
+from tasks.records import is_number, metric_name, table_metrics, variant_key
 from tasks.tracking import Tracker
+
+ROOT = Path(__file__).parents[2]
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -101,6 +104,54 @@ def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(ho
     assert list((home / "mlartifacts" / "sparsity").rglob("report/table.md"))
 
 
+def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path) -> None:
+    import mlflow
+
+    rows = json.loads((ROOT / "results/tiny/sparsity/rows.json").read_text())
+    for row in rows:
+        row |= {"study": "sparsity", "profile": "tiny", "seconds": 1.25, "validation_loss": None, "cached": True}
+        if row["method"] == "mft" and row["seed"] != "all":
+            row |= {"validation_loss": 0.3 + row["seed"], "mask.training.learning_rate": 5e-4}
+    analysis = [{"layer": layer, "module": "q_proj", "share of all": 0.1 * layer, "p": None} for layer in range(1200)]
+    tracker = Tracker(home, "sparsity", "sparsity on tiny")
+    tracker.log_rows(rows)
+    tracker.log_table("anatomy", analysis)
+    assert tracker.finish() is None
+    mlflow.set_tracking_uri(f"sqlite:///{home / 'mlflow.db'}")
+    found = mlflow.search_runs(experiment_names=["sparsity"])
+    runs = found.set_index(["params.domain", "tags.mlflow.runName"])
+    for row in rows:
+        run = runs.loc[(row["domain"], row["variant"])]
+        for name, value in row.items():
+            if is_number(value):
+                params = f"params.{name}"
+                kept = float(run[params]) if params in run and run[params] is not None else None
+                assert value in (kept, run.get(f"metrics.{metric_name(name, row['benchmark'])}")), name
+        if row["verdict"]:
+            assert run[f"tags.verdict/{row['benchmark']}"] == row["verdict"]
+    parent = found[found["tags.mlflow.runName"] == "sparsity on tiny"].iloc[0]
+    for name, value in table_metrics("anatomy", analysis).items():
+        assert parent[f"metrics.{name}"] == value
+    assert parent["metrics.anatomy/1199/share of all"] == analysis[-1]["share of all"]
+    client = mlflow.MlflowClient()
+    table = client.load_table(parent["experiment_id"], "tables/anatomy.json", [parent["run_id"]])
+    assert list(table["module"]) == ["q_proj"] * 1200
+
+
+def test_a_param_that_is_a_number_is_one_in_every_run_that_has_it(home: Path) -> None:
+    masks: list[dict[str, Any]] = [{**ROWS[0], "mask.training.max_steps": "None", "mask.fraction": 0.5}]
+    masks += [{**ROWS[0], "variant": "mft", "seed": "all", "seeds": 2, "mask.training.max_steps": 30}]
+    masks += [{**ROWS[0], "variant": "fft", "method": "fft", "layers": None, "sparsity": None, "seed": None}]
+    tracker = Tracker(home, "sparsity", "numbers")
+    tracker.log_rows(masks)
+    assert tracker.finish() is None
+    numeric = {"sparsity", "seed", "seeds", "first_layer", "last_layer", "mask.training.max_steps", "mask.fraction"}
+    params = [run.data.params for run in runs_of(home)[1:]]
+    assert numeric <= {name for run in params for name in run}
+    assert all(float(run[name]) >= 0 for run in params for name in numeric & set(run))
+    assert (params[0]["first_layer"], params[0]["last_layer"]) == ("2", "5")
+
+
 def test_live_points_are_thinned_but_validations_are_all_kept_and_arrive_before_the_end(home: Path) -> None:
     tracker = Tracker(home, "sparsity", "live")
     tracker.variant("v", "v", {})
@@ -164,8 +215,7 @@ def test_runs_of_a_killed_process_are_closed_by_the_next_execution(home: Path) -
         "tracker = Tracker(Path(sys.argv[1]), 'sparsity', 'killed')\n"
         "tracker.variant('v', 'v', {}); tracker.links(60); os.kill(os.getpid(), 9)\n"
     )
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", code, str(home)], cwd=root, check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code, str(home)], cwd=ROOT, check=False).returncode == -9
     assert {run.info.status for run in runs_of(home)} == {"RUNNING"}
     living = Tracker(home, "sparsity", "living")
     living.links(60)
@@ -186,7 +236,6 @@ def test_two_processes_that_make_the_database_at_once_both_record(home: Path) ->
         "import sys; from pathlib import Path; from tasks.tracking import Tracker\n"
         "sys.exit(Tracker(Path(sys.argv[1]), 'sparsity', sys.argv[2]).finish())\n"
     )
-    root = Path(__file__).parents[2]
-    both = [subprocess.Popen([sys.executable, "-c", code, str(home), name], cwd=root) for name in ("one", "two")]
+    both = [subprocess.Popen([sys.executable, "-c", code, str(home), name], cwd=ROOT) for name in ("one", "two")]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert sorted(run.info.run_name for run in runs_of(home)) == ["one", "two"]

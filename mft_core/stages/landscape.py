@@ -1,0 +1,34 @@
+"""Stage `landscape`: loss surface, sharpness and a PAC-Bayes bound, before and after a mask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mft_core import landscape_figures
+from mft_core.landscape import LINE
+from mft_core.landscape_findings import examine, rows
+from mft_core.landscape_section import section
+from mft_core.recipes import Landscape
+from mft_core.stages import StageContext
+
+
+def run(recipe: Landscape, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
+    """Compare `model` with `masked` on `data`; write `section.md`, its figures and `rows.json`.
+
+    Raises:
+        ConfigError: the models do not belong together, or the data have too few sequences.
+        StageError: a loss is not finite, or an eigenvalue does not converge.
+    """
+    found = examine(recipe, inputs, context)
+    every = rows(found)
+    (out / "rows.json").write_text(json.dumps(every, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (out / "section.md").write_text(section(found), encoding="utf-8")
+    landscape_figures.write(found, out)
+    return {
+        "rows": len(every),
+        "loss_difference": float(found.lines["validation"].differences[LINE.index(1)][0]),
+        "sharpness_ratio": found.sharper.value,
+    }

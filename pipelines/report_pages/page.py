@@ -1,0 +1,69 @@
+"""Writes a study's report: `report.md`, `report.html`, and every table as CSV and Parquet, into one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mft_core import figures
+from pipelines.report import Report, slug
+from pipelines.report_pages import published, render, sections
+from pipelines.report_pages.asked import Asked
+from pipelines.report_pages.files import write_tables
+
+PAGE, TEXT = "report.html", "report.md"
+
+
+def write_report(report: Report, out: Path, asked: Asked) -> Path:
+    """Write a study's report over what is there; files of other names stay.
+
+    Args:
+        out: the folder.
+        asked: for the command and the overrides.
+
+    Returns:
+        the HTML page.
+    """
+    study, profile = report.plan.study, report.plan.profile
+    known = published.gains(profile.name)
+    with replacing(out) as folder:
+        figures.gains(report.rows, study.question, folder / "figure.png", kind=study.figure, published=known)
+        for name, directory in report.analyses.items():
+            own = folder / slug(name)
+            own.mkdir()
+            for figure in directory.glob("*.png"):
+                shutil.copyfile(figure, own / figure.name)
+        write_tables({"rows": report.rows, **report.tables}, folder)
+        subtitle = f"Study {study.name} on profile {profile.name}"
+        write_pages(folder, study.question, subtitle, sections.of_study(report, asked))
+    return out / PAGE
+
+
+def write_pages(folder: Path, title: str, subtitle: str, parts: Sequence[render.Section]) -> None:
+    """Write sections as Markdown and as HTML; their images lie in the folder already."""
+    (folder / TEXT).write_text(render.markdown(title, parts), encoding="utf-8")
+    (folder / PAGE).write_text(render.html(title, subtitle, parts, folder), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files then take their places in `out`, each whole.
+
+    Two reports of one study may be written at once, and people may have a page open.
+    """
+    folder = out / f".unfinished-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            target = out / path.relative_to(folder)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
