@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,9 @@ def deciles(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure | 
     handles.append(Patch(color="0.85", label=f"{percent(confidence)} of random masks (widest)"))
     if any(not row["pooled"] for row in own):
         handles.append(Line2D([], [], color="0.35", linestyle="none", marker=".", markersize=5, label="one seed"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False, fontsize=8.5)
+    columns = int(13 * figure.get_figwidth() / (7 + max(len(str(handle.get_label())) for handle in handles)))
+    columns = max(1, min(len(handles), columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
     return figure
 
 
@@ -129,39 +132,29 @@ def shares(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure | N
 
 
 def _ratios(rows: Sequence[Row], labels: Labels, confidence: float, column: str, xlabel: str) -> Figure | None:
-    """Draw a panel for each variant, layers by `column`: removed relative to chance; rows of one cell are summed."""
+    """Draw a panel for each variant, its layers by `column`: removed relative to chance; rows of a cell are summed."""
     if not rows:
         return None
     variants = unique(labels.variant(row) for row in rows)
-    layers = sorted({row["layer"] for row in rows})
-    across: list[Any] = unique(row[column] for row in rows)
+    across = unique(row[column] for row in rows)
     across = sorted(across) if column == "head" else across
-    tables = []
-    for variant in variants:
-        sums = np.zeros((3, len(layers), len(across)))
-        for row in rows:
-            if labels.variant(row) == variant:
-                at = layers.index(row["layer"]), across.index(row[column])
-                sums[(slice(None), *at)] += row["zeros"], row["expected"], row["variance"]
-        tables.append(sums)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = [zeros / expected for zeros, expected, _ in tables]
-        scores = [(zeros - expected) / np.sqrt(variance) for zeros, expected, variance in tables]
-    reach = max(0.05, min(1.0, float(np.nanmax(np.abs(np.stack(ratios) - 1), initial=0.0))))
+    tables = [_table([row for row in rows if labels.variant(row) == variant], column, across) for variant in variants]
+    furthest = max(float(np.nanmax(np.abs(ratio - 1), initial=0.0)) for _, ratio, _ in tables)
+    reach = max(_LEAST_REACH, min(1.0, furthest))
     scale = Normalize(1 - reach, 1 + reach)
-    beyond = float(stats.norm.isf((1 - confidence) / 2 / scores[0].size))
-    size = (max(1.75, 0.16 * len(across) + 0.5), max(1.0, 0.14 * len(layers) + 0.6))
-    figure, grid = panels(len(variants), max(1, min(5, int(8 / size[0]))), size)
-    for axes, variant, ratio, score in zip(grid, variants, ratios, scores, strict=True):
+    most = max(len(layers) for layers, _, _ in tables)
+    width, height = min(2.6, max(1.75, 0.16 * len(across) + 0.5)), min(2.6, max(1.2, 0.14 * most + 0.6))
+    figure, grid = panels(len(variants), int(8 / width), (width, height))
+    for axes, variant, (layers, ratio, score) in zip(grid, variants, tables, strict=True):
         axes.set_facecolor(ABSENT)
         axes.imshow(ratio, cmap=ABOUT_CHANCE, norm=scale, aspect="auto", interpolation="nearest")
-        ys, xs = np.nonzero(np.abs(score) > beyond)
-        axes.plot(xs, ys, "o", color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.6)
-        axes.set_title(variant, fontsize=8)
+        ys, xs = np.nonzero(np.abs(score) > stats.norm.isf((1 - confidence) / 2 / score.size))
+        axes.plot(xs, ys, "o", color="black", markersize=2.5, markeredgecolor="white", markeredgewidth=0.5)
+        axes.set_title(textwrap.fill(variant, int(14 * width)), fontsize=8)
         _thin_ticks(axes, across, layers)
     figure.supylabel("decoder layer", fontsize=9)
     figure.supxlabel(xlabel, fontsize=9)
-    bar = figure.colorbar(ScalarMappable(scale, ABOUT_CHANCE), ax=grid, shrink=0.8,
+    bar = figure.colorbar(ScalarMappable(scale, ABOUT_CHANCE), ax=grid, shrink=0.8, aspect=30,
                           format=FuncFormatter(lambda value, _: f"×{value:.4g}"))  # fmt: skip
     bar.set_label(
         f"removed, relative to chance\n(dot: beyond {percent(confidence)} of random masks,\nBonferroni over the panel)",
@@ -170,12 +163,24 @@ def _ratios(rows: Sequence[Row], labels: Labels, confidence: float, column: str,
     return figure
 
 
+def _table(rows: Sequence[Row], column: str, across: Sequence[Any]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Return a variant's layers and, by layer and column, the ratio to chance and z; NaN where it masks nothing."""
+    layers = sorted({row["layer"] for row in rows})
+    sums = np.zeros((3, len(layers), len(across)))
+    for row in rows:
+        at = layers.index(row["layer"]), across.index(row[column])
+        sums[(slice(None), *at)] += row["zeros"], row["expected"], row["variance"]
+    zeros, expected, variance = sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return layers, zeros / expected, (zeros - expected) / np.sqrt(variance)
+
+
 def _thin_ticks(axes: Axes, across: Sequence[Any], layers: Sequence[int]) -> None:
     axes.tick_params(length=0, labelsize=7)
     axes.spines[:].set_visible(False)
-    step = 1 if isinstance(across[0], str) else max(1, math.ceil(len(across) / 8))
     words = isinstance(across[0], str)
+    step = 1 if words else math.ceil(len(across) / 8)
     axes.set_xticks(range(0, len(across), step), [str(value) for value in across[::step]], rotation=60 if words else 0,
-                    ha="right" if words else "center", rotation_mode="anchor")  # fmt: skip
-    step = max(1, math.ceil(len(layers) / 10))
+                    ha="right" if words else "center", rotation_mode="anchor" if words else "default")  # fmt: skip
+    step = math.ceil(len(layers) / 10)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])

@@ -19,7 +19,6 @@ import fcntl
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from mft_core.identity import digest_file, stage_key
 from mft_core.manifests import MANIFEST
 from mft_core.recipes import Recipe, Runtime
 from mft_core.stages import Progress, Stage, StageContext
+from mft_core.usage import Meter
 
 _RERUN = ".rerun"
 
@@ -218,9 +218,9 @@ class ArtifactStore:
         work = self.work(key)
         work.mkdir(parents=True, exist_ok=True)
         log.info("computing %s %s", stage.name, key)
-        started = time.perf_counter()
         try:
-            summary = self._run(stage, recipe, inputs, temporary, StageContext(runtime, work, report, log))
+            with Meter(work) as meter:
+                summary = self._run(stage, recipe, inputs, temporary, StageContext(runtime, work, report, log))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -236,7 +236,7 @@ class ArtifactStore:
                 **provenance.describe(),
                 **notes,
                 "runtime": runtime.model_dump(mode="json"),
-                "seconds": round(time.perf_counter() - started, 3),
+                **meter.used,
             },
         }
         manifest = manifests.seal(content)

@@ -73,12 +73,14 @@ def rows(findings: Findings, columns: Mapping[str, Any], recipe: Anatomy, base: 
     """Return every number of one mask, or of one variant.
 
     Args:
-        columns: that name it.
+        columns: that name it, and `pooled`; heads are left out where it is false.
         base: nats of every sequence in the base model.
         tokens: loss tokens of every sequence.
     """
     found: list[Row] = []
     for group, number in findings.measures.items():
+        if group.part == "head" and not columns["pooled"]:
+            continue  # a model has thousands of heads
         where = {key: value for key, value in group._asdict().items() if value is not None}
         counted = asdict(number) if isinstance(number, Tally) else {}
         found.append({**columns, **where, **counted, **number.figures(recipe.confidence)})

@@ -119,9 +119,10 @@ def _sharpness(found: Findings) -> Figure:
 
 
 def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
-    """Label a short logarithmic y axis at 1, 2 and 5 times the powers of ten."""
+    """Label a logarithmic y axis at 1, 2 and 5 times the powers of ten, a short one more closely."""
+    steps = (1, 2, 5) if values.max() > 8 * values.min() else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
     powers = 10.0 ** np.arange(np.floor(np.log10(values.min())), np.ceil(np.log10(values.max())) + 1)
-    axes.yaxis.set_major_locator(FixedLocator(sorted(float(step * power) for power in powers for step in (1, 2, 5))))
+    axes.yaxis.set_major_locator(FixedLocator(sorted(float(step * power) for power in powers for step in steps)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 

@@ -25,34 +25,30 @@ def _looks(found: Findings) -> dict[str, tuple[str, str]]:
 
 
 def _scores(found: Findings) -> Figure:
-    """Draw a panel per candidate: score of every group against its gains, with their intervals."""
-    figure, axes = panels(len(CANDIDATES), 3, (2.9, 2.5))
-    groups = list(found.scores)
+    """Draw a panel per candidate: the groups in the order of their promise, and their gains with intervals."""
+    figure, axes = panels(len(CANDIDATES), 3, (2.9, 2.4))
     looks = _looks(found)
-    for one, (candidate, settings) in zip(axes, CANDIDATES.items(), strict=True):
+    for panel, (name, candidate) in enumerate(CANDIDATES.items()):
+        one = axes[panel]
         one.axhline(0, color="0.25", linewidth=0.9, zorder=1)
-        places = [found.scores[group][candidate] for group in groups]
-        width = max(places) - min(places) or 1.0
+        groups = sorted(found.scores, key=lambda group: candidate.sign * found.scores[group][name])
         for index, (benchmark, gains) in enumerate(found.gains.items()):
             color, marker = looks[benchmark]
-            shift = (index - (len(found.gains) - 1) / 2) * 0.018 * width
-            for place, group in zip(places, groups, strict=True):
+            shift = (index - (len(found.gains) - 1) / 2) * 0.16
+            for place, group in enumerate(groups):
                 gain = gains[group]
                 if gain.low is not None and gain.high is not None:
                     interval = [100 * gain.low, 100 * gain.high]
-                    one.plot([place + shift] * 2, interval, color=color, linewidth=1.1, alpha=0.6, zorder=2)
-                one.plot(place + shift, 100 * gain.value, marker, color=color, markersize=5, zorder=3, label=benchmark)
-        for place, group in zip(places, groups, strict=True):
-            one.annotate(group, (place, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                         ha="left", va="bottom", fontsize=7, color="0.35", rotation=45)  # fmt: skip
-        promise = "more" if settings.sign == 1 else "less"
-        one.set_xlabel(f"{settings.label} ({promise} is promising)", fontsize=8.5)
-        one.set_xlim(min(places) - 0.1 * width, max(places) + 0.1 * width)
-        one.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+                    one.plot([place + shift] * 2, interval, color=color, linewidth=1.3, zorder=2)
+                label = benchmark if panel == place == 0 else None
+                one.plot(place + shift, 100 * gain.value, marker, color=color, markersize=5, zorder=3, label=label)
+        one.set_title(candidate.label, fontsize=9.5, fontweight="bold")
+        one.set_xticks(range(len(groups)), groups)
+        one.set_xlim(-0.6, len(groups) - 0.4)
     for one in axes[::3]:
         one.set_ylabel("Gain over FFT\n(percentage points)")
-    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.supxlabel("Layer groups, from the least to the most promising", fontsize=9)
+    figure.legend(loc="outside upper center", ncols=len(looks), frameon=False)
     return figure
 
 

@@ -58,11 +58,8 @@ def _answer(found: Findings) -> str:
 
 
 def _correlations(found: Findings) -> str:
-    lines = []
-    for benchmark in found.gains:
-        for match in found.matches:
-            if match.benchmark == benchmark:
-                lines.append([benchmark, CANDIDATES[match.candidate].label, *_match(match)])
+    others = [match for match in found.matches if match not in _main(found)]
+    lines = [[match.benchmark, CANDIDATES[match.candidate].label, *_match(match)] for match in [*_main(found), *others]]
     header = ["gain on", "candidate", "Spearman", "Kendall", "p", "p (Holm)", "says", "would pick", "costs"]
     families = " on the average, and over all others apart from them" if AVERAGE in found.gains else ""
     notes = (
@@ -93,7 +90,7 @@ def _groups(found: Findings) -> str:
     lines = []
     for group, scores in found.scores.items():
         gains = [_gain(own[group]) for own in found.gains.values()]
-        lines.append([group, *gains, *(f"{scores[name]:.3g}" for name in CANDIDATES)])
+        lines.append([group, *gains, *(f"{scores[name]:.3g}".replace("-", "−") for name in CANDIDATES)])
     return table(["layers", *(f"gain, {name}" for name in found.gains), *labels], lines)
 
 

@@ -31,19 +31,19 @@ def loss(rows: Sequence[Row], method: str, labels: Labels, confidence: float) ->
         return None
     variants = unique(labels.variant(row) for row in own)
     figure = Figure(figsize=(8.2, 1.6 * len(variants) + 1.5), layout="constrained")
-    grid = figure.subplots(len(variants), len(kinds), squeeze=False, sharex="col", sharey="row")
+    grid = figure.subplots(len(variants), len(kinds), squeeze=False, sharey="row")
     for line, variant in zip(grid, variants, strict=True):
         here = [row for row in own if labels.variant(row) == variant]
         for axes, kind in zip(line, kinds, strict=True):
-            places = unique(row[kind] for row in own if row["by"] == kind)
-            _panel(
-                axes, [row for row in here if row["by"] == kind], kind, places if kind == "module" else sorted(places)
-            )
+            there = [row for row in here if row["by"] == kind]
+            _panel(axes, there, kind, _places(there if kind == "layer" else own, kind))
         whole = next(row for row in here if row["by"] == "mask")
         cost = with_interval(whole["cost"], whole["cost_low"], whole["cost_high"], 4)
         line[0].set_title(f"{variant}, whole mask: {cost}", fontsize=8.5, loc="left")
-    for axes, kind in zip(grid[-1], kinds, strict=True):
-        axes.set_xlabel(_KINDS[kind], fontsize=9)
+    for kind, column in zip(kinds, grid.T, strict=True):
+        column[-1].set_xlabel(_KINDS[kind], fontsize=9)
+        for axes in column[:-1]:
+            axes.tick_params(labelbottom=kind == "layer")
     figure.supylabel("cost of the removal (nats per token)", fontsize=9)
     handles = [
         Line2D([], [], color=color, marker=marker, markersize=5, linewidth=1.4, label=words)
@@ -52,6 +52,12 @@ def loss(rows: Sequence[Row], method: str, labels: Labels, confidence: float) ->
     grey = Line2D([], [], color="0.35", linewidth=1.4, label=f"{percent(confidence)} interval over sequences")
     figure.legend(handles=[*handles, grey], loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     return figure
+
+
+def _places(rows: Sequence[Row], kind: str) -> list[Any]:
+    """Return what stands on an axis: layers of the variant, modules and deciles of all."""
+    found = unique(row[kind] for row in rows if row["by"] == kind)
+    return found if kind == "module" else sorted(found)
 
 
 def _panel(axes: Axes, rows: Sequence[Row], kind: str, places: Sequence[Any]) -> None:
@@ -63,12 +69,11 @@ def _panel(axes: Axes, rows: Sequence[Row], kind: str, places: Sequence[Any]) ->
             if row["order"] == order:
                 x = places.index(row[kind]) + (index - 0.5) * 0.3
                 axes.plot([x, x], [row["cost_low"], row["cost_high"]], color=color, linewidth=1.4, zorder=2)
-                axes.plot(x, row["cost"], marker, color=color, markersize=4, zorder=3)
+                axes.plot(x, row["cost"], marker, color=color, markersize=4 if len(places) < 16 else 2.5, zorder=3)
     axes.set_xlim(-0.6, len(places) - 0.4)
     step = 1 if kind == "module" else max(1, -(-len(places) // 12))
     axes.set_xticks(range(0, len(places), step), [str(place) for place in places[::step]])
     axes.tick_params(labelsize=8)
     if kind == "module":
-        axes.tick_params(axis="x", labelrotation=50)
         for tick in axes.get_xticklabels():
-            tick.set(ha="right", rotation_mode="anchor")
+            tick.set(rotation=50, ha="right", rotation_mode="anchor")

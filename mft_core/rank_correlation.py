@@ -68,14 +68,16 @@ def interval(spearman: float, n: int, confidence: float) -> tuple[float, float]:
     Args:
         spearman: of the n pairs seen.
     """
+    if spearman < 0:
+        low, high = interval(-spearman, n, confidence)
+        return -high, -low
     population, simulated = _distributions(n)
-    slack = 1e-9
+    slack = 1e-9  # what was seen counts on both sides
     above = (simulated >= spearman - slack).mean(1)
     below = (simulated <= spearman + slack).mean(1)
     tail = (1 - confidence) / 2
-    low = population[above > tail].min() if spearman > -1 + slack else -1.0
     high = population[below > tail].max() if spearman < 1 - slack else 1.0
-    return float(low), float(high)
+    return float(population[above > tail].min()), float(high)
 
 
 @functools.cache

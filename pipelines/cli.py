@@ -77,12 +77,12 @@ def run(
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
     _, store = _checked_plans(study, profile, overrides, seeds, rerun)
-    rows, table, directory = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
+    rows, table, page = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     print(f"\n{table}")
-    print(f"table and figure: {directory}\nbrowse the runs:   mft up   (then the MLflow and Prefect UIs)")
+    print(f"report:          {page}\nbrowse the runs: mft up   (then the MLflow and Prefect UIs)")
 
 
 @app.command()

@@ -6,9 +6,11 @@ All of them plan, check, and run nodes through `execute`; what differs is which 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, StageError
 from mft_core.stages import STAGES, Progress, get_stage
-from pipelines.analyses import answers
-from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_studies
+from pipelines.analyses import analysis_nodes, answers
+from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_studies, load_study
 from pipelines.display import Display
 from pipelines.execute import Outcome, run_nodes, workplace
 from pipelines.graph import Node, closure
@@ -29,6 +31,8 @@ from pipelines.plan import Plan, make_plans
 from pipelines.preflight import check
 from pipelines.record import Recorder
 from pipelines.report import Report, comparison_node, read_report
+from pipelines.report_pages.asked import Asked
+from pipelines.report_pages.command import write_index, write_part
 from pipelines.setup import Method
 from tasks.stage_task import StageCall
 
@@ -58,9 +62,10 @@ def mft_ablation(
         rerun: stages that are computed again even where they are cached.
 
     Returns:
-        the rows of the report, its table in Markdown, and the directory of its files.
+        the rows of the report, its table in Markdown, and its HTML page.
     """
-    return _answer(_run(load_studies(study), load_profile(profile), overrides, seeds, rerun))
+    asked = Asked(study, profile, overrides, seeds)
+    return _run(load_study(study), load_studies(study), load_profile(profile), asked, rerun)
 
 
 @flow(name="mft-pipeline", flow_run_name="{method} on {profile}", task_runner=_runner(), persist_result=False)
@@ -73,26 +78,33 @@ def mft_pipeline(
     rerun: list[str] = [],  # noqa: B006
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Run one chain: data, full fine-tuning, one method, evaluation, compared with the fine-tuned model."""
+    name = f"pipeline-{method}"
     study = Study(
-        name=f"pipeline-{method}",
+        name=name,
         question=f"What does {method} gain over full fine-tuning?",
         domain=domain,
         variants=(VariantSpec(method="fft"), VariantSpec(method=method)),
     )
-    return _answer(_run([study], load_profile(profile), overrides, [seed], rerun))
-
-
-def _answer(reports: list[Report]) -> tuple[list[dict[str, Any]], str, str]:
-    """Return rows, tables and the directory (of several: the first's) of the reports."""
-    rows = [row for report in reports for row in report.rows]
-    return rows, "\n\n".join(report.table for report in reports), str(reports[0].directory)
+    params = {"profile": profile, "method": method, "domain": domain, "overrides": overrides, "seed": seed}
+    words = [f"--param {key}={shlex.quote(json.dumps(value))}" for key, value in params.items()]
+    command = " ".join(["prefect deployment run mft-pipeline", *words])
+    asked = Asked(name, profile, overrides, [seed], command)
+    return _run(study, [study], load_profile(profile), asked, rerun)
 
 
 def _run(
-    studies: list[Study], profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
-) -> list[Report]:
-    """Run studies as one: what they share is computed once, in whatever order it becomes possible."""
-    plans, store = _checked(studies, profile, overrides, seeds, rerun)
+    whole: Study, studies: list[Study], profile: Profile, asked: Asked, rerun: list[str]
+) -> tuple[list[dict[str, Any]], str, str]:
+    """Run studies as one: what they share is computed once, in whatever order it becomes possible.
+
+    Args:
+        whole: the study that the user named.
+        studies: those that it is made of, or itself.
+
+    Returns:
+        the rows of the reports, their tables in Markdown, and the HTML page of the whole.
+    """
+    plans, store = _checked(studies, profile, asked.overrides, asked.seeds, rerun)
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
@@ -104,24 +116,39 @@ def _run(
                 recorder.progress(call, progress)
 
         outcomes = run_nodes(nodes, workplace(plans[0], store, display, record), display, rerun)
-        return [_recorded(plan, store, recorder, outcomes) for plan, recorder in zip(plans, recorders, strict=True)]
+        reports, pages = [], []
+        for plan, recorder in zip(plans, recorders, strict=True):
+            report = _report(plan, store, outcomes)
+            page = write_part(report, whole, asked, store)
+            _record(report, page, recorder, outcomes)
+            reports.append(report)
+            pages.append(page)
+    page = write_index(reports, whole, asked, store) if whole.studies else pages[0]
+    rows = [row for report in reports for row in report.rows]
+    return rows, "\n\n".join(report.table for report in reports), str(page)
 
 
-def _recorded(plan: Plan, store: ArtifactStore, recorder: Recorder, outcomes: Mapping[str, Outcome]) -> Report:
-    """Read a study's report from what has been run, and tell MLflow and Prefect."""
+def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -> Report:
+    """Read a study's report from what has been run."""
+    cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
+    analyses = {name: outcomes[node.id].artifact.local_path(store) for name, node in analysis_nodes(plan).items()}
+    return read_report(plan, store, outcomes[comparison_node(plan).id].artifact, cached, analyses)
+
+
+def _record(report: Report, page: Path, recorder: Recorder, outcomes: Mapping[str, Outcome]) -> None:
+    """Tell MLflow and Prefect."""
+    plan = report.plan
     study, profile = plan.study.name, plan.profile.name
     artifacts = {node_id: outcome.artifact for node_id, outcome in outcomes.items()}
     cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
-    report = read_report(plan, store, artifacts[comparison_node(plan).id], cached)
-    recorder.record(report, artifacts, cached)
+    recorder.record(report, artifacts, cached, page.parent)
     create_markdown_artifact(
-        f"{plan.study.question}\n\n{report.table}\n\n{recorder.links()}",
+        f"{plan.study.question}\n\n{report.table}\n\n{recorder.links(page)}",
         key=re.sub(r"[^a-z0-9]+", "-", f"{study}-{profile}".lower()),
         description=f"{study} on {profile}",
     )
     if recorder.problem:
         print(f"warning: {recorder.problem}. `mft report {study} --sync` records it later.", file=sys.stderr)
-    return report
 
 
 @contextlib.contextmanager
@@ -135,7 +162,7 @@ def _logged(store: ArtifactStore, name: str) -> Iterator[Path]:
 
 
 def _checked(
-    studies: list[Study], profile: Profile, overrides: list[str], seeds: list[int] | None, rerun: list[str]
+    studies: list[Study], profile: Profile, overrides: Sequence[str], seeds: Sequence[int] | None, rerun: list[str]
 ) -> tuple[list[Plan], ArtifactStore]:
     for name in rerun:
         get_stage(name)

@@ -80,7 +80,7 @@ def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] |
     if missing or lacking:
         what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
         raise StageError(
-            f"study {plan.study.name} on {plan.profile.name}: {what}. Run it: "
+            f"study {plan.study.name} on {plan.profile.name}: {what}. Run it (with the same settings): "
             f"mft run {plan.study.name} --profile {plan.profile.name}"
         )
     comparison, *others = [ref for ref in found.values() if ref is not None]
