@@ -38,7 +38,9 @@ def settle(runtime: Runtime) -> torch.device:
     torch.set_num_threads(runtime.threads or _DEFAULT_THREADS)  # whatever an earlier stage of this process had set
     device = find_device(runtime)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # set by torchrun, and by `mft_core.launch`
+        device = torch.device(
+            "cuda", int(os.environ["LOCAL_RANK"])
+        )  # set by torchrun, and by `mft_core.training.launch`
         torch.cuda.set_device(device)
     return device
 

@@ -153,9 +153,7 @@ class LearnMask(Recipe):
         if self.min_kept and (self.scope != "global" or self.min_kept + self.sparsity > 1 + 1e-9):
             raise ValueError("min_kept belongs to scope 'global' and is at most 1 - sparsity")
         if self.scope == "global-threshold" and self.selector != "learned":
-            raise ValueError(
-                "scope 'global-threshold' belongs to selector 'learned'"
-            )
+            raise ValueError("scope 'global-threshold' belongs to selector 'learned'")
         if self.scope == "global" and self.selector == "wanda":
             raise ValueError("selector 'wanda' ranks within output rows (scope 'local')")
         return self
@@ -229,11 +227,11 @@ class Landscape(Recipe):
 
     variant: str = Field("masked", description="what the masked model is called in tables and figures")
     rows: int = Field(200, ge=8, description="sequences of the line and of the bound; all, if there are fewer")
-    plane_rows: int = Field(64, gt=0, description="validation sequences of the planes, some of `rows`")
+    plane_rows: int = Field(48, gt=0, description="validation sequences of the planes, some of `rows`")
     points: int = Field(11, gt=2, description="of a plane's axis, odd")
     span: float = Field(1.0, gt=0, description="half the width of a plane, in lengths of the filters")
     hessian_batches: int = Field(6, ge=2, description="batches of training sequences, each with a Hessian of its own")
-    hessian_rows: int = Field(32, gt=0, description="sequences of such a batch")
+    hessian_rows: int = Field(24, gt=0, description="sequences of such a batch")
     noise: tuple[float, ...] = Field(
         (0.1, 0.2, 0.5, 1.0, 2.0),
         min_length=1,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from mft_core.tables import pooled, without_seed
+from mft_core.statistics.tables import pooled, without_seed
 from pipelines.graph import Edge, Node, Variant, unique_nodes
 from pipelines.plan import Plan
 

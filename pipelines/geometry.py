@@ -1,9 +1,9 @@
 """The matrices and the number of weights of a decoder, from its config.json alone.
 
-Planning must not import torch, so what `mft_core.sites` finds in a model's modules is told here from the configuration,
-family by family, under the same names. Tests hold both against each other, and the number of weights against
-transformers' own models. A family that is not known is taken for a Llama. Used to say what disk and memory a plan
-needs.
+Planning must not import torch, so what `mft_core.masks.sites` finds in a model's modules is told here from the
+configuration, family by family, under the same names. Tests hold both against each other, and the number of weights
+against transformers' own models. A family that is not known is taken for a Llama. Used to say what disk and memory a
+plan needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Matrix:
     """A maskable matrix of one layer, or `count` of one shape under one name (experts)."""
 
     path: str
-    """name in the layer, as `mft_core.sites.Site.path` has it"""
+    """name in the layer, as `mft_core.masks.sites.Site.path` has it"""
     kind: Literal["attention", "mlp"]
     inputs: int
     outputs: int

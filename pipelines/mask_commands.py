@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mft_core import algebra
-from mft_core.adapter import Mask, load_mask, save_mask
 from mft_core.errors import ConfigError, unknown
+from mft_core.masks import algebra
+from mft_core.masks.adapter import Mask, load_mask, save_mask
 from pipelines.mask_view import mask_as_dict, overlaps_as_dict, show_mask, show_overlaps
 
 _OF_TWO = {
@@ -32,7 +32,7 @@ def show(directory: Path, figure: Path | None, as_json: bool) -> None:
     else:
         show_mask(mask)
     if figure is not None:
-        from mft_core.mask_figures import where_it_cuts
+        from mft_core.masks.mask_figures import where_it_cuts
 
         figure.parent.mkdir(parents=True, exist_ok=True)
         where_it_cuts(mask, figure)
@@ -46,7 +46,7 @@ def apply(base: Path, directory: Path, out: Path) -> None:
     Raises:
         ConfigError: `out` exists, or the mask belongs to another base.
     """
-    from mft_core.merge import merge
+    from mft_core.masks.merge import merge
 
     _check_new(out)
     if not (base / "config.json").is_file():
@@ -61,7 +61,7 @@ def undo(merged: Path, out: Path) -> None:
     Raises:
         ConfigError: `out` exists, or `merged` is not as `apply` wrote it.
     """
-    from mft_core.merge import unmerge
+    from mft_core.masks.merge import unmerge
 
     _check_new(out)
     mask = unmerge(merged, out)

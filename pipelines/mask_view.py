@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mft_core.adapter import Mask
-from mft_core.algebra import Overlap, Overlaps
-from mft_core.masked_sites import Cut, Grid, T, cut, measure
+from mft_core.masks.adapter import Mask
+from mft_core.masks.algebra import Overlap, Overlaps
+from mft_core.masks.masked_sites import Cut, Grid, T, cut, measure
 
 _TINTS = ("", "black on #deebf7", "black on #c6dbef", "black on #9ecae1", "black on #6baed6")
 """styles from the lowest fifth of a table's values, which is left as it is, to the highest"""

@@ -50,9 +50,9 @@ CPU)"""
 _SELECTION = 21
 """bytes per entry among which a mask selects, for a moment: magnitudes twice, their order with indices, the mask"""
 MOST_LOGITS = 2**26
-"""`mft_core.loss.MOST_LOGITS`: more are made a part at a time"""
+"""`mft_core.training.loss.MOST_LOGITS`: more are made a part at a time"""
 _MESSAGES = 2 * 4 * 16 * 2**20
-"""bytes that summing gradients over processes takes (`mft_core.parallel`)"""
+"""bytes that summing gradients over processes takes (`mft_core.training.parallel`)"""
 
 
 def peak_memory(node: Node, setup: Setup, runtime: Runtime) -> int:

@@ -41,7 +41,7 @@ def check(plan: Plan, store: ArtifactStore) -> None:
 
 def _check_processes(nodes: Iterable[Node], runtime: Runtime) -> None:
     if runtime.processes > 1 or runtime.shard:
-        from mft_core import launch
+        from mft_core.training import launch
 
         for node in nodes:
             launch.check(node.recipe, runtime)
@@ -84,9 +84,9 @@ def _check_lengths(nodes: Iterable[Node]) -> None:
 def _check_models(setups: Iterable[Setup]) -> None:
     from mft_core.checkpoint_io import check_dropout, read_config, skeleton
     from mft_core.layers import parse_layers
-    from mft_core.lora import check_lora
+    from mft_core.masks.sites import choose_sites, find_sites
     from mft_core.selectors import wanda
-    from mft_core.sites import choose_sites, find_sites
+    from mft_core.training.lora import check_lora
 
     sites: dict[ModelSpec, list] = {}
     for setup in setups:

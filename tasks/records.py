@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import psutil
 
-from mft_core.tables import settings
+from mft_core.statistics.tables import settings
 
 LONGEST = {"param": 6000, "tag": 8000}
 Row = Mapping[str, Any]

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 
 from mft_core.checkpoint_io import skeleton
 from mft_core.data.tokens import TokenDataset
-from mft_core.full_tuning import FullOptimizer
 from mft_core.layers import format_layers
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import optimizer_factory
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import LearnMask, Runtime, Training
 from mft_core.selectors.job import Job
-from mft_core.sites import choose_sites, find_sites
 from mft_core.stages import StageContext
-from mft_core.training import TrainingData
+from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.loop import TrainingData
+from mft_core.training.optimizers import optimizer_factory
 
 
 def make_data(examples: int = 40, validation: int = 8, vocabulary: int = 60) -> TrainingData:

@@ -10,7 +10,7 @@
 | movement | −W · dL/dW | Sanh et al. 2020, Movement Pruning; here at frozen weights |
 
 A further selector is a further file and a further row of `SELECTORS`, its name in `recipes.Selector`. The recipe's
-scope (`mft_core.selection`) then says among which weights the least scores go.
+scope (`mft_core.masks.selection`) then says among which weights the least scores go.
 """
 
 from __future__ import annotations

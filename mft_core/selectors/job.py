@@ -16,11 +16,11 @@ from mft_core.checkpoint_io import WeightFiles, load_model, read_config
 from mft_core.data.batching import StepBatches, micro_batches
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError
+from mft_core.masks.selection import Global, Local, Scope
+from mft_core.masks.sites import Site
 from mft_core.recipes import LearnMask
-from mft_core.selection import Global, Local, Scope
-from mft_core.sites import Site
 from mft_core.stages import StageContext
-from mft_core.training import History, TrainingData
+from mft_core.training.loop import History, TrainingData
 
 
 @dataclass(frozen=True)

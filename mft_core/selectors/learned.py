@@ -1,18 +1,18 @@
 """Learned masks: scores trained with the ordinary loss through the hard mask (Mask Fine-Tuning, arXiv 2503.22764,
-section 3). The mathematics is in `mft_core.masking`, the loop in `mft_core.training`."""
+section 3). The mathematics is in `mft_core.masks.masking`, the loop in `mft_core.training.loop`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from mft_core import compute
-from mft_core.activations import recompute_activations
 from mft_core.checkpoint_io import DTYPES, load_model
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import optimizer_factory
-from mft_core.selection import GlobalThreshold
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.selection import GlobalThreshold
 from mft_core.selectors.job import Choice, Job
-from mft_core.training import train
+from mft_core.training.activations import recompute_activations
+from mft_core.training.loop import train
+from mft_core.training.optimizers import optimizer_factory
 
 
 def choose(job: Job, kind: Callable[..., MaskOptimizer] = MaskOptimizer) -> Choice:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mft_core.loss import LossHead
 from mft_core.selectors.job import Choice, Job
 from mft_core.stages import Progress
+from mft_core.training.loss import LossHead
 
 
 def choose(job: Job) -> Choice:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mft_core.data.batching import plan_epochs
-from mft_core.masking import MaskOptimizer
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.selection import Global, Local, Scope
 from mft_core.recipes import Scope as ScopeName
-from mft_core.selection import Global, Local, Scope
 from mft_core.selectors import learned
 from mft_core.selectors.job import Choice, Job
 

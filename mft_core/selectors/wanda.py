@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from mft_core.data.batching import StepBatches
 from mft_core.errors import ConfigError
-from mft_core.selection import Rows
+from mft_core.masks.selection import Rows
+from mft_core.masks.sites import Site
 from mft_core.selectors.job import Choice, Job
-from mft_core.sites import Site
 from mft_core.stages import Progress
 
 

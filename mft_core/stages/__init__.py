@@ -77,7 +77,7 @@ class Stage:
         A heavy one trains in several processes where its context's runtime says so.
         """
         run = importlib.import_module(f"mft_core.stages.{self.name.replace('-', '_')}").run
-        return importlib.import_module("mft_core.launch").spread(self.name, run) if self.heavy else run
+        return importlib.import_module("mft_core.training.launch").spread(self.name, run) if self.heavy else run
 
 
 STAGES: dict[str, Stage] = {

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core import anatomy, anatomy_section
-from mft_core.labels import Labels
+from mft_core.analysis import anatomy, anatomy_section
+from mft_core.analysis.labels import Labels
 from mft_core.recipes import Anatomy
 from mft_core.stages import StageContext
 
@@ -20,7 +20,7 @@ from mft_core.stages import StageContext
 def run(recipe: Anatomy, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Look at the masks on `model`, their base, with losses on the validation sequences of `data`.
 
-    Writes `rows.json` (see `mft_core.anatomy`), `section.md` and its figures.
+    Writes `rows.json` (see `mft_core.analysis.anatomy`), `section.md` and its figures.
 
     Raises:
         ConfigError: a mask does not fit the model, or none was made for it; no validation data.

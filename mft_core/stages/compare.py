@@ -10,10 +10,10 @@ are two seeds or more, one with `seed: "all"`. Accuracies and gains are shares, 
 The Holm family (`family` of the row) is "study": one test per variant and benchmark, pooled over its seeds. The seeds
 apart are a family of their own, "seed", to be read beside the pooled rows. The pretrained base against the fine-tuned
 model is shown with interval and p-value, but is no part of the question and of no family. The best of each sweep
-(`mft_core.winner`) stands in `winners.json`; these tests are a third family.
+(`mft_core.statistics.winner`) stands in `winners.json`; these tests are a third family.
 
 The noise between trainings (`seed_sd` of the pooled rows) is estimated from all variants of the method or, where these
-are too few to tell, from those of the study. `items_for_80_power` is explained in `mft_core.power`.
+are too few to tell, from those of the study. `items_for_80_power` is explained in `mft_core.statistics.power`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mft_core import figures, tables
-from mft_core.comparison import Comparison, Outcomes, Pairs, adjust, compare, pair, verdict
 from mft_core.errors import StageError
-from mft_core.power import items_needed
 from mft_core.recipes import Compare
-from mft_core.seed_noise import SeedNoise
 from mft_core.stages import Progress, StageContext
-from mft_core.winner import Entry, best_of_sweeps
+from mft_core.statistics import figures, tables
+from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, adjust, compare, pair, verdict
+from mft_core.statistics.power import items_needed
+from mft_core.statistics.seed_noise import SeedNoise
+from mft_core.statistics.winner import Entry, best_of_sweeps
 
 Array = NDArray[np.float64]
 OUTSIDE_THE_QUESTION = {"base"}

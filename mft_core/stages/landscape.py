@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core import landscape_figures
-from mft_core.landscape import LINE
-from mft_core.landscape_findings import examine, rows
-from mft_core.landscape_section import section
+from mft_core.analysis import landscape_figures
+from mft_core.analysis.landscape import LINE
+from mft_core.analysis.landscape_findings import examine, rows
+from mft_core.analysis.landscape_section import section
 from mft_core.recipes import Landscape
 from mft_core.stages import StageContext
 

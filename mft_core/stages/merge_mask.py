@@ -1,4 +1,4 @@
-"""Stage `merge-mask`: W ⊙ M as an ordinary checkpoint (`mft_core.merge`)."""
+"""Stage `merge-mask`: W ⊙ M as an ordinary checkpoint (`mft_core.masks.merge`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core.merge import merge
+from mft_core.masks.merge import merge
 from mft_core.recipes import MergeMask
 from mft_core.stages import Progress, StageContext
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core import layer_prediction_figures
-from mft_core.layer_prediction import examine, rows
-from mft_core.layer_prediction_section import section
+from mft_core.analysis import layer_prediction_figures
+from mft_core.analysis.layer_prediction import examine, rows
+from mft_core.analysis.layer_prediction_section import section
 from mft_core.recipes import PredictLayers
 from mft_core.stages import StageContext
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mft_core import figures
+from mft_core.statistics import figures
 from pipelines.report import Report, slug
 from pipelines.report_pages import published, render, sections
 from pipelines.report_pages.asked import Asked

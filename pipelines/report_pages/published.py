@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mft_core.tables import cell, pooled
+from mft_core.statistics.tables import cell, pooled
 from pipelines.report import Report
 from pipelines.report_pages.render import grid
 

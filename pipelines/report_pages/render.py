@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from mft_core.markdown import table
+from mft_core.analysis.markdown import table
 
 _CSS_DPI, _FIGURE_DPI = 96, 160
 _VERDICT = re.compile(r"\b(better|worse|noise|identical)\)?$")

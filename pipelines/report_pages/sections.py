@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_core.tables import method_label
+from mft_core.statistics.tables import method_label
 from pipelines.costs import SHARED
 from pipelines.report import Report, slug
 from pipelines.report_pages import verdict

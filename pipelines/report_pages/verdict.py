@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mft_core.figures.quantities import Quantity, quantities
-from mft_core.tables import method_label
+from mft_core.statistics.figures.quantities import Quantity, quantities
+from mft_core.statistics.tables import method_label
 from pipelines.report import Report
 
 Row = Mapping[str, Any]

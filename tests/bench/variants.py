@@ -1,7 +1,7 @@
 """Three ways to train in a few layers of a decoder, alike in everything but what they train; timed by `mask_step`.
 
 - `dense`: the floor. The layers' weights are trained themselves, there is no mask.
-- `mask`: this project's way, `mft_core.masking.MaskOptimizer`.
+- `mask`: this project's way, `mft_core.masks.masking.MaskOptimizer`.
 - `sorting`: the way of the published code, written as simply as possible. Every masked linear layer sorts its scores
   inside every forward pass, straight through.
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mft_core.masking import MaskOptimizer, initial_scores, site_generator
-from mft_core.optimizers import optimizer_factory
+from mft_core.masks.masking import MaskOptimizer, initial_scores, site_generator
+from mft_core.masks.sites import Site, choose_sites, find_sites
 from mft_core.recipes import Training
-from mft_core.sites import Site, choose_sites, find_sites
+from mft_core.training.optimizers import optimizer_factory
 
 SEED = 0
 _INIT = "normal"

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mft_core.activations import recompute_activations
 from mft_core.errors import ConfigError
-from mft_core.full_tuning import FullOptimizer
-from mft_core.lora import LoraOptimizer
-from mft_core.loss import keeps_packed_apart
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import optimizer_factory
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.sites import find_sites, n_layers
 from mft_core.recipes import FineTune, Lora, Training
-from mft_core.sites import find_sites, n_layers
 from mft_core.stages import get_stage
-from mft_core.training import train
+from mft_core.training.activations import recompute_activations
+from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.loop import train
+from mft_core.training.lora import LoraOptimizer
+from mft_core.training.loss import keeps_packed_apart
+from mft_core.training.optimizers import optimizer_factory
 from tests.small_training import make_context, make_data, make_recipe, make_trainable, save_data
 from tests.tiny import make_model, save_checkpoint
 

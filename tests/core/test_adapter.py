@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from mft_core.adapter import Mask, apply_mask, load_mask, make_mask, save_mask
 from mft_core.errors import ConfigError
-from mft_core.selection import Global, Rows, Scope, select
-from mft_core.sites import Site, choose_sites, find_sites
+from mft_core.masks.adapter import Mask, apply_mask, load_mask, make_mask, save_mask
+from mft_core.masks.selection import Global, Rows, Scope, select
+from mft_core.masks.sites import Site, choose_sites, find_sites
 from tests.tiny import make_model
 
 

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mft_core.adapter import Mask, check_base, load_mask, save_mask
 from mft_core.errors import ConfigError
+from mft_core.masks.adapter import Mask, check_base, load_mask, save_mask
 from tests.core.test_adapter import make_global_mask, make_threshold_mask, make_tiny_mask
 
 

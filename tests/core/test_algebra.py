@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from mft_core.adapter import Mask, load_mask, make_mask, save_mask
-from mft_core.algebra import Overlap, complement, difference, intersection, overlap, union
 from mft_core.errors import ConfigError
-from mft_core.sites import Site
+from mft_core.masks.adapter import Mask, load_mask, make_mask, save_mask
+from mft_core.masks.algebra import Overlap, complement, difference, intersection, overlap, union
+from mft_core.masks.sites import Site
 from tests.core.test_adapter import make_tiny_mask
 
 _SHAPES = {

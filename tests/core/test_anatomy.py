@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mft_core.adapter import make_mask, save_mask
 from mft_core.checkpoint_io import WeightFiles, skeleton
 from mft_core.errors import ConfigError, StageError
+from mft_core.masks.adapter import make_mask, save_mask
+from mft_core.masks.selection import Local
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import Anatomy
-from mft_core.selection import Local
-from mft_core.sites import choose_sites, find_sites
 from mft_core.stages import Progress, StageContext, get_stage
 from tests.small_training import make_context, save_data
 from tests.tiny import save_checkpoint

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mft_core.masking import MaskOptimizer
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import Training
-from mft_core.sites import choose_sites, find_sites
 from tests.bench import memory
 from tests.bench.variants import VARIANTS, make_variant, masked_weights
 from tests.bench.worker import Job, Steps, make_model

@@ -10,10 +10,10 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from mft_core.errors import StageError
-from mft_core.power import items_needed
 from mft_core.recipes import Compare, Runtime
 from mft_core.stages import StageContext, get_stage
-from mft_core.tables import pooled
+from mft_core.statistics.power import items_needed
+from mft_core.statistics.tables import pooled
 
 N = 200
 COLUMNS = (

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from mft_core.comparison import (
+from mft_core.errors import StageError
+from mft_core.statistics.comparison import (
     Comparison,
     Outcomes,
     Pairs,
@@ -18,8 +19,7 @@ from mft_core.comparison import (
     sign_flips,
     verdict,
 )
-from mft_core.errors import StageError
-from mft_core.seed_noise import SeedNoise
+from mft_core.statistics.seed_noise import SeedNoise
 
 NO_NOISE = np.zeros(1)
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from mft_core.comparison import Comparison, Pairs, compare
-from mft_core.seed_noise import SeedNoise
-from mft_core.winner import half, winner
+from mft_core.statistics.comparison import Comparison, Pairs, compare
+from mft_core.statistics.seed_noise import SeedNoise
+from mft_core.statistics.winner import half, winner
 
 
 def study(

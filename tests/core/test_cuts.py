@@ -11,11 +11,11 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mft_core.adapter import Mask, make_mask
-from mft_core.cuts import Group, Measures, Spread, Tally, add, chance, deciles, dissect
-from mft_core.heads import find_heads
-from mft_core.selection import Local, Rows
-from mft_core.sites import Site, choose_sites, find_sites
+from mft_core.analysis.cuts import Group, Measures, Spread, Tally, add, chance, deciles, dissect
+from mft_core.analysis.heads import find_heads
+from mft_core.masks.adapter import Mask, make_mask
+from mft_core.masks.selection import Local, Rows
+from mft_core.masks.sites import Site, choose_sites, find_sites
 from tests.tiny import make_model
 
 

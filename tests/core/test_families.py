@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mft_core.adapter import Mask, apply_mask, load_mask
 from mft_core.checkpoint_io import WeightFiles, load_model, skeleton
 from mft_core.data.batching import micro_batches
 from mft_core.errors import ConfigError
-from mft_core.loss import LossHead, keeps_packed_apart
-from mft_core.masking import initial_scores, site_generator
-from mft_core.merge import merge, unmerge
+from mft_core.masks.adapter import Mask, apply_mask, load_mask
+from mft_core.masks.masking import initial_scores, site_generator
+from mft_core.masks.merge import merge, unmerge
+from mft_core.masks.selection import masked_count, select
+from mft_core.masks.sites import Site, choose_sites, find_sites
 from mft_core.recipes import LearnMask
-from mft_core.selection import masked_count, select
-from mft_core.sites import Site, choose_sites, find_sites
 from mft_core.stages import learn_mask
+from mft_core.training.loss import LossHead, keeps_packed_apart
 from tests.small_training import make_context, make_data, make_recipe, save_data
 from tests.tiny import make_model, save_checkpoint
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from mft_core import figures
-from mft_core.figures import curves, forest, matrix, style
-from mft_core.figures.quantities import axis_of, quantities
+from mft_core.statistics import figures
+from mft_core.statistics.figures import curves, forest, matrix, style
+from mft_core.statistics.figures.quantities import axis_of, quantities
 
 MASK_RATE, CONTINUED_RATE = "mask.training.learning_rate", "continued.learning_rate"
 

@@ -17,10 +17,10 @@ from mft_core.checkpoint_io import load_model
 from mft_core.data.batching import micro_batches
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
-from mft_core.loss import LossHead
 from mft_core.recipes import FineTune, Lora
 from mft_core.stages import get_stage
-from mft_core.training import TrainingData
+from mft_core.training.loop import TrainingData
+from mft_core.training.loss import LossHead
 from tests.small_training import make_context, make_recipe, save_data
 from tests.tiny import save_checkpoint
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mft_core.heads import CONCATENATED, GROUPED, find_heads
-from mft_core.sites import Site, find_sites
+from mft_core.analysis.heads import CONCATENATED, GROUPED, find_heads
+from mft_core.masks.sites import Site, find_sites
 from tests.tiny import make_model
 
 LAYER = 1

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from mft_core.analysis.landscape import LINE, direction, filter_normalised, line, mean_loss, plane
+from mft_core.analysis.pac_bayes import Noisy, best, bounds, complexity, gaussian_kl, squared_distances
+from mft_core.analysis.parts import Parts
+from mft_core.analysis.sequence_errors import SequenceErrors
+from mft_core.analysis.sequence_loss import SequenceLosses
+from mft_core.analysis.sharpness import TOLERANCE, HessianOfLoss, largest_eigenvalue
+from mft_core.analysis.weight_pair import WeightPair, changed_sites
 from mft_core.checkpoint_io import WeightFiles, load_model, skeleton
 from mft_core.data.batching import micro_batches
 from mft_core.errors import ConfigError, StageError
-from mft_core.landscape import LINE, direction, filter_normalised, line, mean_loss, plane
-from mft_core.loss import LossHead
-from mft_core.pac_bayes import Noisy, best, bounds, complexity, gaussian_kl, squared_distances
-from mft_core.parts import Parts
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import Landscape
-from mft_core.sequence_errors import SequenceErrors
-from mft_core.sequence_loss import SequenceLosses
-from mft_core.sharpness import TOLERANCE, HessianOfLoss, largest_eigenvalue
-from mft_core.sites import choose_sites, find_sites
 from mft_core.stages.landscape import run
-from mft_core.weight_pair import WeightPair, changed_sites
+from mft_core.training.loss import LossHead
 from tests.small_training import make_context, make_data, save_data
 from tests.tiny import make_model, save_checkpoint
 

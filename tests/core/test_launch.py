@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mft_core.adapter import load_mask
 from mft_core.errors import ConfigError, StageError
-from mft_core.launch import check
+from mft_core.masks.adapter import load_mask
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, Recipe, Runtime
 from mft_core.stages import Progress, get_stage
+from mft_core.training.launch import check
 from tests.small_training import make_context, make_recipe, save_data
 from tests.tiny import save_checkpoint
 
@@ -55,7 +55,7 @@ def workers(root: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess):
             command = process.cmdline()
-            if "mft_core.worker" in command and any(part.startswith(str(root)) for part in command):
+            if "mft_core.training.worker" in command and any(part.startswith(str(root)) for part in command):
                 found[int(command[-2])] = process
     return [found[rank] for rank in sorted(found)]
 
@@ -198,7 +198,7 @@ SCRIPT = """
     import torch
     import torch.distributed as dist
 
-    from mft_core.training import train
+    from mft_core.training.loop import train
     from tests.small_training import make_context, make_data, make_recipe, make_trainable
     from tests.tiny import make_model
 

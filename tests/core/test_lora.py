@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mft_core.errors import ConfigError
-from mft_core.lora import LoraOptimizer
-from mft_core.optimizers import optimizer_factory
+from mft_core.masks.sites import find_sites
 from mft_core.recipes import FineTune, Lora, Training
-from mft_core.sites import find_sites
 from mft_core.stages import Progress, StageContext, get_stage
-from mft_core.training import History, train
+from mft_core.training.loop import History, train
+from mft_core.training.lora import LoraOptimizer
+from mft_core.training.optimizers import optimizer_factory
 from tests.small_training import make_context, make_data, make_recipe, save_data
 from tests.tiny import make_model, save_checkpoint
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mft_core import loss
 from mft_core.data.batching import IGNORED
-from mft_core.loss import LossHead, leaves_logits_alone
-from mft_core.training import train
+from mft_core.training import loss
+from mft_core.training.loop import train
+from mft_core.training.loss import LossHead, leaves_logits_alone
 from tests.core.test_sharded import fine_tune
 from tests.small_group import together
 from tests.small_training import make_context, make_data, make_recipe, make_trainable

@@ -7,9 +7,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from mft_core.adapter import Mask
-from mft_core.algebra import complement, union
-from mft_core.mask_figures import block_shares, where_it_cuts
+from mft_core.masks.adapter import Mask
+from mft_core.masks.algebra import complement, union
+from mft_core.masks.mask_figures import block_shares, where_it_cuts
 from tests.core.test_adapter import make_small_mask, make_tiny_mask
 from tests.tiny import make_model
 

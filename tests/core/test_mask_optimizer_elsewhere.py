@@ -12,10 +12,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mft_core import parallel
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import optimizer_factory
-from mft_core.sites import choose_sites, find_sites
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.sites import choose_sites, find_sites
+from mft_core.training import parallel
+from mft_core.training.optimizers import optimizer_factory
 from tests.small_group import together
 from tests.small_training import make_recipe
 from tests.tiny import make_model

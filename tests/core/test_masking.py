@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mft_core.masking import MaskOptimizer, initial_scores, site_generator
-from mft_core.selection import masked_count, select
-from mft_core.sites import choose_sites, find_sites
+from mft_core.masks.masking import MaskOptimizer, initial_scores, site_generator
+from mft_core.masks.selection import masked_count, select
+from mft_core.masks.sites import choose_sites, find_sites
 from tests.small_training import make_recipe, make_trainable
 from tests.tiny import make_model
 

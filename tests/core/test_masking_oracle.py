@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mft_core.checkpoint_io import load_model
 from mft_core.data.batching import plan_epochs
-from mft_core.masking import MaskOptimizer
-from mft_core.training import train
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.training.loop import train
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.tiny import save_checkpoint
 

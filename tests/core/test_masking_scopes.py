@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import optimizer_factory
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.sites import Site, choose_sites, find_sites
 from mft_core.selectors.soft import SoftMaskOptimizer
-from mft_core.sites import Site, choose_sites, find_sites
 from mft_core.stages import Progress
-from mft_core.training import train
+from mft_core.training.loop import train
+from mft_core.training.optimizers import optimizer_factory
 from tests.small_training import make_context, make_data, make_recipe
 from tests.tiny import make_model
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from mft_core.errors import ConfigError
-from mft_core.sites import choose_sites, find_sites, n_layers
+from mft_core.masks.sites import choose_sites, find_sites, n_layers
 from tests.tiny import make_model
 
 

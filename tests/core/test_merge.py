@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from mft_core.adapter import load_mask, make_mask, save_mask
 from mft_core.checkpoint_io import WeightFiles, load_model, read_config, skeleton
 from mft_core.errors import ConfigError
-from mft_core.merge import merge, unmerge
+from mft_core.masks.adapter import load_mask, make_mask, save_mask
+from mft_core.masks.merge import merge, unmerge
+from mft_core.masks.selection import select
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import MergeMask
-from mft_core.selection import select
-from mft_core.sites import choose_sites, find_sites
 from mft_core.stages import get_stage
 from tests.core.test_adapter import make_small_mask
 from tests.small_training import make_context

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mft_core import adamw8bit
-from mft_core.adamw8bit import AdamW8bit
-from mft_core.full_tuning import FullOptimizer
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import dtype_in_training, optimizer_factory
+from mft_core.masks.masking import MaskOptimizer
 from mft_core.recipes import FineTune, Lora
 from mft_core.stages import Progress, StageContext, get_stage
-from mft_core.training import History, train
+from mft_core.training import adamw8bit
+from mft_core.training.adamw8bit import AdamW8bit
+from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.loop import History, train
+from mft_core.training.optimizers import dtype_in_training, optimizer_factory
 from tests.small_training import make_context, make_data, make_recipe, make_trainable, save_data
 from tests.tiny import save_checkpoint
 

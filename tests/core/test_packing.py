@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from mft_core.packing import PackedMasks, packed_size
+from mft_core.masks.packing import PackedMasks, packed_size
 
 _MASKS = st.lists(arrays(np.bool_, array_shapes(min_dims=1, max_dims=3, max_side=11)), max_size=4)
 

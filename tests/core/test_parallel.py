@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from mft_core import parallel
 from mft_core.errors import ConfigError, StageError
-from mft_core.full_tuning import FullOptimizer, ParameterOptimizer
-from mft_core.lora import LoraOptimizer
-from mft_core.optimizers import optimizer_factory
+from mft_core.masks.sites import find_sites
 from mft_core.recipes import Lora
-from mft_core.sites import find_sites
 from mft_core.stages import Progress, StageContext
-from mft_core.training import train
+from mft_core.training import parallel
+from mft_core.training.full_tuning import FullOptimizer, ParameterOptimizer
+from mft_core.training.loop import train
+from mft_core.training.lora import LoraOptimizer
+from mft_core.training.optimizers import optimizer_factory
 from tests.small_group import together
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.tiny import make_model

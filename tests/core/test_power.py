@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
-from mft_core.power import items_needed, mcnemar_power
+from mft_core.statistics.power import items_needed, mcnemar_power
 
 
 def outcomes(won: int, lost: int, items: int) -> np.ndarray:

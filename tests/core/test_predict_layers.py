@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from mft_core.analysis.layer_prediction import examine, measured_gains, rows
+from mft_core.analysis.layer_prediction_section import section
+from mft_core.analysis.layer_scores import score_group, score_sites
+from mft_core.analysis.rank_correlation import correlate, interval
 from mft_core.data.batching import micro_batches
 from mft_core.errors import ConfigError, StageError
-from mft_core.layer_prediction import examine, measured_gains, rows
-from mft_core.layer_prediction_section import section
-from mft_core.layer_scores import score_group, score_sites
-from mft_core.loss import LossHead
-from mft_core.rank_correlation import correlate, interval
+from mft_core.masks.selection import masked_count, remove_least, select
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import PredictLayers
-from mft_core.selection import masked_count, remove_least, select
-from mft_core.sites import choose_sites, find_sites
 from mft_core.stages.predict_layers import run
+from mft_core.training.loss import LossHead
 from tests.small_training import make_context, make_data, save_data
 from tests.tiny import make_model, save_checkpoint
 

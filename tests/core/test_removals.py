@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mft_core.adapter import Mask, apply_mask, make_mask
+from mft_core.analysis.removals import Effect, Portion, Removal, costs, effects, portions
+from mft_core.analysis.sequence_loss import SequenceLosses
 from mft_core.data.batching import micro_batches
-from mft_core.loss import LossHead
-from mft_core.removals import Effect, Portion, Removal, costs, effects, portions
-from mft_core.selection import Local
-from mft_core.sequence_loss import SequenceLosses
-from mft_core.sites import Site, choose_sites, find_sites
+from mft_core.masks.adapter import Mask, apply_mask, make_mask
+from mft_core.masks.selection import Local
+from mft_core.masks.sites import Site, choose_sites, find_sites
+from mft_core.training.loss import LossHead
 from tests.small_training import make_data
 from tests.tiny import make_model
 

@@ -7,7 +7,7 @@ from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 
-from mft_core.seed_noise import SeedNoise
+from mft_core.statistics.seed_noise import SeedNoise
 
 
 def trainings(seeds: int, items: int, spread: float, seed: int = 0) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft_core import selection
-from mft_core.selection import Global, GlobalThreshold, Local, Rows, masked_count, remove_least, select
+from mft_core.masks import selection
+from mft_core.masks.selection import Global, GlobalThreshold, Local, Rows, masked_count, remove_least, select
 
 _SHARES = st.floats(0, 1, exclude_max=True)
 _SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)

@@ -12,13 +12,13 @@ from torch import Tensor
 from mft_core.checkpoint_io import load_model
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
-from mft_core.loss import LossHead
-from mft_core.masking import initial_scores, site_generator
+from mft_core.masks.masking import initial_scores, site_generator
+from mft_core.masks.selection import remove_least, select
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import CALIBRATED, TRAINED, Selector
-from mft_core.selection import remove_least, select
 from mft_core.selectors import SELECTORS
 from mft_core.selectors.soft import SoftMaskOptimizer
-from mft_core.sites import choose_sites, find_sites
+from mft_core.training.loss import LossHead
 from tests.small_training import make_job, make_recipe, save_data
 from tests.tiny import make_model, save_checkpoint
 

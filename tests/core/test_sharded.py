@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from mft_core import loss
-from mft_core.activations import recompute_activations
 from mft_core.checkpoint_io import load_model
 from mft_core.errors import StageError
-from mft_core.full_tuning import FullOptimizer
-from mft_core.optimizers import optimizer_factory
-from mft_core.sharded import ShardedOptimizer, divide, gathered
 from mft_core.stages import Progress, StageContext
-from mft_core.training import train
+from mft_core.training import loss
+from mft_core.training.activations import recompute_activations
+from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.loop import train
+from mft_core.training.optimizers import optimizer_factory
+from mft_core.training.sharded import ShardedOptimizer, divide, gathered
 from tests.core.test_training import data_to_overfit
 from tests.small_group import together
 from tests.small_training import make_context, make_recipe

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mft_core.tables import apart, cells, markdown, pooled
+from mft_core.statistics.tables import apart, cells, markdown, pooled
 
 
 def row(method: str, accuracy: float, benchmark: str = "sums", **columns: Any) -> dict[str, Any]:

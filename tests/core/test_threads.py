@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from mft_core import checkpoint_io
 from mft_core.checkpoint_io import load_model, skeleton
 from mft_core.compute import PROCESS_WIDE
-from mft_core.full_tuning import FullOptimizer
-from mft_core.masking import MaskOptimizer, initial_scores, site_generator
+from mft_core.masks.masking import MaskOptimizer, initial_scores, site_generator
 from mft_core.recipes import Training
 from mft_core.selectors import SELECTORS
 from mft_core.stages import Progress, StageContext
-from mft_core.training import History, train
+from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.loop import History, train
 from tests.small_training import make_context, make_data, make_job, make_recipe, make_trainable
 from tests.tiny import make_model, save_checkpoint
 

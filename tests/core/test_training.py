@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from mft_core.adapter import load_mask
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
-from mft_core.loss import keeps_packed_apart
+from mft_core.masks.adapter import load_mask
 from mft_core.recipes import FineTune, LearnMask
-from mft_core.schedule import learning_rate, validation_steps
 from mft_core.stages import Progress, StageContext, get_stage
-from mft_core.training import TrainingData, train
+from mft_core.training.loop import TrainingData, train
+from mft_core.training.loss import keeps_packed_apart
+from mft_core.training.schedule import learning_rate, validation_steps
 from tests.small_training import make_context, make_data, make_recipe, make_trainable, save_data
 from tests.tiny import make_model, save_checkpoint
 

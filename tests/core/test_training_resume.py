@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mft_core.checkpoints import ResumableState
 from mft_core.errors import StageError
 from mft_core.stages import Progress, StageContext
-from mft_core.training import History, train
+from mft_core.training.checkpoints import ResumableState
+from mft_core.training.loop import History, train
 from tests.small_group import PROCESSES
 from tests.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.tiny import make_model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from mft_core.comparison import Pairs, compare
-from mft_core.winner import MEAN, Entry, best_of_sweeps, half, winner
+from mft_core.statistics.comparison import Pairs, compare
+from mft_core.statistics.winner import MEAN, Entry, best_of_sweeps, half, winner
 
 N = 200
 ITEMS = tuple(f"gcd/{index}" for index in range(N))

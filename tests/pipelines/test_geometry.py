@@ -1,4 +1,4 @@
-"""What config.json says of a model's matrices is what transformers builds and `mft_core.sites` finds."""
+"""What config.json says of a model's matrices is what transformers builds and `mft_core.masks.sites` finds."""
 
 import json
 from collections import Counter
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft_core.errors import ConfigError
-from mft_core.sites import choose_sites, find_sites
+from mft_core.masks.sites import choose_sites, find_sites
 from pipelines.geometry import KNOWN, read_geometry
 
 CHANGES = {

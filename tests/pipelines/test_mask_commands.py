@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft_core.adapter import save_mask
+from mft_core.masks.adapter import save_mask
 from pipelines.cli import main
 from tests.core.test_adapter import make_small_mask
 from tests.tiny import make_model, save_checkpoint
@@ -153,14 +153,14 @@ def test_what_is_not_there_is_refused(mft, base, mask, tmp_path, missing):
 
 
 def test_a_write_that_fails_leaves_no_half_checkpoint(base, mask, tmp_path, monkeypatch):
-    import mft_core.merge
+    import mft_core.masks.merge
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(mft_core.merge, "save_file", fail)
+    monkeypatch.setattr(mft_core.masks.merge, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        mft_core.merge.merge(base, mask / "mask", tmp_path / "out")
+        mft_core.masks.merge.merge(base, mask / "mask", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".incomplete*"))
 

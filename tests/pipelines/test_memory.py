@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mft_core import loss
-from mft_core.activations import recompute_activations
 from mft_core.artifacts import ArtifactStore
 from mft_core.data.tokens import TokenDataset
-from mft_core.full_tuning import FullOptimizer
-from mft_core.lora import LoraOptimizer
-from mft_core.masking import MaskOptimizer
-from mft_core.optimizers import dtype_in_training, optimizer_factory
+from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, MergeMask, PrepareData, Runtime, Training
-from mft_core.sites import choose_sites, find_sites
-from mft_core.training import TrainingData, train
+from mft_core.training import loss
+from mft_core.training.activations import recompute_activations
+from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.loop import TrainingData, train
+from mft_core.training.lora import LoraOptimizer
+from mft_core.training.optimizers import dtype_in_training, optimizer_factory
 from pipelines import doctor, memory, resolve
 from pipelines.catalogue import load_profile, load_study
 from pipelines.memory import PROCESS, memory_parts

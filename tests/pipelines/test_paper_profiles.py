@@ -46,11 +46,18 @@ MIXTURES = {
         "KKHYA/daring_anteater_converted": 10000,
     },
 }
-LAYERS = {"math": "4-7", "coding": "20-23", "instruction": "0-3"}
+MIXTURES["mixed"] = {name: rows for mixture in MIXTURES.values() for name, rows in mixture.items()}
+LAYERS = {"math": "4-7", "coding": "20-23", "instruction": "0-3", "mixed": "4-7"}
 BENCHMARKS = {  # task, few-shot examples, metric
     "math": [("gsm8k_cot", 8, "exact_match"), ("minerva_math", 4, "exact_match")],
     "coding": [("humaneval", 0, "pass@1"), ("humaneval_plus", 0, "pass@1")],
     "instruction": [("ifeval", 0, "prompt_level_loose_acc")],
+    "mixed": [
+        ("gsm8k_cot", 8, "exact_match"),
+        ("minerva_math", 4, "exact_match"),
+        ("humaneval", 0, "pass@1"),
+        ("ifeval", 0, "prompt_level_loose_acc"),
+    ],
 }
 
 

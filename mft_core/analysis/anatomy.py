@@ -1,0 +1,189 @@
+"""The anatomy of masks: where each one cuts, how far they agree, and what the removed weights did, as flat rows.
+
+All masks are looked at on one model, their base. A mask of another base (another domain's fine-tuning) is counted and
+compared by position; magnitudes, signs and losses are those of its own weights, and are left out for it. What is
+measured of a mask is kept in `context.work`, so that a killed analysis goes on at the next mask.
+
+Masks that differ in nothing but the seed are pooled (`mft_core.analysis.findings`). A row is `pooled` if it stands for
+all seeds of its variant, or for its only one. The parts of the rows:
+
+    share, head, decile, sign   weights removed of a group: zeros, weights, share, ratio to chance with its range, z
+    spread                      how unevenly rows, columns and heads are cut (`mft_core.analysis.cuts.Spread`)
+    loss                        cost of a group's removal, nats/token, alone and last (`mft_core.analysis.removals`)
+    overlap, overlap summary    pairs of masks (`mft_core.analysis.overlaps`)
+    heads left out              modules of attention whose layout is not known
+
+Called by the stage `anatomy`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mft_core import compute
+from mft_core.analysis import overlaps
+from mft_core.analysis.cuts import dissect
+from mft_core.analysis.findings import Findings, Row, pool, rows
+from mft_core.analysis.heads import find_heads
+from mft_core.analysis.parts import Parts
+from mft_core.analysis.removals import Effect, effects, portions
+from mft_core.analysis.sequence_loss import Array, SequenceLosses
+from mft_core.checkpoint_io import load_model, read_config
+from mft_core.data.order import seeded_order
+from mft_core.errors import ConfigError, StageError
+from mft_core.masks.adapter import Mask, load_mask
+from mft_core.masks.masked_sites import dtype_name, tensor_digest
+from mft_core.masks.sites import Site, find_sites
+from mft_core.recipes import Anatomy
+from mft_core.stages import Progress, StageContext
+from mft_core.statistics.tables import without_seed
+from mft_core.training.loop import TrainingData
+
+
+def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) -> list[Row]:
+    """Measure all masks; return the rows.
+
+    Args:
+        inputs: `model`, `data`, and `mask-<i>` for the i-th of `recipe.masks`.
+
+    Raises:
+        ConfigError: a mask does not fit the model's architecture, or none was made for its weights; no validation data.
+        StageError: two masks are described alike; a loss is not finite.
+    """
+    groups = _groups(recipe.masks)
+    masks = [load_mask(inputs[f"mask-{index}"]) for index in range(len(recipe.masks))]
+    subject = _Subject(recipe, inputs, context)
+    found = subject.findings(masks)
+    result: list[Row] = []
+
+    def add(measured: Findings, columns: Mapping[str, Any], seeds: int, pooled: bool) -> None:
+        named = {**columns, "seeds": seeds, "pooled": pooled}
+        result.extend(rows(measured, named, recipe, subject.base, subject.losses.tokens))
+
+    for members in groups:
+        for index in members:
+            add(found[index], recipe.masks[index], seeds=1, pooled=len(members) == 1)
+        if len(members) > 1:
+            first = recipe.masks[members[0]]
+            columns = {**first, "variant": without_seed(str(first["variant"])), "seed": "all"}
+            add(pool([found[index] for index in members]), columns, seeds=len(members), pooled=True)
+    return [*result, *subject.heads_left_out(masks), *_overlaps(recipe, masks, context)]
+
+
+def _groups(described: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Return the indices of the masks that differ in nothing but the seed."""
+    groups: dict[str, list[int]] = {}
+    for index, columns in enumerate(described):
+        apart = {key: value for key, value in columns.items() if key != "seed"}
+        apart["variant"] = without_seed(str(columns["variant"]))
+        groups.setdefault(json.dumps(apart, sort_keys=True), []).append(index)
+    for members in groups.values():
+        seeds = [described[index].get("seed") for index in members]
+        if len(set(seeds)) < len(seeds):
+            raise StageError(
+                f"two masks are described alike: {described[members[0]]['variant']}, seeds {seeds}; "
+                "masks need columns that tell them apart."
+            )
+    return list(groups.values())
+
+
+def _overlaps(recipe: Anatomy, masks: Sequence[Mask], context: StageContext) -> list[Row]:
+    count = len(masks) * (len(masks) - 1) // 2
+    found = []
+    for done, row in enumerate(overlaps.pairs(recipe.masks, masks), start=1):
+        found += [row] if row else []
+        context.report(Progress(done, count, "pair of masks"))
+    return found + overlaps.summary(found)
+
+
+class _Subject:
+    """The model that masks are looked at on, and the sequences that its losses are measured on."""
+
+    def __init__(self, recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) -> None:
+        device = compute.settle(context.runtime)
+        dtype = read_config(inputs["model"]).dtype or torch.float32
+        self._context = context
+        self._model = load_model(inputs["model"], dtype, device).eval().requires_grad_(False)
+        self._parameters = dict(self._model.named_parameters())
+        self._sites = {site.name: site for site in find_sites(self._model)}
+        self._heads = find_heads(self._model)
+        validation = TrainingData.load(inputs["data"]).validation
+        if not len(validation):
+            raise ConfigError("anatomy: the data has no validation rows to measure losses on; set validation_rows.")
+        chosen = np.sort(seeded_order(len(validation), recipe.seed)[: recipe.rows])
+        self.losses = SequenceLosses(self._model, validation, chosen, context.runtime.micro_batch_tokens)
+        self.base: Array = np.empty(0)
+        """nats of every sequence, once `findings` has been asked for"""
+
+    def findings(self, masks: Sequence[Mask]) -> list[Findings]:
+        """Measure every mask that `context.work` does not have yet."""
+        home = self._made_for_this_model(masks)
+        steps = [2 * len(portions(self._sites_of(mask))) for mask in masks]
+        parts = Parts(replace(self._context, report=lambda _: None), len(masks))  # what is reported are measurements
+        found = []
+        with self.losses:
+            self.base = self.losses.measure()
+            _check_finite(self.base, "the base model")
+            for index, mask in enumerate(masks):
+                measure = partial(self._measure, mask, home[index], index, sum(steps[:index]), sum(steps))
+                found.append(Findings.of(parts.get(f"mask-{index}", measure)))
+        return found
+
+    def heads_left_out(self, masks: Sequence[Mask]) -> list[Row]:
+        """Name the masked modules of attention whose heads are not known."""
+        masked = (site for mask in masks for site in self._sites_of(mask))
+        unknown = dict.fromkeys(s.module for s in masked if s.kind == "attention" and s.name not in self._heads)
+        return [{"part": "heads left out", "module": module} for module in unknown]
+
+    def _sites_of(self, mask: Mask) -> list[Site]:
+        return [self._sites[masked.name] for masked in mask.config.sites]
+
+    def _measure(self, mask: Mask, at_home: bool, index: int, before: int, total: int) -> dict[str, Any]:
+        measures = dissect(mask, self._sites, self._heads, self._parameters if at_home else None)
+        self._report(before + 1, total)
+        measured: list[Effect] = []
+        if at_home:
+            found = effects(self._model, mask, self._sites_of(mask), self.losses, self.base)
+            for done, effect in enumerate(found, start=before + 2):
+                if effect is not None:
+                    _check_finite(effect.nats, f"mask-{index}, whole or in part,")
+                    measured.append(effect)
+                self._report(done, total)
+        return Findings(measures, measured).content()
+
+    def _report(self, done: int, total: int) -> None:
+        self._context.report(Progress(done, total, "measurement"))
+
+    def _made_for_this_model(self, masks: Sequence[Mask]) -> list[bool]:
+        """Say of each mask whether it was made for these weights; every matrix is hashed once."""
+        digests: dict[str, str] = {}
+        same: list[bool] = []
+        for index, mask in enumerate(masks):
+            for masked in mask.config.sites:
+                site = self._sites.get(masked.name)
+                weight = None if site is None else site.of(self._parameters)
+                if weight is None or tuple(weight.shape) != masked.shape:
+                    raise ConfigError(
+                        f"mask-{index}: the model has no matrix {masked.name} of shape {masked.shape}; "
+                        "the masks of one analysis belong to one architecture."
+                    )
+                if masked.name not in digests:
+                    digests[masked.name] = f"{dtype_name(weight)} {tensor_digest(weight)}"
+            records = mask.config.sites
+            same.append(all(digests[one.name] == f"{one.base_dtype} {one.base_sha256}" for one in records))
+        if not any(same):
+            raise ConfigError("anatomy: no mask was made for this model; give the checkpoint they were learned on.")
+        return same
+
+
+def _check_finite(nats: Array, what: str) -> None:
+    if not np.isfinite(nats).all():
+        raise StageError(f"the validation loss of {what} is not finite; use a checkpoint in float32 or bfloat16.")

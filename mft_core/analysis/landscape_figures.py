@@ -1,0 +1,176 @@
+"""The figures of the stage `landscape`: planes, line, sharpness and the terms of the bound.
+
+The fine-tuned model is black with round marks, the masked one blue with squares, in every figure; which masked model it
+is stands above.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from mft_core.analysis.drawing import AMOUNT, panels, save
+from mft_core.analysis.landscape import LINE
+from mft_core.analysis.landscape_findings import Findings
+from mft_core.analysis.pac_bayes import PRIORS, Bound, PriorName, best
+from mft_core.analysis.weight_pair import MODELS, ModelName
+from mft_core.statistics.tables import percent
+
+_LOOKS: dict[ModelName, tuple[str, str]] = {"fine-tuned": ("#000000", "o"), "masked": ("#0072B2", "s")}
+_SPLITS = {"validation": ("#0072B2", "o", "-"), "training": ("#E69F00", "^", "--")}
+_DASHES: dict[PriorName, str] = {"zero": "-", "fine-tuned": "--", "own": ":"}
+PRIOR_LABELS: dict[PriorName, str] = {
+    "zero": "zero weights",
+    "fine-tuned": "the fine-tuned model",
+    "own": "the model itself",
+}
+_LEVELS = 14
+
+
+def write(found: Findings, out: Path) -> None:
+    """Write `plane.png`, `line.png`, `sharpness.png` and `bound.png`."""
+    for name, draw in {"plane": _planes, "line": _line, "sharpness": _sharpness, "bound": _bound}.items():
+        save(lambda draw=draw: draw(found), out / f"{name}.png")  # type: ignore[misc]  # called at once
+
+
+def _title(figure: Figure, found: Findings) -> None:
+    width = int(11 * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(f"Masked: {found.recipe.variant}", width), fontsize=9, color="0.35")
+
+
+def _planes(found: Findings) -> Figure:
+    """Draw both planes on one logarithmic scale, with contours at the colours' edges."""
+    figure, axes = panels(2, 2, (3.4, 2.8))
+    every = np.stack([found.planes.losses[model] for model in MODELS])
+    levels = np.geomspace(every.min() * 0.999, every.max() * 1.001, _LEVELS + 1)
+    drawn: Any = None
+    for one, model in zip(axes, MODELS, strict=True):
+        steps, losses = found.planes.steps, found.planes.losses[model]
+        norm = BoundaryNorm(levels, 256)
+        drawn = one.contourf(steps, steps, losses, levels=levels, norm=norm, cmap=AMOUNT)
+        one.contour(steps, steps, losses, levels=levels, colors="0.25", linewidths=0.5)
+        one.plot(0, 0, "+", color="#D55E00", markersize=11, markeredgewidth=2)
+        one.annotate(
+            f"{found.planes.centre(model):.3f}", (0, 0), (0, 9), textcoords="offset points", ha="center", fontsize=9,
+            fontweight="bold", color="#D55E00", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+        one.set_title(model, fontsize=10, fontweight="bold")
+        one.set_xlabel("first direction (lengths of the filters)")
+        one.set_aspect("equal")
+    axes[0].set_ylabel("second direction (lengths of the filters)")
+    bar = figure.colorbar(drawn, ax=axes, ticks=levels[::2], pad=0.02, shrink=0.72)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}" if value < 10 else f"{value:.0f}")
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.set_label("validation loss (nats per token)")
+    _title(figure, found)
+    return figure
+
+
+def _line(found: Findings) -> Figure:
+    figure, (axes,) = panels(1, 1, (5.2, 3.2))
+    axes.axhline(0, color="0.25", linewidth=0.9)
+    for split, line in found.lines.items():
+        color, marker, dash = _SPLITS[split]
+        value, low, high = line.differences.T
+        axes.fill_between(LINE, low, high, color=color, alpha=0.2, linewidth=0)
+        label = f"{split} (fine-tuned: {line.losses[LINE.index(0)]:.3f})"
+        axes.plot(LINE, value, dash, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
+    top = axes.get_ylim()[1]
+    for t, name in enumerate(MODELS):
+        axes.axvline(t, color="0.6", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        axes.annotate(name, (t, top), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
+    axes.set_xlabel("position on the line (0 fine-tuned, 1 masked)")
+    axes.set_ylabel("loss minus that of the fine-tuned model\n(nats per token)")
+    band = f"{percent(found.recipe.confidence)} interval (bootstrap over sequences)"
+    axes.fill_between([], [], [], color="0.5", alpha=0.3, linewidth=0, label=band)
+    axes.legend(frameon=False, fontsize=8.5)
+    _title(figure, found)
+    return figure
+
+
+def _sharpness(found: Findings) -> Figure:
+    """Draw every batch as a line between the models, and the geometric means."""
+    figure, (axes,) = panels(1, 1, (4.0, 3.0))
+    values = np.array([[one.value for one in found.eigenvalues[model]] for model in MODELS])
+    for pair in values.T:
+        axes.plot([0, 1], pair, color="0.7", linewidth=0.9, zorder=1)
+    for place, model in enumerate(MODELS):
+        color, marker = _LOOKS[model]
+        axes.plot([place] * values.shape[1], values[place], marker, color=color, markersize=4, alpha=0.6)
+        mean = float(np.exp(np.log(values[place]).mean()))
+        axes.plot([place - 0.12, place + 0.12], [mean, mean], color=color, linewidth=2.5)
+    axes.set_yscale("log")
+    _plain_ticks(axes, values)
+    axes.set_xlim(-0.4, 1.4)
+    axes.set_xticks([0, 1], MODELS)
+    axes.set_ylabel("largest eigenvalue of the Hessian")
+    ratio = found.sharper
+    interval = f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    axes.set_xlabel(f"one line a batch, bar: geometric mean\nmasked / fine-tuned: {interval}")
+    _title(figure, found)
+    return figure
+
+
+def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
+    """Label a logarithmic y axis at 1, 2 and 5 times the powers of ten, a short one more closely."""
+    steps = (1, 2, 5) if values.max() > 8 * values.min() else (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    powers = 10.0 ** np.arange(np.floor(np.log10(values.min())), np.ceil(np.log10(values.max())) + 1)
+    axes.yaxis.set_major_locator(FixedLocator(sorted(float(step * power) for power in powers for step in steps)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _bound(found: Findings) -> Figure:
+    """Draw the empirical term on the left and the complexity term on the right, against the noise."""
+    figure, (left, right) = panels(2, 2, (3.6, 3.1))
+    for model in MODELS:
+        color, marker = _LOOKS[model]
+        terms = found.bounds["own", model]
+        shares = [one.share for one in terms]
+        apart = {"fine-tuned": 0.97, "masked": 1.03}[model]  # beside each other, so that both can be seen
+        left.errorbar(
+            [apart * share for share in shares], [one.empirical for one in terms], [one.empirical_se for one in terms],
+            color=color, marker=marker, markersize=5, linewidth=1.3, capsize=2, label=model,
+        )  # fmt: skip
+        left.axhline(found.errors[model], color=color, linewidth=0.9, linestyle=(0, (1, 2)))
+        for prior in PRIORS:
+            if (prior, model) == ("own", "fine-tuned"):
+                continue  # the same as the fine-tuned model as prior
+            _complexity(right, found.bounds[prior, model], prior, model)
+    left.plot([], [], color="0.4", linewidth=0.9, linestyle=(0, (1, 2)), label="without noise")
+    left.set(ylim=(0, 1), ylabel="empirical term: share of wrong tokens")
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    right.axhline(1, color="#D55E00", linewidth=1.2)
+    right.annotate("from here on the bound says nothing", (1, 1), (0, 3), xycoords=("axes fraction", "data"),
+                   textcoords="offset points", ha="right", color="#D55E00", fontsize=8)  # fmt: skip
+    right.set_yscale("log")
+    right.set_ylabel("complexity term")
+    for prior in PRIORS:
+        right.plot([], [], color="0.3", linestyle=_DASHES[prior], label=f"prior: {PRIOR_LABELS[prior]}")
+    right.legend(frameon=False, fontsize=8, loc="best")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("noise (root mean squares of the weights)")
+    _title(figure, found)
+    return figure
+
+
+def _complexity(axes: Axes, terms: list[Bound], prior: PriorName, model: ModelName) -> None:
+    """Draw one prior's term; a filled mark where the bound is lowest."""
+    color, marker = _LOOKS[model]
+    for one in terms:
+        filled = color if one is best(terms) else "white"
+        axes.plot(one.share, one.complexity, marker, color=color, markerfacecolor=filled, markersize=5, zorder=3)
+    axes.plot(
+        [one.share for one in terms], [one.complexity for one in terms], color=color, linestyle=_DASHES[prior],
+        linewidth=1.3,
+    )  # fmt: skip

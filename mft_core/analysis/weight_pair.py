@@ -1,0 +1,108 @@
+"""Two checkpoints that differ in some maskable matrices only, as one loaded model whose matrices can be set to either.
+
+Which matrices a mask touches is read off the weights themselves: those that differ. Used by the stage `landscape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mft_core.checkpoint_io import WeightFiles, load_model, read_config, skeleton
+from mft_core.errors import ConfigError
+from mft_core.masks.sites import Site, find_sites
+
+ModelName = Literal["fine-tuned", "masked"]
+MODELS: tuple[ModelName, ModelName] = ("fine-tuned", "masked")
+
+
+class WeightPair:
+    """The fine-tuned model, loaded; `put` changes the matrices in which the masked one differs."""
+
+    def __init__(self, model: PreTrainedModel, sites: list[Site], values: Mapping[ModelName, list[Tensor]]) -> None:
+        """Take a frozen model and, in the order of `sites`, the matrices that either checkpoint has there."""
+        self.model, self.sites, self.values = model, sites, values
+        self._parameters = dict(model.named_parameters())
+
+    @classmethod
+    def load(cls, fine_tuned: Path, masked: Path, device: torch.device) -> WeightPair:
+        """Load both, in the type that the fine-tuned one is stored in.
+
+        Raises:
+            ConfigError: they are equal, or differ in other weights than maskable matrices, or in their shapes.
+        """
+        sites = changed_sites(fine_tuned, masked)
+        dtype = read_config(fine_tuned).dtype or torch.float32
+        model = load_model(fine_tuned, dtype, device).eval().requires_grad_(False)
+        values: dict[ModelName, list[Tensor]] = {}
+        for name, directory in zip(MODELS, (fine_tuned, masked), strict=True):
+            files = WeightFiles(directory)
+            values[name] = [files.tensor(site.name).to(device, dtype) for site in sites]
+        return cls(model, sites, values)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name."""
+        return self._parameters
+
+    @property
+    def lower_layers(self) -> list[nn.Module]:
+        """The decoder layers below all changed matrices: whatever `put` does, they compute the same."""
+        first = self.sites[0]
+        layers = self.model.get_submodule(first.parameter.split(f".{first.layer}.")[0])
+        return list(layers.children())[: min(site.layer for site in self.sites)]
+
+    @property
+    def weights(self) -> int:
+        """Weights of the changed matrices."""
+        return sum(value.numel() for value in self.values["masked"])
+
+    @torch.no_grad()
+    def put(self, values: Iterable[Tensor]) -> None:
+        """Set the changed matrices, one value for each site; they are rounded to the model's type."""
+        for site, value in zip(self.sites, values, strict=True):
+            site.of(self._parameters).copy_(value)
+
+
+def changed_sites(fine_tuned: Path, masked: Path) -> list[Site]:
+    """Return the maskable matrices in which two checkpoints differ, by layer; read one at a time.
+
+    Raises:
+        ConfigError: none differs, another weight does, or the checkpoints have other matrices.
+    """
+    first, second = WeightFiles(fine_tuned), WeightFiles(masked)
+    sites = find_sites(skeleton(fine_tuned))
+    second.check([site.name for site in sites])
+    changed = [site for site in sites if not _equal(first.tensor(site.name), second.tensor(site.name), site.name)]
+    if not changed:
+        raise ConfigError(f"masked = {masked}: its maskable weights are those of model = {fine_tuned}; give another.")
+    in_sites = {piece.tensor for site in sites for piece in first.pieces[site.name]}
+    for name in sorted(set(first.file_of) - in_sites):
+        if name not in second.file_of or not torch.equal(_stored(first, name), _stored(second, name)):
+            raise ConfigError(
+                f"masked = {masked}: {name} differs from model = {fine_tuned}, and is not a maskable matrix; "
+                "give a model that was made by merging a mask into the other one."
+            )
+    return changed
+
+
+def _equal(one: Tensor, other: Tensor, name: str) -> bool:
+    if one.shape != other.shape:
+        raise ConfigError(f"{name} has shape {tuple(one.shape)} in one model and {tuple(other.shape)} in the other.")
+    return torch.equal(one, other)
+
+
+def _stored(files: WeightFiles, name: str) -> Tensor:
+    with safe_open(files.directory / files.file_of[name], framework="pt") as handle:
+        return handle.get_tensor(name)

@@ -1,0 +1,196 @@
+"""Masks combined and compared by what they REMOVE; a matrix that a mask does not list loses nothing to it.
+
+    union          removes what either removes          matrices of either
+    intersection   removes what both remove             matrices of both
+    difference     removes what A removes and B keeps   matrices of A
+    complement     removes exactly what A keeps         matrices of A (never the rest of the model)
+
+On masks of the same matrices these are the operations on sets, with all their laws. Results are masks like others
+(selector and scope 'combined', sparsity the share that they remove). Operands must belong to one base: the matrices
+that both list must have the same digests; what only one lists cannot be compared and is taken as it is.
+
+`overlap` measures the Jaccard index |A ∩ B| / |A ∪ B| of the removed weights beside what chance gives. Among n weights,
+independent masks that remove a and b of them at random share a number of hypergeometric distribution, of mean a·b/n
+exactly; so by chance
+
+    J = E / (a + b − E),    E = Σ aᵢ·bᵢ/nᵢ over the matrices,    a = Σ aᵢ,    b = Σ bᵢ
+
+which is the ratio of the two expectations; the expectation of the ratio is above it by O(1/n). Called by
+`mft mask combine` and `mft mask compare`, and from notebooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mft_core.errors import ConfigError
+from mft_core.masks.adapter import Mask, assemble
+from mft_core.masks.masked_sites import Grid, MaskedSite, arrange, cut, measure
+from mft_core.masks.packing import PackedMasks
+
+
+def union(a: Mask, b: Mask) -> Mask:
+    """Return the mask that removes what `a` or `b` removes, in the matrices of either.
+
+    Raises:
+        ConfigError: the masks belong to different bases.
+    """
+    shared = _of_one_base(a, b)
+    only_b = [site for site in b.config.sites if site.name not in shared]
+    sites = sorted([*a.config.sites, *only_b], key=lambda site: site.layer)
+
+    def kept(name: str) -> Tensor:
+        if name in shared:
+            return a.kept[name] & b.kept[name]
+        return a.kept[name] if name in a.kept else b.kept[name]
+
+    return _combined(sites, kept, a, b)
+
+
+def intersection(a: Mask, b: Mask) -> Mask:
+    """Return the mask that removes what both `a` and `b` remove, in the matrices of both.
+
+    Raises:
+        ConfigError: the masks belong to different bases, or have no matrix in common.
+    """
+    shared = _of_one_base(a, b)
+    if not shared:
+        raise ConfigError("the masks have no matrix in common, so there is nothing that both remove.")
+    sites = [site for site in a.config.sites if site.name in shared]
+    return _combined(sites, lambda name: a.kept[name] | b.kept[name], a, b)
+
+
+def difference(a: Mask, b: Mask) -> Mask:
+    """Return the mask that removes what `a` removes and `b` keeps, in the matrices of `a`.
+
+    Raises:
+        ConfigError: the masks belong to different bases.
+    """
+    shared = _of_one_base(a, b)
+
+    def kept(name: str) -> Tensor:
+        return a.kept[name] | ~b.kept[name] if name in shared else a.kept[name]
+
+    return _combined(a.config.sites, kept, a)
+
+
+def complement(a: Mask) -> Mask:
+    """Return the mask that removes exactly what `a` keeps, in the matrices of `a`."""
+    return _combined(a.config.sites, lambda name: ~a.kept[name], a)
+
+
+def _of_one_base(a: Mask, b: Mask) -> set[str]:
+    """Return the names of the matrices that both masks list, once their bases are the same."""
+    theirs = {site.name: site for site in b.config.sites}
+    for site in a.config.sites:
+        other = theirs.get(site.name)
+        if other and _base(other) != _base(site):
+            raise ConfigError(
+                f"{site.name}: the masks were made for different base weights, {_words(site)} and {_words(other)}; "
+                "combine masks of one base."
+            )
+    return a.kept.keys() & b.kept.keys()
+
+
+def _base(site: MaskedSite) -> tuple[tuple[int, ...], str, str]:
+    return site.shape, site.base_dtype, site.base_sha256
+
+
+def _words(site: MaskedSite) -> str:
+    return f"{site.base_dtype} {site.shape} of sha256 {site.base_sha256[:12]}…"
+
+
+def _combined(sites: Sequence[MaskedSite], kept: Callable[[str], Tensor], *made_of: Mask) -> Mask:
+    packed = PackedMasks((site.name, kept(site.name)) for site in sites)
+    records = [site.model_copy(update={"zeros": packed.zeros(site.name)}) for site in sites]
+    targets = tuple(dict.fromkeys(module for _, module in arrange(records)))
+    modules = {mask.config.modules for mask in made_of}
+    names = {mask.config.base_model_name_or_path for mask in made_of}
+    return assemble(
+        records,
+        packed,
+        target_modules=targets,
+        modules=modules.pop() if len(modules) == 1 else ",".join(targets),
+        sparsity=cut(records).share,
+        selector="combined",
+        scope="combined",
+        base_name=names.pop() if len(names) == 1 else "",
+    )
+
+
+class Overlap(NamedTuple):
+    """What two masks remove of the same weights, in counts."""
+
+    weights: int
+    first: int
+    """removed by the first mask"""
+    second: int
+    """removed by the second mask"""
+    both: int
+    expected: float
+    """removed by both, on average over independent masks of these counts"""
+
+    @property
+    def jaccard(self) -> float:
+        """|A ∩ B| / |A ∪ B|; 1 where neither removes anything."""
+        return _ratio(self.both, self.first + self.second)
+
+    @property
+    def chance(self) -> float:
+        """The Jaccard index at the expected intersection (see the module's docstring)."""
+        return _ratio(self.expected, self.first + self.second)
+
+
+def _ratio(both: float, removed: int) -> float:
+    return both / (removed - both) if removed else 1.0
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """The overlap of two masks over the matrices that both list: of each matrix, and summed."""
+
+    matrices: Mapping[str, Overlap]
+    grid: Grid[Overlap]
+    """by layer and module, and in total"""
+    same_base: bool
+    """whether the matrices have the same base weights; positions can be compared in any case"""
+    only_first: tuple[str, ...]
+    """matrices that the second mask does not list; left out of all counts"""
+    only_second: tuple[str, ...]
+
+
+def overlap(a: Mask, b: Mask) -> Overlaps:
+    """Measure how far two masks remove the same positions, over the matrices that both list.
+
+    The bases may differ (two fine-tuned models of one architecture).
+
+    Raises:
+        ConfigError: no matrix in common, or shapes that differ.
+    """
+    theirs = {site.name: site for site in b.config.sites}
+    shared = [site for site in a.config.sites if site.name in theirs]
+    if not shared:
+        raise ConfigError("the masks have no matrix in common; compare masks of the same layers.")
+    matrices = {}
+    for site in shared:
+        other = theirs[site.name]
+        if site.shape != other.shape:
+            raise ConfigError(f"{site.name}: shapes differ, {site.shape} and {other.shape}.")
+        both = a.kept.common_zeros(b.kept, site.name)
+        expected = site.zeros * other.zeros / site.numel
+        matrices[site.name] = Overlap(site.numel, site.zeros, other.zeros, both, expected)
+    return Overlaps(
+        matrices,
+        grid=measure(shared, lambda sites: _sum([matrices[site.name] for site in sites])),
+        same_base=all(_base(site) == _base(theirs[site.name]) for site in shared),
+        only_first=tuple(site.name for site in a.config.sites if site.name not in theirs),
+        only_second=tuple(name for name in theirs if name not in a.kept),
+    )
+
+
+def _sum(parts: Sequence[Overlap]) -> Overlap:
+    return Overlap(*(sum(column) for column in zip(*parts, strict=True)))

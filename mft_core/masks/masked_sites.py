@@ -1,0 +1,187 @@
+"""One masked matrix as a mask file records it: its name, its shape, and the base weight it belongs to.
+
+The one place that reads site names: which parameter and which matrix of it (`….experts.gate_up_proj[3]` is matrix 3 of
+a parameter of shape (matrices, rows, columns)), which layer, and which column of a table. Used by
+`mft_core.masks.adapter`, by merging, and by what shows and compares masks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Generic, NamedTuple, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from mft_core.errors import ConfigError
+
+_MATRIX_OF = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8})\]")
+_IN_LAYER = re.compile(r"(?:.*?\.)??([0-9]{1,9})\.(.+)")
+T = TypeVar("T")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dimension = Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class MaskedSite(BaseModel):
+    """One masked matrix and the base weight it belongs to; the shape is the stored one, (out, in) for most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """as `mft_core.masks.sites.Site.name`"""
+    shape: tuple[Dimension, Dimension]
+    zeros: int
+    base_dtype: str
+    base_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _is_a_matrix_of_a_layer(self) -> MaskedSite:
+        if not _IN_LAYER.fullmatch(self.parameter):
+            raise ValueError(f"name '{self.name}' is not that of a matrix in a decoder layer ('layers.0.q_proj')")
+        if not 0 <= self.zeros <= self.numel:
+            raise ValueError(f"{self.name}: zeros = {self.zeros} of {self.numel} weights")
+        dtype = getattr(torch, self.base_dtype, None)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{self.name}: base_dtype '{self.base_dtype}' is no floating point type of torch")
+        return self
+
+    @property
+    def numel(self) -> int:
+        """Weights of the matrix."""
+        return prod(self.shape)
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds the matrix."""
+        found = _MATRIX_OF.fullmatch(self.name)
+        return found[1] if found else self.name
+
+    @property
+    def index(self) -> int | None:
+        """Which matrix of a parameter that holds several; None where the parameter is the matrix."""
+        found = _MATRIX_OF.fullmatch(self.name)
+        return int(found[2]) if found else None
+
+    @property
+    def layer(self) -> int:
+        """Index of the decoder layer: the first number among the parts of the name."""
+        return int(self._in_layer()[1])
+
+    @property
+    def path(self) -> str:
+        """Name inside the layer, as `mft_core.masks.sites.Site.path`; all experts of a layer share one."""
+        return self._in_layer()[2].removesuffix(".weight")
+
+    @property
+    def module(self) -> str:
+        """Last part of the path, as PEFT's `target_modules` would name it."""
+        return self.path.rsplit(".", 1)[-1]
+
+    def _in_layer(self) -> re.Match[str]:
+        found = _IN_LAYER.fullmatch(self.parameter)
+        assert found is not None  # the validator sees to it
+        return found
+
+    def of(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the matrix, a view into its parameter; None where there is none of that name."""
+        whole = parameters.get(self.parameter)
+        if whole is None or self.index is None:
+            return whole
+        return whole[self.index] if whole.dim() == 3 and self.index < len(whole) else None
+
+
+Cells = dict[tuple[int, str], list[MaskedSite]]
+
+
+def arrange(sites: Iterable[MaskedSite]) -> Cells:
+    """Lay sites out by (layer, module): layers ascending, modules in their own order; experts share a cell.
+
+    A module is named by the last part of its path, or by the whole path where two modules end alike (GPT-2 has
+    `attn.c_proj` and `mlp.c_proj`).
+    """
+    sites = sorted(sites, key=lambda site: site.layer)
+    paths = defaultdict(set)
+    for site in sites:
+        paths[site.module].add(site.path)
+    cells: Cells = defaultdict(list)
+    for site in sites:
+        cells[site.layer, site.module if len(paths[site.module]) == 1 else site.path].append(site)
+    return dict(cells)
+
+
+@dataclass(frozen=True)
+class Grid(Generic[T]):
+    """One measure of a mask's matrices: of each cell, layer and module, and in total."""
+
+    cells: Mapping[tuple[int, str], T]
+    layers: Mapping[int, T]
+    modules: Mapping[str, T]
+    total: T
+
+
+def measure(sites: Iterable[MaskedSite], of: Callable[[Sequence[MaskedSite]], T]) -> Grid[T]:
+    """Apply `of` to the sites of every cell, layer and module of `arrange`, and to all sites."""
+    cells = arrange(sites)
+    layers: dict[int, list[MaskedSite]] = defaultdict(list)
+    modules: dict[str, list[MaskedSite]] = defaultdict(list)
+    for (layer, module), inside in cells.items():
+        layers[layer] += inside
+        modules[module] += inside
+    return Grid(
+        {cell: of(inside) for cell, inside in cells.items()},
+        {layer: of(inside) for layer, inside in layers.items()},
+        {module: of(inside) for module, inside in modules.items()},
+        of([site for inside in cells.values() for site in inside]),
+    )
+
+
+class Cut(NamedTuple):
+    """How much a mask removes of some matrices."""
+
+    zeros: int
+    weights: int
+
+    @property
+    def share(self) -> float:
+        """Share set to zero."""
+        return self.zeros / self.weights
+
+
+def cut(sites: Sequence[MaskedSite]) -> Cut:
+    """Return how much is removed of these matrices together."""
+    return Cut(sum(site.zeros for site in sites), sum(site.numel for site in sites))
+
+
+def check_base(site: MaskedSite, weight: Tensor | None) -> None:
+    """Check that `weight` is the base weight that the site's mask was made for.
+
+    Raises:
+        ConfigError: missing, or of other shape, type or content.
+    """
+    if weight is None:
+        raise ConfigError(f"the mask does not belong to this model, which has no weight named {site.name}.")
+    found = f"{dtype_name(weight)} {tuple(weight.shape)}"
+    if found != f"{site.base_dtype} {site.shape}":
+        raise ConfigError(f"{site.name} is {found} here; the mask was made for {site.base_dtype} {site.shape}.")
+    if tensor_digest(weight) != site.base_sha256:
+        raise ConfigError(
+            f"{site.name}: the mask was made for other weights (sha256 differs); "
+            "apply it to the checkpoint that it was learned on."
+        )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return the type as mask files name it, e.g. 'bfloat16'."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256 hex digest of a tensor's bytes, row-major."""
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).hexdigest()

@@ -1,0 +1,197 @@
+"""W ⊙ M as an ordinary checkpoint, and back.
+
+Works on the checkpoint's tensors: what is not masked keeps its bytes, so every other weight is bit-identical to the
+base, in its dtype, its shard and under its name. Used by the stage `merge-mask` and by the command `mft mask`.
+
+What is set to zero cannot be computed back, but it can be kept, in the folder `mask/` of the merged checkpoint (a
+folder, because loaders take every *.safetensors beside config.json for weights of the model):
+
+    mask/mask.safetensors, mask_config.json    the mask, as `mft_core.masks.adapter` has it
+    mask/removed.safetensors                   one 1-D tensor per masked matrix, under its `Site.name` and in its dtype:
+                                               the values that were set to zero, in the matrix's row-major order. The
+                                               header's metadata `merged` is JSON: sha256 of each weight file as written
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mft_core.checkpoint_io import WeightFiles
+from mft_core.checkpoint_names import Piece
+from mft_core.errors import ConfigError
+from mft_core.identity import digest_file
+from mft_core.masks.adapter import Mask, load_mask, save_mask
+from mft_core.masks.masked_sites import check_base, tensor_digest
+from mft_core.sources import parts
+
+KEPT, REMOVED = "mask", "removed.safetensors"
+Report = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def merge(base: Path, mask_directory: Path, out: Path, report: Report = _silent, *, keep_removed: bool = False) -> Mask:
+    """Write `out`: the checkpoint `base` with the entries that the mask removes set to zero.
+
+    The files are written beside `out` and renamed at the end, so that `out` is whole or not there.
+
+    Args:
+        mask_directory: as `mft_core.masks.adapter.save_mask` writes it.
+        out: a directory that does not exist.
+        report: told how many files of how many are merged.
+        keep_removed: keep the mask and the removed values in `out/mask/`, so that `unmerge` can restore the base.
+
+    Returns:
+        the mask.
+
+    Raises:
+        ConfigError: the mask is damaged, or belongs to another model; nothing is written.
+    """
+    mask = load_mask(mask_directory)
+    files = WeightFiles(base)
+    removed = {}
+    for site in mask.config.sites:
+        weight = files.tensor(site.name) if site.name in files.pieces else None
+        check_base(site, weight)
+        if keep_removed and weight is not None:
+            removed[site.name] = weight[~mask.kept[site.name]]
+    with _whole_or_absent(out) as target:
+        _rewrite(files, mask, target, report)
+        if keep_removed:
+            _save_removed(removed, mask, files, target)
+    return mask
+
+
+def unmerge(merged: Path, out: Path, report: Report = _silent) -> Mask:
+    """Write `out`: the base of a checkpoint that was merged with `keep_removed`, every weight bit for bit.
+
+    Args:
+        merged: the merged checkpoint, with its folder `mask/`.
+        out: a directory that does not exist; it is whole or not there.
+        report: told how many files of how many are restored.
+
+    Returns:
+        the mask.
+
+    Raises:
+        ConfigError: the folder is missing or damaged, or the weights are not those that `merge` wrote; nothing is
+            written.
+    """
+    if not (merged / KEPT).is_dir():
+        raise ConfigError(
+            f"merged = {merged}: no folder {KEPT}/ there, so what was removed is not known; only a checkpoint that was "
+            "merged with its removed values kept can be unmerged."
+        )
+    mask = load_mask(merged / KEPT)
+    files = WeightFiles(merged)
+    removed = _load_removed(merged, mask, files)
+    for site in mask.config.sites:
+        weight = files.tensor(site.name)
+        weight[~mask.kept[site.name]] = removed[site.name]
+        if tensor_digest(weight) != site.base_sha256:
+            raise ConfigError(
+                f"merged = {merged}: the values kept of {site.name} do not give the base weight (sha256 differs); "
+                f"{KEPT}/{REMOVED} was altered."
+            )
+    with _whole_or_absent(out) as target:
+        _rewrite(files, mask, target, report, removed)
+    return mask
+
+
+@contextlib.contextmanager
+def _whole_or_absent(out: Path) -> Iterator[Path]:
+    """Give a directory beside `out` to write to, renamed to `out` at the end and deleted on failure."""
+    if out.exists():
+        raise ConfigError(f"out = {out}: exists already; give a directory that does not.")
+    unfinished = out.with_name(f".incomplete-{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Where a part of a masked matrix lies in a file: `rows` of the matrix of that name."""
+
+    piece: Piece
+    name: str
+    rows: slice
+
+
+def _regions(files: WeightFiles, mask: Mask) -> dict[str, list[_Region]]:
+    """Return what is masked in each file, by the file's name."""
+    regions = defaultdict(list)
+    for site in mask.config.sites:
+        for piece, rows in files.rows(site.name):
+            regions[files.file_of[piece.tensor]].append(_Region(piece, site.name, rows))
+    return regions
+
+
+def _rewrite(
+    files: WeightFiles, mask: Mask, target: Path, report: Report, removed: Mapping[str, Tensor] | None = None
+) -> None:
+    """Copy a checkpoint; masked entries become zero, or what `removed` has of them."""
+    regions = _regions(files, mask)
+    for name in parts("model", files.directory):
+        if name not in regions and not files.holds_other_weights(name):
+            shutil.copyfile(files.directory / name, target / name)
+    for done, name in enumerate(sorted(regions), start=1):
+        with safe_open(files.directory / name, framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {tensor: handle.get_tensor(tensor) for tensor in handle.keys()}  # noqa: SIM118 (not a mapping)
+        for region in regions[name]:
+            _fill(region, tensors, mask, removed)
+        save_file(tensors, target / name, metadata=metadata)
+        report(done, len(regions))
+
+
+def _fill(region: _Region, tensors: dict[str, Tensor], mask: Mask, removed: Mapping[str, Tensor] | None) -> None:
+    cut = ~mask.kept[region.name]
+    if removed is None:
+        region.piece.of(tensors).masked_fill_(cut[region.rows], 0)
+    else:
+        above = int(cut[: region.rows.start].sum())
+        count = int(cut[region.rows].sum())
+        region.piece.of(tensors)[cut[region.rows]] = removed[region.name][above : above + count]
+
+
+def _save_removed(removed: dict[str, Tensor], mask: Mask, files: WeightFiles, target: Path) -> None:
+    save_mask(mask, target / KEPT)
+    written = {name: digest_file(target / name) for name in files.files}
+    save_file(removed, target / KEPT / REMOVED, metadata={"merged": json.dumps(written, sort_keys=True)})
+
+
+def _load_removed(merged: Path, mask: Mask, files: WeightFiles) -> dict[str, Tensor]:
+    """Read the kept values, and check that they fit the mask and that the weights are those that were written."""
+    try:
+        with safe_open(merged / KEPT / REMOVED, framework="pt") as handle:
+            written = json.loads((handle.metadata() or {}).get("merged", "null"))
+            removed = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"merged = {merged}: no readable {KEPT}/{REMOVED} ({error}).") from error
+    found = {name: (str(values.dtype), tuple(values.shape)) for name, values in removed.items()}
+    if found != {site.name: (f"torch.{site.base_dtype}", (site.zeros,)) for site in mask.config.sites}:
+        raise ConfigError(f"merged = {merged}: {KEPT}/{REMOVED} does not hold what its mask removes; it was altered.")
+    if written != {name: digest_file(merged / name) for name in files.files}:
+        raise ConfigError(
+            f"merged = {merged}: the weight files are not those that the merge wrote (sha256 differs), so what was "
+            "removed does not belong to them; give the merged checkpoint itself."
+        )
+    return removed

@@ -1,0 +1,156 @@
+"""How gains look in every figure: colours, markers, intervals, and what the legend says of them.
+
+Colours are those of Okabe and Ito (told apart by colour-blind readers), and methods differ in marker too. A filled mark
+is a gain that is distinguishable from noise, a hollow one is not; its line is the interval.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mft_core.statistics.tables import apart, percent, pooled
+
+Row = Mapping[str, Any]
+Published = Mapping[tuple[str, str], float]
+"""gain that somebody else has published (a share, 0.01 is one point) by (domain, benchmark)"""
+
+METHODS = {
+    "mft": ("#0072B2", "o"),
+    "random": ("#E69F00", "s"),
+    "magnitude": ("#009E73", "^"),
+    "wanda": ("#D55E00", "D"),
+    "movement": ("#56B4E9", "v"),
+    "mft-soft": ("#000000", "<"),
+    "continued-fft": ("#CC79A7", ">"),
+    "lora": ("#6E6E6E", "h"),
+    "continued-lora": ("#9A9A9A", "p"),
+}
+_OTHER = ("#6E6E6E", "d")
+LEVELS = [
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "<"),
+    ("#000000", ">"),
+]
+"""of the values of one setting, where a single method is drawn"""
+REFERENCES = frozenset({"base", "fft"})
+"""methods that no figure of gains draws: the gain of FFT is zero, the base's is not the question"""
+CONTROLS = frozenset({"random", "magnitude", "wanda", "movement"})
+GAIN_LABEL = "Gain over FFT (percentage points)"
+_PUBLISHED = ("#000000", "*")
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colour and marker of a series."""
+
+    color: str
+    marker: str
+
+
+def of_method(method: str) -> Style:
+    """Return how a method is drawn, the same in every figure."""
+    return Style(*METHODS.get(method, _OTHER))
+
+
+def title(figure: Figure, question: str) -> None:
+    """Put the question on top, in as many lines as it needs."""
+    width = int(figure.get_figwidth() * 11)
+    figure.suptitle(textwrap.fill(question, width), fontsize=11)
+
+
+def drawn(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose gain is shown: compared with FFT, and not FFT or base itself."""
+    return [row for row in rows if row["gain"] is not None and row["method"] not in REFERENCES]
+
+
+def limits(rows: Sequence[Row], published: Published) -> tuple[float, float]:
+    """Return the range of gains in percentage points: every interval, but for controls far below what is compared.
+
+    Such a control stands at the edge with its value, so that it does not flatten what the question is about.
+    """
+    shown = pooled(drawn(rows))
+    asked = [row for row in shown if row["method"] not in CONTROLS] or shown
+    marks = [100 * gain for gain in published.values()]
+    marks += [100 * row["gain"] for row in apart(drawn(rows)) if row["method"] not in CONTROLS]
+    top = max([0.0, *marks, *(100 * row["gain_high"] for row in shown)])
+    low = min([0.0, *marks, *(100 * row["gain_low"] for row in asked)])
+    lowest = min([low, *(100 * row["gain_low"] for row in shown)])
+    span = max(top - low, 2.0)
+    return max(lowest, low - 0.6 * span) - 0.08 * span, top + 0.08 * span
+
+
+def mark(axes: Axes, at: float, row: Row, style: Style, *, across: bool = False) -> None:
+    """Draw one gain with its interval.
+
+    Args:
+        at: where it stands on the axis that is not the gain's.
+        across: gains lie on the x axis.
+    """
+    floor, top = axes.get_xlim() if across else axes.get_ylim()
+    edge = floor + 0.03 * (top - floor)
+    gain, real = 100 * row["gain"], row["verdict"] in ("better", "worse")
+    interval = [100 * row["gain_low"], 100 * row["gain_high"]]
+    line = (interval, [at, at]) if across else ([at, at], interval)
+    axes.plot(*line, color=style.color, linewidth=1.6, zorder=3, solid_capstyle="butt")
+    point = (max(gain, edge), at) if across else (at, max(gain, edge))
+    axes.plot(
+        *point, style.marker, color=style.color, markersize=6, markeredgewidth=1.3, zorder=4,
+        markerfacecolor=style.color if real else "white", clip_on=False,
+    )  # fmt: skip
+    if gain < edge:
+        text, offset, place = (f"← {gain:+.0f}", (7, 0), ("left", "center")) if across else (
+            f"{gain:+.0f}\n↓", (0, 6), ("center", "bottom"))  # fmt: skip
+        axes.annotate(text.replace("-", "−"), point, offset, textcoords="offset points", ha=place[0], va=place[1],
+                      color="0.25", fontsize=8, linespacing=0.9, zorder=5)  # fmt: skip
+
+
+def published_mark(axes: Axes, at: float, gain: float, *, across: bool = False) -> None:
+    """Draw a published gain: a star, and a dotted line across the panel. It has no interval, for none is published."""
+    value = 100 * gain
+    (axes.axvline if across else axes.axhline)(value, color="0.45", linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    point = (value, at) if across else (at, value)
+    axes.plot(*point, _PUBLISHED[1], color=_PUBLISHED[0], markersize=8, zorder=4, clip_on=False)
+
+
+def legend(
+    figure: Figure,
+    series: Mapping[str, Style],
+    confidence: float,
+    *,
+    single_seeds: bool,
+    published: bool,
+) -> None:
+    """Say below the figure which mark is what.
+
+    Args:
+        series: label and style of each.
+        single_seeds: whether seeds are drawn apart.
+        published: whether published gains are drawn.
+    """
+    handles = [
+        Line2D([], [], color=style.color, marker=style.marker, markersize=6, linewidth=1.6, label=label)
+        for label, style in series.items()
+    ]
+    grey: dict[str, Any] = {"color": "0.35", "linestyle": "none", "markersize": 6}
+    handles.append(Line2D([], [], color="0.35", linewidth=1.6, label=f"{percent(confidence)} interval (bootstrap)"))
+    handles.append(Line2D([], [], marker="o", label="distinguishable from noise", **grey))
+    handles.append(Line2D([], [], marker="o", markerfacecolor="white", label="not distinguishable", **grey))
+    if single_seeds:
+        handles.append(Line2D([], [], color="0.35", linestyle="none", marker=".", markersize=5, label="one seed"))
+    if published:
+        color, marker = _PUBLISHED
+        label = "published (paper, one seed)"
+        handles.append(Line2D([], [], color=color, marker=marker, linestyle="none", markersize=8, label=label))
+    columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.0)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
