@@ -16,11 +16,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## the main job on the tiny profile: set-up, then the sparsity-against-gain table
 	$(BIN)/mft run sparsity --profile tiny
 
+# two workers of one thread each: a file's tests stay together, since they share what is costly to make
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: install  ## set-up and all tests but the slow ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: install  ## every test
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 bench: install  ## time and memory of mask learning against a dense model and the published way
 	$(BIN)/python -m tests.bench.mask_step

@@ -228,10 +228,10 @@ class Landscape(Recipe):
     variant: str = Field("masked", description="what the masked model is called in tables and figures")
     rows: int = Field(200, ge=8, description="sequences of the line and of the bound; all, if there are fewer")
     plane_rows: int = Field(48, gt=0, description="validation sequences of the planes, some of `rows`")
-    points: int = Field(11, gt=2, description="of a plane's axis, odd")
+    points: int = Field(9, gt=2, description="of a plane's axis, odd")
     span: float = Field(1.0, gt=0, description="half the width of a plane, in lengths of the filters")
     hessian_batches: int = Field(6, ge=2, description="batches of training sequences, each with a Hessian of its own")
-    hessian_rows: int = Field(24, gt=0, description="sequences of such a batch")
+    hessian_rows: int = Field(16, gt=0, description="sequences of such a batch")
     noise: tuple[float, ...] = Field(
         (0.1, 0.2, 0.5, 1.0, 2.0),
         min_length=1,

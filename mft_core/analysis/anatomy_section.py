@@ -141,8 +141,12 @@ def _agreement(rows: Sequence[Row], labels: Labels, confidence: float, out: Path
 def _span(row: Row, name: str) -> str:
     if row[name] is None:
         return "-"
-    spread = "" if row["pairs"] == 1 else f" [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
-    return f"{row[name]:.3f}{spread}"
+    mean, low, high = (_plain(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    return mean if row["pairs"] == 1 else f"{mean} [{low}, {high}]"
+
+
+def _plain(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def _costs(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) -> list[str]:
