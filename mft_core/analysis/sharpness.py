@@ -10,9 +10,10 @@ Used by the stage `landscape`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -21,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lobpcg
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from mft_core.analysis.parts import Parts
@@ -93,8 +93,7 @@ class HessianOfLoss:
 
     def _gradients(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the gradient of the batch's share of the loss, itself differentiable."""
-        # the fused attention kernels have no second derivative
-        with LossHead(self._model) as head, sdpa_kernel(SDPBackend.MATH):
+        with LossHead(self._model) as head, _plain_attention(self._model):
             loss = head.summed_loss(batch, self._model.device) / self._batches.loss_tokens
             return torch.autograd.grad(loss, list(self._trained.values()), create_graph=True)
 
@@ -109,6 +108,21 @@ class HessianOfLoss:
     def _train(self, trained: bool) -> None:
         for parameter in self._trained.values():
             parameter.requires_grad_(trained)
+
+
+@contextlib.contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have this model compute attention without the fused kernels, which have no second derivative.
+
+    torch's own switch (`sdpa_kernel`) concerns the whole process: other stages would compute otherwise meanwhile, and
+    switch it back under us.
+    """
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def largest_eigenvalue(product: Callable[[Vector], Vector], size: int, seed: int) -> Eigenvalue:

@@ -13,7 +13,7 @@ from mft_core.analysis.pac_bayes import Noisy, best, bounds, complexity, gaussia
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.sequence_errors import SequenceErrors
 from mft_core.analysis.sequence_loss import SequenceLosses
-from mft_core.analysis.sharpness import TOLERANCE, HessianOfLoss, largest_eigenvalue
+from mft_core.analysis.sharpness import TOLERANCE, HessianOfLoss, _plain_attention, largest_eigenvalue
 from mft_core.analysis.weight_pair import WeightPair, changed_sites
 from mft_core.checkpoint_io import WeightFiles, load_model, skeleton
 from mft_core.data.batching import micro_batches
@@ -257,3 +257,13 @@ def test_a_bfloat16_checkpoint_is_looked_at_in_its_own_type_and_its_sharpness_in
     inputs = {"model": paths[0], "masked": paths[1], "data": save_data(tmp_path / "data")}
     summary = run(RECIPE, inputs, tmp_path / "out", make_context(tmp_path / "work"))
     assert summary["sharpness_ratio"] > 0
+
+
+def test_second_derivatives_change_no_switch_of_the_process() -> None:
+    model = make_model()
+    before = (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+    implementation = model.config._attn_implementation
+    with _plain_attention(model):
+        assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()) == before
+        assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == implementation
