@@ -35,7 +35,6 @@ from mft_core.recipes import (
 )
 from pipelines import resolve
 from pipelines.geometry import Geometry, Matrix, read_geometry
-from pipelines.graph import Node
 from pipelines.setup import Setup
 from pipelines.size import MOMENTS
 
@@ -53,11 +52,6 @@ MOST_LOGITS = 2**26
 """`mft_core.training.loss.MOST_LOGITS`: more are made a part at a time"""
 _MESSAGES = 2 * 4 * 16 * 2**20
 """bytes that summing gradients over processes takes (`mft_core.training.parallel`)"""
-
-
-def peak_memory(node: Node, setup: Setup, runtime: Runtime) -> int:
-    """Return the bytes that one process of a stage holds at its worst moment: the sum of `memory_parts`."""
-    return sum(memory_parts(node.recipe, setup, runtime).values())
 
 
 def memory_parts(recipe: Recipe, setup: Setup, runtime: Runtime) -> dict[str, int]:
