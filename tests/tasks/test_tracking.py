@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import subprocess
@@ -12,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tasks import tracking
 from tasks.records import is_number, metric_name, table_metrics, variant_key
 from tasks.tracking import Tracker
+from tests.core.test_compare_stage import Study, changed, mask
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,10 +105,24 @@ def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(ho
     assert list((home / "mlartifacts" / "sparsity").rglob("report/table.md"))
 
 
-def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path) -> None:
+def compared(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows that the stage `compare` makes of FFT and two masks of two seeds, in two domains."""
+    study = Study(folder / "evaluations")
+    fft = np.repeat([1, 0], [120, 80])
+    for domain in ("maths", "coding"):
+        for benchmark in ("gcd", "sums"):
+            baseline = study.add(fft, "fft", benchmark, domain=domain)
+            for seed, sparsity in ((0, 0.1), (1, 0.1), (0, 0.2), (1, 0.2)):
+                masked = changed(fft, 9 + 3 * seed, int(50 * sparsity), seed)
+                study.add(masked, "mft", benchmark, **mask(sparsity, seed), domain=domain, baseline=baseline)
+    return study.compare(folder / "compared")
+
+
+def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path, tmp_path: Path) -> None:
     import mlflow
 
-    rows = json.loads((ROOT / "results/tiny/sparsity/rows.json").read_text())
+    rows = compared(tmp_path)
+    assert len(rows) == 2 * 2 * (1 + 4 + 2), "each evaluation, and the seeds of a mask together"
     for row in rows:
         row |= {"study": "sparsity", "profile": "tiny", "seconds": 1.25, "validation_loss": None, "cached": True}
         if row["method"] == "mft" and row["seed"] != "all":
