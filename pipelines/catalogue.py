@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mft_core.errors import ConfigError, explain, unknown
 from mft_core.recipes import Recipe, Runtime
-from pipelines.setup import Method
+from pipelines.setup import Layers, Method
 
 _HERE = Path(__file__).resolve().parent
 _PATH_KEYS = {"path", "chat_template"}
@@ -79,7 +79,7 @@ class Profile(Recipe):
     default_domain: str
     defaults: dict[str, Any]
     domains: dict[str, dict[str, Any]] = Field(min_length=1)
-    layer_groups: tuple[str, ...] = Field((), description="what 'each layer group' of a study means for this model")
+    layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
     runtime: Runtime = Runtime.model_validate({})
 
     def each(self, what: str) -> list[str]:

@@ -84,6 +84,10 @@ def _layers_text(value: Any) -> Any:
     raise ValueError("valid: a layer such as 2, a range such as 2-5, a list such as '0,3,8-11', last:N, middle:N, all")
 
 
+Layers = Annotated[str, BeforeValidator(_layers_text)]
+"""layers of a decoder, as people write them; see `mft_core.layers`"""
+
+
 class ModelSpec(Recipe):
     """The base model."""
 
@@ -114,7 +118,7 @@ class MaskSpec(Recipe):
     """Where and how much is masked, and how a learned mask is trained."""
 
     sparsity: Sparsity = 0.1
-    layers: Annotated[str, BeforeValidator(_layers_text)]
+    layers: Layers
     modules: Modules = "both"
     scope: Scope = "local"
     min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")

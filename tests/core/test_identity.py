@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mft_core.identity import canonical_json, digest, stage_key
-from mft_core.recipes import Evaluate, FineTune, LearnMask, MixturePart, PrepareData, Training
+from mft_core.recipes import (
+    Anatomy,
+    Evaluate,
+    FineTune,
+    Landscape,
+    LearnMask,
+    MixturePart,
+    PredictLayers,
+    PrepareData,
+    Training,
+)
 from mft_core.sources import local_checkpoint, local_file
 
 TRAINING = Training(learning_rate=1e-3, epochs=2, batch_size=8)
@@ -18,18 +28,27 @@ RECIPES = {
     "fine-tune": FineTune(training=TRAINING),
     "learn-mask": LearnMask(sparsity=0.1, layers="0-3", score_init="normal", training=TRAINING),
     "evaluate": Evaluate(task="tiny_arithmetic"),
+    "anatomy": Anatomy(masks=({"method": "mft", "seed": 0},)),
+    "landscape": Landscape(),
+    "predict-layers": PredictLayers(groups=("0-3", "4-7", "8-11"), sparsity=0.1),
 }
 GOLDEN = {
     "prepare-data": "3e5617a799a2a4ba512407ceeaf30acee99ef440af7154f3d2bad8195b46a81c",
     "fine-tune": "e5023f88c9f74615921384fd06342b05c5ed552f2dc346a6dec89abbc7675226",
     "learn-mask": "df5276af4a05a4bfb7d2676d71d96798b027e599987f4cf92e49f5cdc7379a9c",
     "evaluate": "c3c724653cfefe34cd3d206dd589581fb2c7df8baea1cc9170855a15b2f681bc",
+    "anatomy": "36bfb5e1d5d5a1eb1d8ff6a26ccd9e8117c33d404aab0fd166a75746981ed433",
+    "landscape": "9293d2dcd7b1be9cfd8610237e1b95ef0dd9a9e5a2c23aa4ac0d3de9052f5a26",
+    "predict-layers": "0c12cdd830e00a9bb25ddf66e71bb2de1438ea51b75e921a04027ca85f078134",
 }
 GOLDEN_DEFAULTS = {
     "prepare-data": "bef58e3bbafcb239e02f9d9f3393d4e88237f16674593645a251db2a5a95c06e",
     "fine-tune": "7767a6fb0b75507c85e563cc75c2ce6ffc0b6e68f3018531307a3aa9e5f40726",
     "learn-mask": "17743c0690ef74206ddd88f67beee58be6d9df29469186a1d3260fc9fe5284ec",
     "evaluate": "5fce68bd60ccdc7ee2d85f616a70d3c254ac276e9ed3782d4f26ca3f456721e6",
+    "anatomy": "4e75ae36d86c437d7e3206e19b0af73da9f3909cc57a20361fa7042d10f47251",
+    "landscape": "6106c61f414dadbe1f2ccb19d367b92a0f817900864dc80150bde3392aa033c9",
+    "predict-layers": "c3d0ba30baf3e0f1ce60e34e58f5bd7f64e0b6d7bfc3990732696f9787b36d7a",
 }
 
 json_values = st.recursive(
