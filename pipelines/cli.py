@@ -53,17 +53,18 @@ def plan(
     seeds: Seeds = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a study would run: variants, stages, what is cached, memory and disk needed. Computes nothing."""
+    """Show what a study would run: runs, stages, what is cached, hours, memory and disk. Computes nothing."""
+    from pipelines.estimate import bills
     from pipelines.plan_view import as_dict, show, show_together
 
-    plans, _ = _plans(study, profile, overrides, seeds)
+    priced = bills(*_plans(study, profile, overrides, seeds))
     if as_json:
-        found = [as_dict(the_plan) for the_plan in plans]
+        found = [as_dict(bill) for bill in priced]
         print(json.dumps(found if len(found) > 1 else found[0], indent=2))
-    elif len(plans) == 1:
-        show(plans[0])
+    elif len(priced) == 1:
+        show(priced[0])
     else:
-        show_together(plans)
+        show_together(priced)
 
 
 @app.command()

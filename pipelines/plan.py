@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mft_core import provenance
 from mft_core.artifacts import ArtifactRef, ArtifactStore
@@ -35,6 +36,8 @@ class Step:
     """the finished, whole artifact; None: to be computed"""
     other_code: bool = False
     """the artifact was built by other sources of `mft_core` than the present ones"""
+    manifest: Mapping[str, Any] | None = None
+    """of the artifact"""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ class Plan:
 
     def memory(self, node: Node) -> dict[str, int]:
         """Return what one process of a stage of the plan holds at its worst moment, bytes by name."""
-        return memory_parts(node.recipe, self._setups[node.id], self.runtime)
+        return memory_parts(node.recipe, self.settings[node.id], self.runtime)
 
     @functools.cached_property
-    def _setups(self) -> dict[str, Setup]:
+    def settings(self) -> dict[str, Setup]:
+        """For every stage that may run, by node id, the settings of a variant that it belongs to."""
         return setups_of(self.variants)
 
     def comparison(self) -> tuple[Compare, list[Node]]:
@@ -126,7 +130,7 @@ def make_plan(
     grid = {key for spec in study.variants for key in spec.grid}
     asked = [variant(setup, point, grid) for setup, point in compose.setups(study, profile, settings, seeds)]
     variants = _distinct(asked, study)
-    steps = _steps(unique_nodes(variants), store)
+    steps = look_up(unique_nodes(variants), store)
     needed = disk_needed([step.node for step in steps if step.artifact is None], variants, runtime.heavy_slots)
     return Plan(study, profile, runtime, variants, steps, needed)
 
@@ -183,9 +187,13 @@ def _work(item: Variant) -> tuple[str, ...]:
     return tuple(node.id for node in item.evaluations.values())
 
 
-def _steps(nodes: Sequence[Node], store: ArtifactStore) -> list[Step]:
-    """Look up each node; one whose inputs are not all there has no key yet and is to be computed."""
-    found: dict[str, ArtifactRef] = {}
+def look_up(nodes: Sequence[Node], store: ArtifactStore, known: Sequence[Step] = ()) -> list[Step]:
+    """Look up each node; one whose inputs are not all there has no key yet and is to be computed.
+
+    Args:
+        nodes: each after the ones that it needs, unless those are `known`.
+    """
+    found = {step.node.id: step.artifact for step in known if step.artifact}
     steps = []
     for node in nodes:
         made = {name: found.get(given.node.id) for name, given in node.inputs.items() if isinstance(given, Edge)}
@@ -195,15 +203,12 @@ def _steps(nodes: Sequence[Node], store: ArtifactStore) -> list[Step]:
             stage = STAGES[node.stage]
             key = store.key(stage, node.recipe, inputs)  # type: ignore[arg-type]
             artifact = store.find(stage.name, key)
+        manifest = store.manifest(artifact.stage, artifact.key) if artifact else None
         if artifact:
             found[node.id] = artifact
-        steps.append(Step(node, artifact, bool(artifact) and _other_code(store, artifact)))
+        other = manifest is not None and manifest["provenance"].get("source_digest") != provenance.source_digest()
+        steps.append(Step(node, artifact, other, manifest))
     return steps
-
-
-def _other_code(store: ArtifactStore, artifact: ArtifactRef | None) -> bool:
-    manifest = store.manifest(artifact.stage, artifact.key) if artifact else None
-    return manifest is not None and manifest["provenance"].get("source_digest") != provenance.source_digest()
 
 
 def check_disk(plan: Plan, home: Path) -> None:

@@ -1,7 +1,8 @@
-"""A plan as people read it, and as JSON."""
+"""A plan and its bill as people read them, and as JSON."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,17 +10,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipelines import amounts
+from pipelines.estimate import Bill, Device, Run, stages
 from pipelines.memory import PROCESS
 from pipelines.plan import Plan, Step
 
+_WIDTH = 100
+"""columns where the output is no terminal"""
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """Return the plan's variants and stages with what is known of each."""
+
+def as_dict(bill: Bill) -> dict[str, Any]:
+    """Return the plan's variants and stages with what is known of each; hours are those of `device`."""
+    plan = bill.plan
     return {
         "study": plan.study.name,
         "profile": plan.profile.name,
         "question": plan.study.question,
-        "variants": [item.columns for item in plan.variants],
+        "variants": [{**run.variant.columns, **_run_as_dict(run)} for run in bill.runs],
         "stages": [
             {
                 "stage": step.node.stage,
@@ -27,62 +34,176 @@ def as_dict(plan: Plan) -> dict[str, Any]:
                 "state": _state(step),
                 "key": step.artifact.key if step.artifact else None,
                 "other_code": step.other_code,
-                "peak_memory_bytes": _peak(plan, step),
-                "memory_parts_bytes": plan.memory(step.node),
+                "hours": cost.hours,
+                "hours_measured": cost.measured,
+                "hours_to_come": cost.to_come,
+                "shared_with": _elsewhere(bill, step),
+                **_memory_as_dict(plan, step),
             }
-            for step in plan.steps
+            for step, cost in stages(bill)
         ],
         "disk_needed_bytes": plan.disk_needed,
+        "hours": bill.hours,
+        "hours_shared": bill.shared,
+        "hours_to_come": bill.to_come,
+        "device": {"name": bill.device.name, "unit": bill.device.unit, "assumed": _assumed(bill.device)},
     }
 
 
-def show(plan: Plan) -> None:
+def _run_as_dict(run: Run) -> dict[str, Any]:
+    return {
+        "hours": run.hours,
+        "hours_shared": run.shared,
+        "shared_with": list(run.shared_with),
+        "hours_to_come": run.to_come,
+    }
+
+
+def _memory_as_dict(plan: Plan, step: Step) -> dict[str, Any]:
+    if step.node.id not in plan.settings:  # an answer: a comparison, an analysis
+        return {}
+    return {"peak_memory_bytes": _peak(plan, step), "memory_parts_bytes": plan.memory(step.node)}
+
+
+def _elsewhere(bill: Bill, step: Step) -> str | None:
+    """Return the earlier study that is charged with the stage, if it is not this one."""
+    study = bill.charged[step.node.id]
+    return None if study == bill.plan.study.name else study
+
+
+def show(bill: Bill) -> None:
     """Print the plan: a row per stage of work, then what it costs."""
-    console = Console()
+    console, plan, device = _console(), bill.plan, bill.device
     console.print(f"[bold]{plan.study.name}[/bold] on [bold]{plan.profile.name}[/bold]: {plan.study.question}")
-    table = Table("stage", "what", "memory", "state", box=None, header_style="bold")
-    table.columns[2].justify = "right"
+    table = _table("stage", "what", "memory", device.unit, "state", right=(2, 3))
     for step in plan.steps:
         if step.node.stage != "evaluate":
-            what = step.node.label.removeprefix(f"{step.node.stage} ")
-            table.add_row(step.node.stage, what, _gigabytes(_peak(plan, step)), _state(step))
+            table.add_row(*_named(step), _gigabytes(_peak(plan, step)), _hours_of(bill, [step]), _state(step))
     evaluations = [step for step in plan.steps if step.node.stage == "evaluate"]
     most = max((_peak(plan, step) for step in evaluations), default=0)
     states = Counter(map(_state, evaluations))
-    table.add_row("evaluate", f"{len(evaluations)} (model, benchmark) pairs", _gigabytes(most), _counts(states))
+    pairs = f"{len(evaluations)} (model, benchmark) pairs"
+    table.add_row("evaluate", pairs, _gigabytes(most), _hours_of(bill, evaluations), _counts(states))
+    for step in bill.answers:
+        table.add_row(*_named(step), "", _hours_of(bill, [step]), _state(step))
     console.print(table)
-    states = Counter(_state(step) for step in plan.steps)
+    every = [*plan.steps, *bill.answers]
     console.print(
-        f"{len(plan.variants)} variants, {len(plan.steps)} stages: {_counts(states)}; "
+        f"{len(plan.variants)} variants, {len(every)} stages: {_counts(Counter(map(_state, every)))}; "
         f"about {plan.disk_needed / 1e9:.2f} GB of disk needed"
     )
+    console.print(f"[bold]{_total(bill.hours, bill.to_come, device)}[/bold]")
     processes = plan.runtime.processes
     of = "a process" if processes == 1 else f"each of the {processes} processes of a training"
     console.print(f"memory: estimated peak of {of}; {_gigabytes(PROCESS)} of it are taken before there is any tensor")
+    console.print(_assumed(device), style="dim")
 
 
-def show_together(plans: Sequence[Plan]) -> None:
-    """Print several plans that run as one: a row a study, and what they need together."""
-    console = Console()
-    heads = ("study", "variants", "stages", "of them shared", "to compute", "memory")
-    table = Table(*heads, box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    seen: dict[str, Step] = {}
-    for plan in plans:
-        steps = {step.node.id: step for step in plan.steps}
-        shared = len(steps.keys() & seen.keys())
-        new = sum(step.artifact is None for node_id, step in steps.items() if node_id not in seen)
-        most = max(_peak(plan, step) for step in plan.steps)
-        seen |= steps
-        row = (len(plan.variants), len(steps), shared, new)
-        table.add_row(plan.study.name, *map(str, row), _gigabytes(most))
-    console.print(table)
-    states = Counter(map(_state, seen.values()))
-    disk = sum(plan.disk_needed for plan in plans)
+def show_together(bills: Sequence[Bill]) -> None:
+    """Print several plans that run as one: every run of every study, then a row a study, and all together."""
+    console, device = _console(), bills[0].device
+    runs = _table("run", "domain", "seed", device.unit, "shared", "with", "to come", right=(2, 3, 4, 6))
+    runs.columns[0].min_width, runs.pad_edge, runs.padding = 36, False, (0, 1, 0, 0)
+    for bill in bills:
+        _add_runs(runs, bill)
+    console.print(runs)
+    console.print(_summary(bills))
+    steps = {step.node.id: step for bill in bills for step, _ in stages(bill)}
+    costs = {node_id: cost for bill in bills for node_id, cost in bill.costs.items()}
+    disk = sum(bill.plan.disk_needed for bill in bills)
     console.print(
-        f"{len(plans)} studies, {sum(len(plan.variants) for plan in plans)} variants, {len(seen)} different stages: "
-        f"{_counts(states)}; at most {disk / 1e9:.2f} GB of disk needed"
+        f"{len(bills)} studies, {sum(len(bill.runs) for bill in bills)} runs, {len(steps)} different stages: "
+        f"{_counts(Counter(map(_state, steps.values())))}; at most {disk / 1e9:.2f} GB of disk needed"
+    )
+    hours, to_come = (sum(getattr(cost, name) for cost in costs.values()) for name in ("hours", "to_come"))
+    console.print(f"[bold]{_total(hours, to_come, device)}[/bold], each stage counted once")
+    console.print("shared: charged to an earlier run of the same study ('here'), or of the study that is named")
+    console.print(_assumed(device), style="dim")
+
+
+def _add_runs(table: Table, bill: Bill) -> None:
+    """Add a study: its name, a row a run, what answers it, and its sums."""
+    device, study = bill.device, bill.plan.study.name
+    table.add_row(f"[bold]{study}[/bold]")
+    for run in bill.runs:
+        columns = run.variant.columns
+        seed = columns["seed"]
+        name = run.variant.name.replace(f" seed={seed}", "", 1)
+        shared = ", ".join("here" if other == study else other for other in run.shared_with)
+        table.add_row(
+            f"  {name}", str(columns["domain"]), "" if seed is None else str(seed), _amount(run.hours, device),
+            *((_amount(run.shared, device), shared) if run.shared else ("", "")), _amount(run.to_come, device),
+        )  # fmt: skip
+    for step in bill.answers:
+        cost = bill.costs[step.node.id]
+        if step.node.stage != "compare":
+            amounts_of = (_amount(cost.hours, device), "", "", _amount(cost.to_come, device))
+            table.add_row(f"  analysis: {step.node.label}", "", "", *amounts_of)
+    sums = (_amount(bill.hours, device), _amount(bill.shared, device), "other studies", _amount(bill.to_come, device))
+    table.add_row(f"  [bold]{study}: {len(bill.runs)} runs[/bold]", "", "", *(f"[bold]{text}[/bold]" for text in sums))
+    table.add_row()
+
+
+def _summary(bills: Sequence[Bill]) -> Table:
+    device = bills[0].device
+    heads = ("study", "runs", "stages", "shared", "to compute", "memory", device.unit, "of them shared", "to come")
+    table = _table(*heads, right=range(1, len(heads)))
+    seen: set[str] = set()
+    for bill in bills:
+        steps = {step.node.id: step for step, _ in stages(bill)}
+        new = sum(step.artifact is None for node_id, step in steps.items() if node_id not in seen)
+        most = max(_peak(bill.plan, step) for step in bill.plan.steps)
+        counts = (len(bill.runs), len(steps), len(steps.keys() & seen), new)
+        sums = (_amount(hours, device) for hours in (bill.hours, bill.shared, bill.to_come))
+        table.add_row(bill.plan.study.name, *map(str, counts), _gigabytes(most), *sums)
+        seen |= steps.keys()
+    return table
+
+
+def _table(*heads: str, right: Sequence[int]) -> Table:
+    table = Table(*heads, box=None, header_style="bold")
+    for index in right:
+        table.columns[index].justify = "right"
+    return table
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def _named(step: Step) -> tuple[str, str]:
+    return step.node.stage, step.node.label.removeprefix(f"{step.node.stage} ")
+
+
+def _hours_of(bill: Bill, steps: Sequence[Step]) -> str:
+    return _amount(sum(bill.costs[step.node.id].hours for step in steps), bill.device)
+
+
+def _amount(hours: float, device: Device) -> str:
+    """Write hours in the device's unit, to two places or three figures."""
+    value = hours * device.units_an_hour
+    if 0 < value < 0.005:
+        return "<0.01"
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _total(hours: float, to_come: float, device: Device) -> str:
+    done = hours - to_come
+    return (
+        f"{_amount(hours, device)} {device.unit} in all: {_amount(done, device)} measured (cached), "
+        f"{_amount(to_come, device)} estimated to come"
+    )
+
+
+def _assumed(device: Device) -> str:
+    """Say what an estimate rests on."""
+    peak = max(device.peak.values())
+    share = f" ({device.utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s)" if device.utilisation < 1 else ""
+    return (
+        f"assumed: {device.name} at {peak * device.utilisation / 1e9:,.0f} GFLOP/s{share}, "
+        f"{device.memory / 1e9:,.0f} GB/s of memory; where data are not prepared, {amounts.TOKENS} tokens a row of a "
+        "hub data set (twice the tokens cost twice); answers as long as the task allows. Cached stages: as measured. "
+        "Not counted: downloads, writing resumable states."
     )
 
 

@@ -66,6 +66,7 @@ def benchmark(spec: BenchmarkSpec) -> Source:
     return local_files(folder, [definition, *sorted(names)])
 
 
+@functools.cache
 def harness() -> Source:
     """Return lm-eval itself as a source: the definitions of its own tasks are as its version has them."""
     return Source(location="lm-eval", digest=digest({"lm-eval": metadata.version("lm-eval")}))

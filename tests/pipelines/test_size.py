@@ -5,6 +5,7 @@ import pytest
 from mft_core.artifacts import ArtifactStore
 from mft_core.recipes import Training
 from pipelines.catalogue import load_profile, load_study
+from pipelines.estimate import bills
 from pipelines.geometry import read_geometry
 from pipelines.plan import make_plan
 from pipelines.plan_view import as_dict
@@ -27,8 +28,9 @@ def needed(tmp_path):
     def plan(*variants, overrides=(), seeds=(0,), **changes):
         profile = load_profile(str(write_profile(tmp_path, **changes)))
         study = load_study(str(write_study(tmp_path, list(variants), seeds)))
-        found = make_plan(study, profile, ArtifactStore(tmp_path / "home"), overrides)
-        assert as_dict(found)["disk_needed_bytes"] == found.disk_needed
+        store = ArtifactStore(tmp_path / "home")
+        found = make_plan(study, profile, store, overrides)
+        assert as_dict(bills([found], store)[0])["disk_needed_bytes"] == found.disk_needed
         return found.disk_needed - SMALL * len(found.steps)
 
     return plan
