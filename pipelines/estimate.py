@@ -8,10 +8,12 @@ processes make a training shorter, not cheaper.
 `ACCELERATOR` has the peak and the memory of the data sheet of an 80 GB H100 (dense), and uses 40% of the peak: PaLM
 reports 46% (Chowdhery et al. 2022, table 3), Korthikanti et al. 2022 ("Reducing Activation Recomputation", table 5)
 42 to 56%, so small batches and padding are allowed for. One measurement to hold it against: masks of layers 20-23 of
-LLaMA2-7B, packed sequences of 1,024 tokens in batches of 8 on one H100: 21,000 tokens/s, estimated 19,900. One sequence
-of 512 at a time, as published, gave 4,700: unpacked data in small micro-batches cost four times as much as told here.
-`CORE` is fitted to the stages of this repository's study `sparsity` on `tiny` (one thread): fine-tuning 51 s, masks of
-four layers 14 to 16 s, evaluation of 600 items 1 to 4 s; a core of another make, or a larger model, will differ.
+LLaMA2-7B, packed rows of 1,024 tokens in batches of 8 on one H100: 21,000 tokens/s, estimated 18,800. One sequence of
+512 at a time, as published, gave 4,700: unpacked data in small micro-batches cost four times as much as told here.
+That starting a layer takes 0.8 ms and the disk passes 1 GB a second is assumed, not measured.
+`CORE` is fitted to stages of the profile `tiny` (one thread): fine-tuning 51 s, masks of four layers 14 to 16 s, and
+evaluation of 600 items 1 to 4 s are met within a third. Adapters took 1.7 times, `landscape` three times what is told,
+on a machine that was not quiet; a core of another make, or a larger model, will differ.
 
 Not counted: waiting for memory that is not there, writing resumable states, downloads, and comparisons.
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -103,9 +105,10 @@ def show_together(bills: Sequence[Bill]) -> None:
     """Print several plans that run as one: every run of every study, then a row a study, and all together."""
     console, device = _console(), bills[0].device
     runs = _table("run", "domain", "seed", device.unit, "shared", "with", "to come", right=(2, 3, 4, 6))
-    runs.columns[0].min_width, runs.pad_edge, runs.padding = 36, False, (0, 1, 0, 0)
+    runs.pad_edge, runs.padding = False, (0, 1, 0, 0)
+    width = max(37, console.width - 63)  # what the other columns leave
     for bill in bills:
-        _add_runs(runs, bill)
+        _add_runs(runs, bill, width)
     console.print(runs)
     console.print(_summary(bills))
     steps = {step.node.id: step for bill in bills for step, _ in stages(bill)}
@@ -121,8 +124,9 @@ def show_together(bills: Sequence[Bill]) -> None:
     console.print(_assumed(device), style="dim")
 
 
-def _add_runs(table: Table, bill: Bill) -> None:
-    """Add a study: its name, a row a run, what answers it, and its sums."""
+def _add_runs(table: Table, bill: Bill, width: int) -> None:
+    """Add a study: its name, a row a run, what answers it, and its sums; names are folded to the width."""
+    fold = functools.partial(textwrap.fill, width=width, initial_indent="  ", subsequent_indent="    ")
     device, study = bill.device, bill.plan.study.name
     table.add_row(f"[bold]{study}[/bold]")
     for run in bill.runs:
@@ -131,14 +135,14 @@ def _add_runs(table: Table, bill: Bill) -> None:
         name = run.variant.name.replace(f" seed={seed}", "", 1)
         shared = ", ".join("here" if other == study else other for other in run.shared_with)
         table.add_row(
-            f"  {name}", str(columns["domain"]), "" if seed is None else str(seed), _amount(run.hours, device),
+            fold(name), str(columns["domain"]), "" if seed is None else str(seed), _amount(run.hours, device),
             *((_amount(run.shared, device), shared) if run.shared else ("", "")), _amount(run.to_come, device),
         )  # fmt: skip
     for step in bill.answers:
         cost = bill.costs[step.node.id]
         if step.node.stage != "compare":
             amounts_of = (_amount(cost.hours, device), "", "", _amount(cost.to_come, device))
-            table.add_row(f"  analysis: {step.node.label}", "", "", *amounts_of)
+            table.add_row(fold(f"analysis: {step.node.label}"), "", "", *amounts_of)
     sums = (_amount(bill.hours, device), _amount(bill.shared, device), "other studies", _amount(bill.to_come, device))
     table.add_row(f"  [bold]{study}: {len(bill.runs)} runs[/bold]", "", "", *(f"[bold]{text}[/bold]" for text in sums))
     table.add_row()
