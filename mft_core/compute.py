@@ -1,6 +1,7 @@
 """Where heavy work runs (device and CPU threads), and whose turn it is to use what torch has only once per process.
 
-Heavy stages may run in several threads of one process. torch's default dtype and random generators belong to the
+Stages may run in several threads of one process (heavy ones beside each other have processes of their own, see
+`tasks.workers`, but light ones do not wait for them). torch's default dtype and random generators belong to the
 process: loading a model changes the one, dropout and sampling draw from the others, so each does it under
 `PROCESS_WIDE`. Everything else names its dtype and brings its own generator.
 """

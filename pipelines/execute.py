@@ -6,10 +6,11 @@ by the flows only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect.futures import PrefectFuture, wait
@@ -24,6 +25,7 @@ from pipelines.display import Display
 from pipelines.graph import Edge, Node
 from pipelines.plan import Plan
 from tasks.stage_task import StageCall, Workplace, run_stage
+from tasks.workers import Workers
 
 log = logging.getLogger("mft")
 
@@ -51,12 +53,17 @@ def call_of(node: Node, rerun: bool) -> StageCall:
 
 
 def run_nodes(
-    nodes: Iterable[Node], place: Workplace, display: Display, rerun: Sequence[str] = ()
+    nodes: Iterable[Node],
+    place: Workplace,
+    display: Display,
+    rerun: Sequence[str] = (),
+    done: Container[str] = (),
 ) -> dict[str, Outcome]:
     """Run the nodes (each after the ones that it needs) and return their outcomes by node id.
 
     Args:
         rerun: names of stages that are computed again even where they are cached.
+        done: ids of nodes that this run has seen to before, neither to be computed nor to be announced again.
 
     Raises:
         ConfigError, StageError: after everything that could run has run; the first names all failures.
@@ -64,15 +71,19 @@ def run_nodes(
     futures: dict[str, PrefectFuture[ArtifactRef]] = {}
     by_future: dict[PrefectFuture[ArtifactRef], Node] = {}
     stage_task = run_stage.with_options(result_storage=place.results)
-    for node in nodes:
-        made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
-        call = call_of(node, node.stage in rerun)
-        # Prefect hands the task the artifacts in place of the futures
-        future = stage_task.submit(node.label, call, made, place)  # type: ignore[arg-type]
-        future.add_done_callback(functools.partial(_announce, display, node))
-        futures[node.id] = future
-        by_future[future] = node
-    wait(list(futures.values()))
+    with contextlib.ExitStack() as stack:
+        if place.runtime.heavy_slots > 1 and place.workers is None:
+            place = replace(place, workers=stack.enter_context(Workers(place.store.home / "logs")))
+        for node in nodes:
+            made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
+            call = call_of(node, node.stage in rerun and node.id not in done)
+            # Prefect hands the task the artifacts in place of the futures
+            future = stage_task.submit(node.label, call, made, place)  # type: ignore[arg-type]
+            if node.id not in done:
+                future.add_done_callback(functools.partial(_announce, display, node))
+            futures[node.id] = future
+            by_future[future] = node
+        wait(list(futures.values()))
     outcomes: dict[str, Outcome] = {}
     failures: list[tuple[Node, Any]] = []
     for future, node in by_future.items():

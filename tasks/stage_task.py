@@ -20,6 +20,7 @@ from mft_core.recipes import Recipe, Runtime
 from mft_core.sources import Source
 from mft_core.stages import STAGES, Progress, get_stage
 from tasks.device import device_slot
+from tasks.workers import Job, Workers
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Workplace:
     report: Callable[[StageCall, Progress], None] = lambda call, progress: None
     notes: Mapping[str, Any] = field(default_factory=dict)
     """provenance of the flow run, e.g. its MLflow run id"""
+    workers: Workers | None = None
+    """processes for heavy stages, where several may run at one time"""
 
     @property
     def results(self) -> Path:
@@ -98,19 +101,28 @@ def run_stage(label: str, call: StageCall, made: dict[str, ArtifactRef], place: 
         if found:
             return found
 
-    def build() -> ArtifactRef:
-        return place.store.build(
-            stage,
-            call.recipe,
-            inputs,
-            place.runtime,
-            report=lambda progress: place.report(call, progress),
-            log=log,
-            force=call.rerun,
-            notes=place.notes,
-        ).ref
+    def report(progress: Progress) -> None:
+        place.report(call, progress)
 
     if not stage.heavy:
-        return build()
+        return _here(place, call, inputs, report, log)
     with device_slot(place.store.home, place.runtime.device, place.runtime.heavy_slots):
-        return build()
+        if place.workers is None:
+            return _here(place, call, inputs, report, log)
+        job = Job(place.store.home, stage.name, call.recipe, inputs, place.runtime, call.rerun, place.notes)
+        return place.workers.build(job, report, log)
+
+
+def _here(
+    place: Workplace,
+    call: StageCall,
+    inputs: Mapping[str, Source | ArtifactRef],
+    report: Callable[[Progress], None],
+    log: logging.Logger,
+) -> ArtifactRef:
+    """Build the artifact in this process."""
+    stage = get_stage(call.stage)
+    built = place.store.build(
+        stage, call.recipe, inputs, place.runtime, report=report, log=log, force=call.rerun, notes=place.notes
+    )
+    return built.ref

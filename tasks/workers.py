@@ -1,0 +1,178 @@
+"""Processes in which heavy stages run beside each other: an interpreter of their own for each slot.
+
+Two small trainings as threads of one process take turns at its interpreter lock, and at what torch has once a process
+(random generators, default dtype); in processes they do not. A pool starts a process when a stage first needs one and
+keeps it for the next stage: loading the libraries takes as long as a small stage. A process runs
+`mft_core.artifacts.ArtifactStore.build`, so that locks, verification, metering and the commit are the ones of every
+stage; what it reports and logs is told to the caller here, and what the caller raises at a report stops the stage
+there. Used by `tasks.stage_task` where `runtime.heavy_slots` is above 1; `tasks.worker` is the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mft_core.artifacts import ArtifactRef
+from mft_core.errors import ConfigError, StageError
+from mft_core.recipes import Recipe, Runtime
+from mft_core.sources import Source
+from mft_core.stages import Progress
+
+_ERRORS = {"ConfigError": ConfigError, "StageError": StageError}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to build, as it is sent to a worker."""
+
+    home: Path
+    stage: str
+    recipe: Recipe
+    inputs: Mapping[str, Source | ArtifactRef]
+    runtime: Runtime
+    force: bool
+    notes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """How a job ended that did not end well."""
+
+    error: str
+    """name of the type, where it is one of ours and so written for people; else empty"""
+    text: str
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker is told after a report."""
+
+    stop: bool
+
+
+class Workers:
+    """A pool of worker processes; a context manager that ends them. Safe to use from several threads."""
+
+    def __init__(self, logs: Path) -> None:
+        """Make a pool without processes yet.
+
+        Args:
+            logs: folder for what the processes print.
+        """
+        self._logs = logs
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._started = 0
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._idle:
+            worker.end()
+
+    def build(self, job: Job, report: Callable[[Progress], None], log: logging.Logger) -> ArtifactRef:
+        """Have a worker build the artifact and return it; blocks until then.
+
+        Raises:
+            ConfigError, StageError: from the stage; or its process died.
+            BaseException: what `report` raised, after the stage has stopped at that report.
+        """
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+            self._started += worker is None
+            number = self._started
+        if worker is None:
+            worker = _Worker.start(self._logs / f"worker-{os.getpid()}-{number}.log", job.runtime)
+        try:
+            result = worker.run(job, report, log)
+        except BaseException:
+            worker.end()  # in the middle of a job: of no use for another
+            raise
+        with self._lock:
+            self._idle.append(worker)
+        if isinstance(result, Failed):
+            if result.trace:
+                log.error("%s", result.trace)
+            raise _ERRORS.get(result.error, StageError)(result.text)
+        return result
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One process and our end of the line to it."""
+
+    process: subprocess.Popen[bytes]
+    line: Connection
+    output: Path
+
+    @classmethod
+    def start(cls, output: Path, runtime: Runtime) -> _Worker:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        package = str(Path(__file__).parents[1])
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        if runtime.threads and "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(runtime.threads)
+        with theirs, output.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "tasks.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a Ctrl-C in the terminal is the parent's to hear
+            )
+        return cls(process, Connection(ours.detach()), output)
+
+    def run(self, job: Job, report: Callable[[Progress], None], log: logging.Logger) -> ArtifactRef | Failed:
+        asked: BaseException | None = None
+        try:
+            self.line.send(job)
+            while True:
+                message = self.line.recv()
+                if isinstance(message, logging.LogRecord):
+                    log.handle(message)
+                elif isinstance(message, Progress):
+                    try:
+                        report(message)
+                    except BaseException as error:
+                        asked = error
+                    self.line.send(Answer(stop=asked is not None))
+                elif asked is not None:  # the stage has kept its state and stopped
+                    raise asked
+                else:
+                    result: ArtifactRef | Failed = message
+                    return result
+        except (EOFError, OSError) as error:
+            if error is asked:
+                raise
+            raise StageError(f"{job.stage}: {self._obituary()}") from error
+
+    def end(self) -> None:
+        self.line.close()
+        self.process.kill()
+        self.process.wait()
+        self.output.unlink(missing_ok=True)
+
+    def _obituary(self) -> str:
+        code = self.process.wait()
+        how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"
+        last = "\n".join(self.output.read_text(errors="replace").splitlines()[-15:])
+        return f"its process {how}" + (f", having printed:\n{last}" if last else "")
