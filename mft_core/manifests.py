@@ -1,7 +1,7 @@
 """The manifest of an artifact (what lies in it, what it was made of, a hash over all that), and how both are committed.
 
-Written last by `mft_core.artifacts`, which alone uses this. A manifest of another shape, or whose fields do not agree
-with its own hash, is damage, whatever else it says.
+Written last by `mft_core.artifacts`, which alone commits. A manifest of another shape, or whose fields do not agree
+with its own hash, is damage, whatever else it says. `validation_loss` is for whoever reads that of a training.
 """
 
 from __future__ import annotations
@@ -86,3 +86,10 @@ def read(directory: Path) -> dict[str, Any] | None:
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+
+def validation_loss(manifest: Mapping[str, Any]) -> float | None:
+    """Return the validation loss (nats per token) of the checkpoint that a training kept; None if it measured none."""
+    summary = manifest["summary"]
+    loss = summary.get("validation_losses", {}).get(str(summary.get("kept_step")))
+    return None if loss is None else float(loss)

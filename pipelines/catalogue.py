@@ -50,6 +50,60 @@ class VariantSpec(Recipe):
             yield dict(zip(self.grid, point, strict=True))
 
 
+_NOT_SEARCHED = {
+    "mask.training.epochs": "the rungs say how long a trial is trained",
+    "mask.training.max_steps": "trials would not cost the same",
+    "mask.training.batch_size": "trials would not cost the same",
+    "mask.fraction": "trials would not cost the same",
+    "mask.domain": "validation losses on different data cannot be compared",
+    "mask.data": "validation losses on different data cannot be compared",
+}
+
+
+class SearchSpec(Recipe):
+    """What an adaptive search looks for, and how far it goes; how it goes is told in `pipelines.search`."""
+
+    method: Literal["mft", "mft-soft"] = "mft"
+    space: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each layer group"]] = Field(
+        min_length=1, description="setup key of the mask: values as in a grid, in their order"
+    )
+    trials: int = Field(ge=2, description="points of the space that a seed tries, or all of them where there are fewer")
+    rungs: tuple[float, ...] = Field(
+        (0.25, 1.0), min_length=1, description="shares of mask.training.epochs that trials are trained for, rising to 1"
+    )
+    eta: int = Field(4, ge=2, description="one of so many trials goes on to the next rung")
+    batch: int = Field(2, ge=1, description="trials proposed at a time: more fill more slots, fewer learn more")
+
+    @model_validator(mode="after")
+    def _rungs_rise_to_the_whole(self) -> SearchSpec:
+        shares = (0.0, *self.rungs)
+        if shares[-1] != 1 or any(later <= earlier for earlier, later in itertools.pairwise(shares)):
+            raise ValueError(
+                f"rungs = {list(self.rungs)}: valid are rising shares of the epochs, above 0 and the last 1.0, "
+                "such as [0.25, 1.0]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _space_is_of_comparable_masks(self) -> SearchSpec:
+        for key in self.space:
+            why = next((why for name, why in _NOT_SEARCHED.items() if f"{key}.".startswith(f"{name}.")), None)
+            if not key.startswith("mask.") or why:
+                why = why or "a search varies the mask alone, that its trials start from one fine-tuned model"
+                raise ValueError(f"space: '{key}' cannot be searched: {why}; valid: keys such as mask.layers")
+        return self
+
+    @property
+    def family(self) -> VariantSpec:
+        """The whole space as a grid."""
+        return VariantSpec(method=self.method, grid=self.space)
+
+    def goes_on(self, points: int) -> list[int]:
+        """Return how many trials of a seed each rung trains, in a space of so many points."""
+        first = min(self.trials, points)
+        return [max(1, first // self.eta**rung) for rung in range(len(self.rungs))]
+
+
 class Study(Recipe):
     """A question and the variants that answer it; or, in `studies`, the studies that it is made of."""
 
@@ -59,6 +113,7 @@ class Study(Recipe):
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
     variants: tuple[VariantSpec, ...] = ()
+    search: SearchSpec | None = Field(None, description="finds a further variant for each seed")
     analyses: tuple[Analysis, ...] = ()
     figure: Literal["gains", "methods", "matrix"] | None = Field(
         None, description="what the report's main figure shows; null fits it to what varies"
@@ -69,7 +124,14 @@ class Study(Recipe):
     def _has_variants_or_parts(self) -> Study:
         if bool(self.variants) == bool(self.studies):
             raise ValueError("a study has either variants or studies that it is made of; give one of the two")
+        if self.search and self.studies:
+            raise ValueError("search: a study that is made of studies has none; give it to a study of its own")
         return self
+
+    @property
+    def families(self) -> tuple[VariantSpec, ...]:
+        """Every family that the study takes variants from: its own, and the space of its search."""
+        return (*self.variants, self.search.family) if self.search else self.variants
 
 
 class Profile(Recipe):

@@ -205,8 +205,13 @@ def concerns(study: Study, key: str) -> bool:
     """Whether an override makes a difference to some variant of the study that does not vary the setting itself."""
     if key.startswith("runtime."):
         return True
-    varied = any(key in spec.grid for spec in study.variants)
-    return not varied and any(uses(spec.method, key) for spec in study.variants)
+    varied = any(key in spec.grid for spec in study.families)
+    return not varied and any(uses(spec.method, key) for spec in study.families)
+
+
+def settings_of(part: Study, study: Study, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides for a part of a study's variants: without those that concern the others alone."""
+    return {key: value for key, value in settings.items() if concerns(part, key) or not concerns(study, key)}
 
 
 def _refuse_unused(settings: Mapping[str, Any], study: Study, found: Sequence[Setup]) -> None:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from mft_core.statistics.tables import pooled, without_seed
-from pipelines.graph import Edge, Node, Variant, unique_nodes
+from pipelines.graph import Edge, Node, Variant, closure, unique_nodes
 from pipelines.plan import Plan
 
 Row = dict[str, Any]
@@ -29,7 +29,8 @@ def by_stage(plan: Plan, manifests: Manifests) -> list[Row]:
     """
     owners = _owners(plan)
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for node in unique_nodes(plan.variants):
+    trained = plan.search.nodes if plan.search else []
+    for node in closure([*unique_nodes(plan.variants), *trained]):
         if node.id in manifests:
             groups.setdefault((node.stage, *owners[node.id]), []).append(manifests[node.id])
     return [_stage_row(*key, found) for key, found in groups.items()]
@@ -114,6 +115,8 @@ def _owners(plan: Plan) -> dict[str, tuple[str, str]]:
         for node in (item.trained, _merge(item), *item.evaluations.values()):
             if node is not None:
                 owners.setdefault(node.id, (item.setup.method, item.setup.domain))
+    for trial in plan.search.trials if plan.search else ():
+        owners.setdefault(trial.node.id, (trial.variant.setup.method, trial.variant.setup.domain))
     for item in plan.variants:
         for node in unique_nodes([item]):
             owners.setdefault(node.id, (SHARED, item.setup.domain))

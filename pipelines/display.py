@@ -57,6 +57,17 @@ class Display:
                 self._bars[label] = self._progress.add_task(label, total=progress.total, detail=detail)
             self._progress.update(self._bars[label], completed=progress.step, total=progress.total, detail=detail)
 
+    def expect(self, total: int) -> None:
+        """Take a new total: a search knows its stages only as it goes."""
+        with self._lock:
+            if self._overall is not None:
+                self._progress.update(self._overall, total=total)
+
+    def say(self, text: str) -> None:
+        """Print a line that no stage ends with."""
+        seconds = time.monotonic() - self._started
+        self.console.print(f"[{seconds:5.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+
     def finished(self, label: str, outcome: str) -> None:
         """Show that a stage has ended: 'computed', 'cached', 'failed', 'stopped' or 'not run'."""
         with self._lock:

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,13 @@ from pipelines.record import Recorder
 from pipelines.report import Report, comparison_node, read_report
 from pipelines.report_pages.asked import Asked
 from pipelines.report_pages.command import write_index, write_part
+from pipelines.search.run import run_search
 from pipelines.setup import Method
-from tasks.stage_task import StageCall
+from tasks.stage_task import StageCall, Workplace
+from tasks.workers import Workers
 
+_BEFORE_SEARCH = ("prepare-data", "fine-tune")
+"""stages that every trial of a search starts from"""
 _WORKERS = 8
 """threads that wait for or do work; heavy stages take turns by themselves (`runtime.heavy_slots`)"""
 
@@ -115,7 +120,18 @@ def _run(
             for recorder in recorders:
                 recorder.progress(call, progress)
 
-        outcomes = run_nodes(nodes, workplace(plans[0], store, display, record), display, rerun)
+        place = workplace(plans[0], store, display, record)
+        done: set[str] = set()
+        if any(plan.search for plan in plans):
+            if place.runtime.heavy_slots > 1:  # the same processes for all rounds
+                place = replace(place, workers=stack.enter_context(Workers(store.home / "logs")))
+            done = _search(plans, place, recorders, display, rerun)
+            plans = make_plans(studies, profile, store, asked.overrides, asked.seeds)  # with what was found
+            for plan, recorder in zip(plans, recorders, strict=True):
+                recorder.expect(plan)
+            nodes = closure(node for plan in plans for node in answers(plan))
+            display.expect(len({node.id for node in nodes} | done))
+        outcomes = run_nodes(nodes, place, display, rerun, done)
         reports, pages = [], []
         for plan, recorder in zip(plans, recorders, strict=True):
             report = _report(plan, store, outcomes)
@@ -126,6 +142,23 @@ def _run(
     page = write_index(reports, whole, asked, store) if whole.studies else pages[0]
     rows = [row for report in reports for row in report.rows]
     return rows, "\n\n".join(report.table for report in reports), str(page)
+
+
+def _search(
+    plans: Sequence[Plan], place: Workplace, recorders: Sequence[Recorder], display: Display, rerun: Sequence[str]
+) -> set[str]:
+    """Run the plans' searches one after the other; return the ids of all nodes that were seen to."""
+    done: set[str] = set()
+
+    def run(nodes: list[Node]) -> dict[str, Outcome]:
+        outcomes = run_nodes(nodes, place, display, rerun, done)
+        done.update(outcomes)
+        return outcomes
+
+    for plan, recorder in zip(plans, recorders, strict=True):
+        if plan.search:
+            run_search(plan.search, place.store, run, recorder, display)
+    return done
 
 
 def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -> Report:
@@ -201,8 +234,14 @@ def _up_to(stage: str, plans: list[Plan]) -> list[Node]:
     """Return the nodes of a stage, each after the ones that it needs.
 
     Raises:
-        ConfigError: no study has such a stage.
+        ConfigError: no study has such a stage, or it depends on a search that has not been run.
     """
+    for plan in plans:
+        if plan.search and not plan.search.finished and stage not in _BEFORE_SEARCH:
+            raise ConfigError(
+                f"stage = {stage}: which masks study {plan.study.name} has is known when its search is finished; "
+                f"first: mft run {plan.study.name}. Before it, valid are: {', '.join(_BEFORE_SEARCH)}."
+            )
     everything = closure(node for plan in plans for node in answers(plan))
     wanted = [node for node in everything if node.stage == stage]
     if not wanted:

@@ -16,13 +16,15 @@ from typing import Any
 from mft_core import provenance
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError
+from mft_core.manifests import validation_loss
 from mft_core.recipes import Compare, Runtime
 from mft_core.sources import Source
 from mft_core.stages import STAGES
 from pipelines import compose
 from pipelines.catalogue import Profile, Study
-from pipelines.graph import Edge, Node, Variant, unique_nodes, variant
+from pipelines.graph import Edge, Node, Variant, closure, unique_nodes, variant
 from pipelines.memory import memory_parts
+from pipelines.search.trials import Search, Trial, space_of, walk
 from pipelines.setup import Setup
 from pipelines.size import disk_needed, setups_of
 
@@ -51,6 +53,14 @@ class Plan:
     steps: list[Step]
     disk_needed: int
     """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now; see `pipelines.size`"""
+    search: Search | None = None
+    """the study's search as far as the store holds it; its choices are variants once it is finished"""
+
+    @property
+    def setups(self) -> list[Setup]:
+        """The settings of everything that may run: of the variants, and of the whole space of a search."""
+        own = [item.setup for item in self.variants]
+        return own + (self.search.space.setups if self.search else [])
 
     @property
     def to_compute(self) -> list[Step]:
@@ -64,7 +74,7 @@ class Plan:
     @functools.cached_property
     def settings(self) -> dict[str, Setup]:
         """For every stage that may run, by node id, the settings of a variant that it belongs to."""
-        return setups_of(self.variants)
+        return setups_of([*self.variants, *(self.search.variants if self.search else [])])
 
     def comparison(self) -> tuple[Compare, list[Node]]:
         """Return the recipe of the comparison and the evaluations that it takes, in order.
@@ -127,12 +137,30 @@ def make_plan(
     """
     settings = compose.parse_overrides(overrides)
     runtime = compose.runtime_of(profile, settings)
-    grid = {key for spec in study.variants for key in spec.grid}
-    asked = [variant(setup, point, grid) for setup, point in compose.setups(study, profile, settings, seeds)]
+    search = _searched(study, profile, settings, seeds, store) if study.search else None
+    grid = {key for spec in study.families for key in spec.grid}
+    own = study.model_copy(update={"search": None})
+    points = compose.setups(own, profile, compose.settings_of(own, study, settings), seeds)
+    asked = [variant(setup, point, grid) for setup, point in points]
+    asked += [trial.variant for trial in search.chosen.values()] if search else []
     variants = _distinct(asked, study)
-    steps = look_up(unique_nodes(variants), store)
-    needed = disk_needed([step.node for step in steps if step.artifact is None], variants, runtime.heavy_slots)
-    return Plan(study, profile, runtime, variants, steps, needed)
+    steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
+    missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
+    needed = disk_needed(missing, [*variants, *(search.variants if search else [])], runtime.heavy_slots)
+    return Plan(study, profile, runtime, variants, steps, needed, search)
+
+
+def _searched(
+    study: Study, profile: Profile, settings: Mapping[str, Any], seeds: Sequence[int] | None, store: ArtifactStore
+) -> Search:
+    """Walk the study's search as far as the store holds its trials."""
+
+    def losses(trials: Sequence[Trial]) -> list[float | None]:
+        found = {step.node.id: step.manifest for step in look_up(closure(trial.node for trial in trials), store)}
+        manifests = [found[trial.node.id] for trial in trials]
+        return [validation_loss(manifest) if manifest else None for manifest in manifests]
+
+    return walk(space_of(study, profile, settings, seeds), losses)
 
 
 def make_plans(

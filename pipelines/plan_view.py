@@ -16,6 +16,7 @@ from pipelines import amounts
 from pipelines.estimate import Bill, Device, Run, stages
 from pipelines.memory import PROCESS
 from pipelines.plan import Plan, Step
+from pipelines.search import view
 
 _WIDTH = 100
 """columns where the output is no terminal"""
@@ -44,6 +45,7 @@ def as_dict(bill: Bill) -> dict[str, Any]:
             }
             for step, cost in stages(bill)
         ],
+        **({"search": view.as_dict(plan.search)} if plan.search else {}),
         "disk_needed_bytes": plan.disk_needed,
         "hours": bill.hours,
         "hours_shared": bill.shared,
@@ -95,6 +97,10 @@ def show(bill: Bill) -> None:
         f"about {plan.disk_needed / 1e9:.2f} GB of disk needed"
     )
     console.print(f"[bold]{_total(bill.hours, bill.to_come, device)}[/bold]")
+    if plan.search:
+        hours = view.hours(plan.search, {node_id: cost.hours for node_id, cost in bill.costs.items()})
+        for line in (*view.lines(plan.search), f"all trainings of the search: {_amount(hours, device)} {device.unit}"):
+            console.print(line, soft_wrap=True)
     processes = plan.runtime.processes
     of = "a process" if processes == 1 else f"each of the {processes} processes of a training"
     console.print(f"memory: estimated peak of {of}; {_gigabytes(PROCESS)} of it are taken before there is any tensor")

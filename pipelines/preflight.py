@@ -29,7 +29,7 @@ def check(plan: Plan, store: ArtifactStore) -> None:
     check_disk(plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
-    setups = [item.setup for item in plan.variants]
+    setups = plan.setups
     _check_processes(nodes, plan.runtime)
     if stages - {"compare"}:
         _check_models(setups)

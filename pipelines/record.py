@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from mft_core.stages import Progress
 from pipelines.graph import Variant
 from pipelines.plan import Plan
 from pipelines.report import Report
+from pipelines.search.trials import Search, Trial
 from pipelines.services import living_server
 from tasks.stage_task import StageCall
 from tasks.tracking import Tracker, variant_key
@@ -35,17 +36,34 @@ class Recorder:
         Args:
             log: the execution's log file, attached to its run.
         """
-        self._plan, self._store, self._log = plan, store, log
+        self._store, self._log = store, log
         name = f"{plan.study.name} on {plan.profile.name}"
         params = {"study": plan.study.name, "profile": plan.profile.name, "question": plan.study.question}
         self._tracker = Tracker(store.home, plan.study.name, name, params, {"log_file": log.name}, ui=_ui(store))
         self._owners: dict[str, str] = {}
         self._sent: dict[str, set[int]] = defaultdict(set)
+        self.expect(plan)
+
+    def expect(self, plan: Plan) -> None:
+        """Open a nested run for each variant and trial of a plan that has none; a search ends with a larger plan."""
+        self._plan = plan
+        if plan.search and plan.search.finished:
+            self.trials(plan.search.trials)
         for item in plan.variants:
             key = variant_key(item.columns)
             self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
             if item.trained:
                 self._owners.setdefault(item.trained.id, key)
+
+    def trials(self, trials: Sequence[Trial]) -> None:
+        """Open a nested run for each trial of a search that has none."""
+        for trial in trials:
+            self._tracker.variant(trial.name, trial.name, {**_settings(trial.variant), **trial.columns})
+            self._owners.setdefault(trial.node.id, trial.name)
+
+    def trial_ended(self, trial: Trial, loss: float | None) -> None:
+        """Send what a trial is judged by."""
+        self._tracker.log_metrics(trial.name, {"validation_loss": loss})
 
     def __enter__(self) -> Recorder:
         return self
@@ -91,13 +109,26 @@ class Recorder:
                 summary = report.manifests[item.trained.id]["summary"]
                 self._tracker.log_metrics(key, {f"training/{name}": value for name, value in summary.items()})
             if item.trained and self._owners[item.trained.id] == key:
-                self._tracker.log_curve(key, self._unsent(key, _history(self._store, artifacts[item.trained.id])))
+                curve = _history(artifacts[item.trained.id].local_path(self._store))
+                self._tracker.log_curve(key, self._unsent(key, curve))
+        if self._plan.search:
+            self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
         for name, rows in report.tables.items():
             self._tracker.log_table(name, rows)
         folder = pages or report.directory
         files = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json" and path.name[0] != "."]
         self._tracker.log_files(files, "report")
+
+    def _record_trials(self, search: Search, report: Report) -> None:
+        """Send what became of each trial, and its curve where that did not arrive live."""
+        for trial in search.trials:
+            manifest = report.manifests[trial.node.id]
+            self._tracker.set_tags(trial.name, {f"artifact.{trial.node.stage}": manifest["key"],
+                                                "trial_state": search.state(trial)})  # fmt: skip
+            self.trial_ended(trial, trial.loss)
+            directory = self._store.directory(trial.node.stage, manifest["key"])
+            self._tracker.log_curve(trial.name, self._unsent(trial.name, _history(directory)))
 
     def _unsent(self, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return what the live curve lacks: all of a cached training, the steps before a kill, the last step."""
@@ -162,7 +193,7 @@ def _settings(item: Variant) -> dict[str, Any]:
     return found
 
 
-def _history(store: ArtifactStore, artifact: ArtifactRef) -> list[dict[str, Any]]:
+def _history(directory: Path) -> list[dict[str, Any]]:
     """Read a training's curve; random and magnitude masks have none."""
-    path = artifact.local_path(store) / "history.jsonl"
+    path = directory / "history.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

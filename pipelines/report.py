@@ -14,10 +14,12 @@ from typing import Any
 
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import StageError
+from mft_core.manifests import validation_loss
 from mft_core.stages import STAGES
 from pipelines import costs
 from pipelines.graph import Edge, Node, closure
 from pipelines.plan import Plan
+from pipelines.search.tables import tables as search_tables
 
 Row = dict[str, Any]
 
@@ -40,12 +42,14 @@ class Report:
 
     @property
     def tables(self) -> dict[str, list[Row]]:
-        """Every table of numbers besides `rows`, by name: what it cost, the winners of sweeps, each analysis."""
+        """Every table of numbers besides `rows`, by name: costs, winners of sweeps, a search, each analysis."""
         found = {
             "winners": _read_rows(self.directory / "winners.json"),
             "cost": costs.by_stage(self.plan, self.manifests),
             "cost-per-point": costs.per_point(self.plan, self.manifests, self.rows),
         }
+        if self.plan.search:
+            found |= search_tables(self.plan.search, self.manifests)
         found |= {slug(name): _read_rows(directory / "rows.json") for name, directory in self.analyses.items()}
         return {name: rows for name, rows in found.items() if rows}
 
@@ -104,7 +108,8 @@ def read_report(
     """
     directory = ref.local_path(store)
     rows = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
-    manifests = _manifests(closure([comparison_node(plan)]), store)
+    trained = plan.search.nodes if plan.search else []
+    manifests = _manifests(closure([comparison_node(plan), *trained]), store)
     evaluations = {(item.name, item.setup.domain, name): (item, node) for item in plan.variants
                    for name, node in item.evaluations.items()}  # fmt: skip
     for row in rows:
@@ -120,13 +125,6 @@ def read_report(
                 row["validation_loss"] = validation_loss(manifests[item.trained.id])
     table = (directory / "table.md").read_text(encoding="utf-8")
     return Report(rows, table, directory, plan, manifests, analyses or {})
-
-
-def validation_loss(manifest: Mapping[str, Any]) -> float | None:
-    """Return the validation loss (nats per token) of the checkpoint that a training kept; None if it measured none."""
-    summary = manifest["summary"]
-    loss = summary.get("validation_losses", {}).get(str(summary.get("kept_step")))
-    return None if loss is None else float(loss)
 
 
 def _manifests(nodes: Iterable[Node], store: ArtifactStore) -> dict[str, dict[str, Any]]:

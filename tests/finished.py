@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,30 @@ def finish(plan: Plan, store: ArtifactStore, accuracy: Mapping[str, float], usag
             made[node.id] = _commit(store, node, inputs, accuracy.get(methods.get(node.id, ""), 0.0), usage)
 
 
+def finish_trials(plan: Plan, store: ArtifactStore, loss: Callable[[Node], float]) -> None:
+    """Put the trials that the plan's search waits for into the store, with these validation losses."""
+    assert plan.search is not None
+    made: dict[str, ArtifactRef] = {}
+    for node in closure(plan.search.nodes):
+        inputs = {
+            name: made[given.node.id] if isinstance(given, Edge) else given for name, given in node.inputs.items()
+        }
+        measured = loss(node) if node.stage == "learn-mask" else 0.5
+        made[node.id] = _commit(store, node, inputs, 0.0, {}, measured)
+
+
 def _commit(
-    store: ArtifactStore, node: Node, inputs: Mapping[str, Any], accuracy: float, usage: Mapping[str, Any]
+    store: ArtifactStore,
+    node: Node,
+    inputs: Mapping[str, Any],
+    accuracy: float,
+    usage: Mapping[str, Any],
+    loss: float = 0.5,
 ) -> ArtifactRef:
     key = store.key(STAGES[node.stage], node.recipe, inputs)
+    there = store.find(node.stage, key)
+    if there:
+        return there
     folder = store.home / "made-up" / key
     folder.mkdir(parents=True)
     summary: dict[str, Any] = {"of": node.label}
@@ -52,7 +72,7 @@ def _commit(
     if node.stage == "evaluate":
         _write_answers(folder, accuracy)
     elif getattr(node.recipe, "training", None):
-        summary |= {"tokens": 4000, "steps": 20, "kept_step": 10, "validation_losses": {"10": 0.5, "20": 0.75}}
+        summary |= {"tokens": 4000, "steps": 20, "kept_step": 10, "validation_losses": {"10": loss, "20": loss + 0.25}}
         (folder / "history.jsonl").write_text('{"step": 20, "loss": 0.25}\n')
     provenance = {
         "git_commit": "0123456789abcdef", "git_dirty": False, "source_digest": "fedcba9876543210", "python": "3.11.7",

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mft_core.statistics import figures
+from mft_core.statistics.figures import search as search_figure
 from pipelines.report import Report, slug
 from pipelines.report_pages import published, render, sections
 from pipelines.report_pages.asked import Asked
 from pipelines.report_pages.files import write_tables
+from pipelines.report_pages.search_section import FIGURE
+from pipelines.search.tables import TRIALS
 
 PAGE, TEXT = "report.html", "report.md"
 
@@ -36,7 +39,10 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
             own.mkdir()
             for figure in directory.glob("*.png"):
                 shutil.copyfile(figure, own / figure.name)
-        write_tables({"rows": report.rows, **report.tables}, folder)
+        tables = report.tables
+        if TRIALS in tables:
+            search_figure.trials(tables[TRIALS], folder / FIGURE)
+        write_tables({"rows": report.rows, **tables}, folder)
         subtitle = f"Study {study.name} on profile {profile.name}"
         write_pages(folder, study.question, subtitle, sections.of_study(report, asked))
     return out / PAGE

@@ -14,6 +14,7 @@ from pipelines.report import Report, slug
 from pipelines.report_pages import verdict
 from pipelines.report_pages.asked import Asked
 from pipelines.report_pages.render import Section, grid
+from pipelines.report_pages.search_section import search_section
 
 _FEW = 6
 """values of one setting that are listed one by one"""
@@ -25,6 +26,7 @@ def of_study(report: Report, asked: Asked) -> list[Section]:
         Section("answer", "Answer", verdict.answer(report)),
         Section("figure", "Figure", "![Gains over FFT with their intervals](figure.png)"),
         Section("table", "Table", _without_heading(report.table)),
+        *([search_section(report.plan.search, report.tables)] if report.plan.search else []),
         *(_analysis(name, directory) for name, directory in report.analyses.items()),
         Section("cost", "Cost", cost(report.tables)),
         Section("settings", "Settings", settings(report, asked)),

@@ -1,0 +1,50 @@
+"""Walks a search inside a flow: every step of it is a round of trials, run like any other stages.
+
+Trials that are cached are served as cached stages are, so a search that was killed goes on where it was, and one that
+has been run before computes nothing. Called by `pipelines.flows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mft_core.artifacts import ArtifactStore
+from mft_core.manifests import validation_loss
+from pipelines.display import Display
+from pipelines.execute import Outcome
+from pipelines.graph import Node, closure
+from pipelines.record import Recorder
+from pipelines.search.tables import choice
+from pipelines.search.trials import Search, Trial, walk
+
+
+def run_search(
+    search: Search,
+    store: ArtifactStore,
+    run: Callable[[list[Node]], Mapping[str, Outcome]],
+    recorder: Recorder,
+    display: Display,
+) -> None:
+    """Run a search to its end; what it found is in the store, where a new plan finds it.
+
+    Args:
+        search: as the plan has it.
+        run: runs nodes, each after the ones that it needs, and returns their outcomes by node id.
+
+    Raises:
+        ConfigError, StageError: a trial failed.
+    """
+
+    def measure(trials: Sequence[Trial]) -> list[float | None]:
+        recorder.trials(trials)
+        outcomes = run(closure(trial.node for trial in trials))
+        losses: list[float | None] = []
+        for trial in trials:
+            ref = outcomes[trial.node.id].artifact
+            manifest = store.manifest(ref.stage, ref.key)
+            losses.append(validation_loss(manifest) if manifest else None)
+            recorder.trial_ended(trial, losses[-1])
+        return losses
+
+    for seed, trial in walk(search.space, measure).chosen.items():
+        display.say(f"search   seed {seed} chose {choice(trial)} (validation loss {trial.loss:.4f})")

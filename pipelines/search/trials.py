@@ -1,0 +1,234 @@
+"""The trials of a search as ordinary variants, walked from the cache or by a flow, and what came of them.
+
+A trial on a rung is the variant of its point with a share of the epochs; on the last rung it is the very variant that
+a grid over the same space has. Only its mask is learned, and its validation loss read from the manifest; the one of
+least loss on the last rung is each seed's choice, and the only one that is evaluated. Used by `pipelines.plan`, which
+walks what the store holds, and by `pipelines.search.run`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mft_core.errors import ConfigError
+from mft_core.recipes import LearnMask
+from pipelines import compose
+from pipelines.catalogue import Profile, SearchSpec, Study
+from pipelines.graph import Node, Variant, unique_nodes, variant
+from pipelines.search.halving import Asked, halving
+from pipelines.setup import Setup
+
+Manifest = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of the space, trained for the share of its rung."""
+
+    seed: int
+    asked: Asked
+    share: float
+    """of the epochs"""
+    variant: Variant
+    keys: Sequence[str]
+    """of the space"""
+    loss: float | None = None
+    """validation loss of the mask that was kept; None until it is known"""
+
+    @property
+    def node(self) -> Node:
+        """The training."""
+        assert self.variant.trained is not None  # only methods that train scores are searched
+        return self.variant.trained
+
+    @property
+    def name(self) -> str:
+        """What tells it apart from every other trial of the study."""
+        return f"seed {self.seed} trial {self.asked.number:02d}, {self.share:.0%} of the epochs"
+
+    @property
+    def columns(self) -> Row:
+        """What identifies the trial in tables and in MLflow, numbers as numbers; None is left out there."""
+        recipe = self.node.recipe
+        assert isinstance(recipe, LearnMask)
+        assert recipe.training
+        layers = [int(part) for part in recipe.layers.replace(",", "-").split("-")]
+        own = {key: value for key, value in self.variant.columns.items() if key not in ("variant", "seed")}
+        return {
+            "seed": self.seed,
+            "trial": self.asked.number,
+            **own,
+            "first_layer": layers[0],
+            "last_layer": layers[-1],
+            "mask.training.learning_rate": recipe.training.learning_rate,
+            "mask.training.epochs": recipe.training.epochs,
+            "rung": self.share,
+        }
+
+
+Measure = Callable[[Sequence[Trial]], Sequence[float | None]]
+"""the validation losses of trials, None where one is not known"""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: every point with its setup, for each seed."""
+
+    spec: SearchSpec
+    values: Mapping[str, Sequence[Any]]
+    points: Mapping[int, Sequence[tuple[Setup, Mapping[str, Any]]]]
+    """by seed, in the order of the grid: the setup of each point, and the point with the values that are meant"""
+    keys: frozenset[str]
+    """everything that the study varies"""
+
+    @property
+    def size(self) -> int:
+        """The number of points."""
+        return len(next(iter(self.points.values())))
+
+    @property
+    def setups(self) -> list[Setup]:
+        """The setups of all points."""
+        return [setup for points in self.points.values() for setup, _ in points]
+
+    @property
+    def cost(self) -> float:
+        """Trainings of the whole length that one seed's search is worth; the full grid's is `size`."""
+        return sum(n * share for n, share in zip(self.spec.goes_on(self.size), self.spec.rungs, strict=True))
+
+    def trial(self, seed: int, asked: Asked) -> Trial:
+        """Return the variant of what a search asks for."""
+        at = list(itertools.product(*(range(len(each)) for each in self.values.values()))).index(asked.point)
+        share = self.spec.rungs[asked.rung]
+        return Trial(seed, asked, share, self.variant(seed, at, share), tuple(self.values))
+
+    def variant(self, seed: int, at: int, share: float = 1.0) -> Variant:
+        """Return the variant of the point at a place of the grid, trained for a share of the epochs."""
+        setup, point = self.points[seed][at]
+        if share != 1:
+            epochs = float(f"{setup.mask.training.epochs * share:.6g}")
+            training = setup.mask.training.model_copy(update={"epochs": epochs})
+            mask = setup.mask.model_copy(update={"training": training})
+            setup, point = setup.model_copy(update={"mask": mask}), {**point, "mask.training.epochs": epochs}
+        return variant(setup, point, self.keys | {"mask.training.epochs"})
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as far as it has come."""
+
+    space: Space
+    trials: Sequence[Trial]
+    """those asked for, in the order of asking; the last of a seed that is not finished have no loss"""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every seed has made its choice."""
+        return len(self.trials) == self.trainings and all(trial.loss is not None for trial in self.trials)
+
+    @property
+    def trainings(self) -> int:
+        """How many trainings all seeds' searches are."""
+        return len(self.space.points) * sum(self.space.spec.goes_on(self.space.size))
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The trainings asked for."""
+        return [trial.node for trial in self.trials]
+
+    @property
+    def variants(self) -> list[Variant]:
+        """The variants of all trials, and of what stands for those to come."""
+        return [*(trial.variant for trial in self.trials), *self._stand_ins]
+
+    @property
+    def to_come(self) -> list[Node]:
+        """Nodes that are as large as those of which nothing is known yet: trainings, and what follows the choices."""
+        following = [node for item in self._stand_ins for node in unique_nodes([item])
+                     if node.stage in ("merge-mask", "evaluate")]  # fmt: skip
+        trained = [item.trained for item in self._stand_ins[:1] if item.trained]
+        return following + trained * (self.trainings - len(self.trials))
+
+    @functools.cached_property
+    def _stand_ins(self) -> list[Variant]:
+        """A variant for each seed that is as large as the one to be chosen."""
+        return [] if self.finished else [self.space.variant(seed, 0) for seed in self.space.points]
+
+    @functools.cached_property
+    def chosen(self) -> dict[int, Trial]:
+        """By seed the trial of least validation loss on the last rung; empty until the search is finished."""
+        if not self.finished:
+            return {}
+        last = [trial for trial in self.trials if trial.share == 1]
+        return {
+            seed: min((t for t in last if t.seed == seed), key=lambda t: (t.loss or 0.0, t.asked.number))
+            for seed in self.space.points
+        }
+
+    def state(self, trial: Trial) -> str:
+        """Say what became of a trial on its rung: 'stopped', 'went on', 'finished' or 'chosen'."""
+        if trial.share == 1:
+            return "chosen" if self.chosen.get(trial.seed) is trial else "finished"
+        later = ((t.seed, t.asked.number) for t in self.trials if t.asked.rung > trial.asked.rung)
+        return "went on" if (trial.seed, trial.asked.number) in later else "stopped"
+
+
+def space_of(study: Study, profile: Profile, settings: Mapping[str, Any], seeds: Sequence[int] | None) -> Space:
+    """Compose every point of the study's search.
+
+    Args:
+        settings: the overrides.
+
+    Raises:
+        ConfigError: an unknown key, an invalid value, two points that are the same, or no validation loss to go by.
+    """
+    spec = study.search
+    assert spec is not None
+    alone = study.model_copy(update={"variants": (spec.family,), "search": None})
+    found = compose.setups(alone, profile, compose.settings_of(alone, study, settings), seeds)
+    values = {key: profile.each(each) if isinstance(each, str) else each for key, each in spec.space.items()}
+    points = {seed: [(setup, point) for setup, point in found if setup.seed == seed] for seed in (seeds or study.seeds)}
+    size = len(list(spec.family.points(profile)))
+    if size < 2 or any(len(each) < size for each in points.values()):
+        raise ConfigError(
+            f"study {study.name}: search.space has {size} points, {len(next(iter(points.values())))} of them "
+            "different; valid: two points or more, each written once."
+        )
+    if not found[0][0].mask.training.validations:
+        raise ConfigError(
+            f"study {study.name}: mask.training.validations = 0: a search goes by the validation loss; "
+            "set mask.training.validations to 1 or more."
+        )
+    return Space(spec, values, points, frozenset(key for family in study.families for key in family.grid))
+
+
+def walk(space: Space, measure: Measure) -> Search:
+    """Walk the searches of all seeds together, as far as their trials' losses can be measured."""
+    walks = {seed: halving(space.values, space.spec, seed) for seed in space.points}
+    asked = {seed: next(steps) for seed, steps in walks.items()}
+    trials: list[Trial] = []
+    while asked:
+        batch = [space.trial(seed, one) for seed, several in asked.items() for one in several]
+        losses = measure(batch)
+        batch = [replace(trial, loss=loss) for trial, loss in zip(batch, losses, strict=True)]
+        trials += batch
+        asked = _next(walks, batch)
+    return Search(space, trials)
+
+
+def _next(walks: Mapping[int, Any], batch: Sequence[Trial]) -> dict[int, list[Asked]]:
+    """Tell each search its losses; return what those ask for next that are neither at an end nor lack a loss."""
+    asked: dict[int, list[Asked]] = {}
+    for seed in dict.fromkeys(trial.seed for trial in batch):
+        losses = [trial.loss for trial in batch if trial.seed == seed]
+        if None not in losses:
+            try:
+                asked[seed] = walks[seed].send(losses)
+            except StopIteration:
+                continue
+    return asked
