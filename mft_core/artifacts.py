@@ -293,6 +293,6 @@ class ArtifactStore:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                (log or logging.getLogger("mft")).info("waiting for another run that computes %s", name[:12])
+                (log or logging.getLogger("mft")).info("waiting for another run that holds the lock of %s", name[:12])
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield

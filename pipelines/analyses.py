@@ -28,10 +28,11 @@ def analysis_nodes(plan: Plan) -> dict[str, Node]:
     """Return the study's analyses by name; one of several fine-tuned models is named with its domain.
 
     Raises:
-        ConfigError: the study has not the variants that an analysis needs.
+        ConfigError: the study has not the variants, or the data not the validation rows, that an analysis needs.
     """
     found: dict[str, Node] = {}
     for name in plan.study.analyses:
+        _check_validation_rows(name, plan)
         nodes = list(_ANALYSES[name](plan))
         if not nodes:
             raise ConfigError(
@@ -40,6 +41,16 @@ def analysis_nodes(plan: Plan) -> dict[str, Node]:
         several = len(nodes) > 1
         found |= {f"{name} {label}" if several else name: node for label, node in nodes}
     return found
+
+
+def _check_validation_rows(analysis: str, plan: Plan) -> None:
+    """Refuse here what the stage would find out only after everything else has run."""
+    lacking = [item.setup.domain for item in plan.variants if not item.setup.data.validation_rows]
+    if analysis in _MEASURE_LOSSES and lacking:
+        raise ConfigError(
+            f"study {plan.study.name}: analysis '{analysis}' measures losses on validation rows, and "
+            f"data.validation_rows = 0 in domain {lacking[0]}; set it, e.g. --set data.validation_rows=500."
+        )
 
 
 def _by_base(plan: Plan) -> dict[str, list[Variant]]:
@@ -97,6 +108,7 @@ _ANALYSES: dict[str, Callable[[Plan], Iterator[tuple[str, Node]]]] = {
     "landscape": _landscape,
     "predict-layers": _predict_layers,
 }
+_MEASURE_LOSSES = {"anatomy", "landscape"}
 _NEEDS = {
     "anatomy": "masked variants",
     "landscape": "masked variants",

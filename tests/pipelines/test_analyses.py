@@ -17,10 +17,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def plan(folder, tmp_path, variants, analyses):
+def plan(folder, tmp_path, variants, analyses, overrides=()):
     study = load_study(str(write_study(tmp_path, variants)))
     asked = study.model_copy(update={"analyses": tuple(analyses)})
-    return make_plan(asked, load_profile(str(folder / "mini.yaml")), ArtifactStore(tmp_path / "home"))
+    return make_plan(asked, load_profile(str(folder / "mini.yaml")), ArtifactStore(tmp_path / "home"), overrides)
 
 
 def test_anatomy_is_given_every_mask_of_its_base(folder, tmp_path):
@@ -50,6 +50,15 @@ def test_a_predictor_is_set_beside_the_sweep_that_measures_it(folder, tmp_path):
 def test_an_analysis_without_what_it_looks_at_is_refused(folder, tmp_path):
     the_plan = plan(folder, tmp_path, [{"method": "mft"}], ["predict-layers"])
     with pytest.raises(ConfigError, match="analysis 'predict-layers' needs mft variants of three layer groups or more"):
+        analysis_nodes(the_plan)
+
+
+@pytest.mark.parametrize("analysis", ["anatomy", "landscape"])
+def test_losses_without_rows_to_measure_them_on_are_refused_before_anything_runs(folder, tmp_path, analysis):
+    parts = ("fine_tune", "mask.training")
+    without = [f"{part}.{text}" for part in parts for text in ("validations=0", "keep=last")]
+    the_plan = plan(folder, tmp_path, [{"method": "mft"}], [analysis], ["data.validation_rows=0", *without])
+    with pytest.raises(ConfigError, match=r"data\.validation_rows = 0"):
         analysis_nodes(the_plan)
 
 

@@ -241,7 +241,7 @@ def run_to_the_mask():
 
     mixture = ", ".join(f"{{path: {name}, rows: 30}}" for name in MIXTURES["math"])
     short = [f"{part}.{key}" for part in ("fine_tune", "mask.training") for key in ("batch_size=8", "max_steps=2")]
-    plan, store = plan_on("llama2-7b", f"data.mixture=[{mixture}]", *short, domains=["math"])
+    plan, store = plan_on("llama2-7b", f"data.mixture=[{mixture}]", "data.validation_rows=8", *short, domains=["math"])
     made, directories = {}, {}
     for node in closure(item.trained for item in plan.variants if item.trained):
         inputs = {

@@ -8,6 +8,7 @@ of it, with a dashed line across the panel to compare with.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from mft_core.statistics.figures import style
 from mft_core.statistics.figures.quantities import Axis, Quantity, axis_of, quantities
 from mft_core.statistics.figures.style import Published, Row, Style
 from mft_core.statistics.tables import apart, method_label, pooled
+
+_LEAST_GAP = 0.1
+"""between two numbers that are written under the axis, as a share of its length"""
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,17 @@ def _panel(
         _series(axes, [row for row in on_axis if layout.series_of(row) == name], layout, styles[name], shift)
     end = _beside(axes, [row for row in pooled(rows) if not layout.on_axis(row)], layout, styles, published)
     axes.set_xlim(axis.start, end)
-    axes.set_xticks(list(axis.places.values()), [axis.quantity.text(value) for value in axis.places])
+    axes.set_xticks(list(axis.places.values()), _tick_labels(axis))
+
+
+def _tick_labels(axis: Axis) -> list[str]:
+    """Return a text for each place; none for a number too near the last that has one for both to be read."""
+    labels, last = [], -math.inf
+    for value, place in axis.places.items():
+        readable = not axis.quantity.numeric or place - last >= _LEAST_GAP * (axis.end - axis.start)
+        labels.append(axis.quantity.text(value) if readable else "")
+        last = place if readable else last
+    return labels
 
 
 def _series(axes: Axes, rows: Sequence[Row], layout: _Layout, look: Style, shift: float) -> None:
