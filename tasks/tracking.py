@@ -53,6 +53,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 log = logging.getLogger("mft")
@@ -244,14 +245,8 @@ class Tracker:
         log.warning("%s. The run goes on; `mft report %s --sync` records it later.", self.problem, self._experiment)
 
     def _connect(self) -> None:
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        from mlflow.tracking import MlflowClient
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         with ArtifactStore(self._home).lock("mlflow-init", log):  # two processes must not make one database at once
-            self._client = MlflowClient(tracking_uri=self._uri)
+            self._client = open_client(self._uri)
             self._experiment_id = self._find_experiment()
             self._let_readers_in()
         self._close_orphans()
@@ -319,6 +314,17 @@ class Tracker:
         for key, metrics in points.items():
             for some in _portions(metrics, BATCH):
                 self._client.log_batch(self._runs[key], metrics=some)
+
+
+def open_client(uri: str) -> Any:
+    """Return MLflow's client of a tracking store: quiet, without telemetry, and soon tired of a server that is down."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
 
 
 def _portions(values: list[Any], size: int) -> Iterator[list[Any]]:

@@ -37,7 +37,8 @@ def overlap(rows: Sequence[Row], labels: Labels) -> Figure | None:
             values[down, right] = max(0.0, row["beyond_chance"])
         if len(masks) <= _MOST_WITH_TEXT:
             texts[down][right], texts[right][down] = (_percent(row[name]) for name in ("jaccard", "chance"))
-    figure = Figure(figsize=(2.8 + 0.37 * len(masks), 1.9 + 0.3 * len(masks)), layout="constrained")
+    size = max(6.4, 2.8 + 0.37 * len(masks)), max(4.2, 1.9 + 0.3 * len(masks))  # of few masks: room for the words
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     scale = Normalize(0, 1)
     heat(axes, values, texts, scale, AMOUNT)
