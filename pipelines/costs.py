@@ -1,8 +1,9 @@
 """What a study's answer cost: per stage and method, and per percentage point gained. Read from the manifests.
 
 `provenance` of a manifest has `seconds` (wall clock of the stage, loading and validation included) and may have what
-`mft_core.usage` measures; memory and energy count only where the stage ran `alone` in its process. What is missing
-stays None, and the report says so. Used by `pipelines.report`.
+`mft_core.usage` measures; memory counts only where the stage ran `alone` in its process, energy, which is that of the
+whole device, only where besides no other stage could run there. What is missing stays None, and the report says so.
+Used by `pipelines.report`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def _stage_row(stage: str, method: str, domain: str, manifests: Sequence[Mapping
     tokens = _numbers(manifests, "summary", "tokens")
     alone = [manifest for manifest in manifests if manifest["provenance"].get("alone")]
     peaks = _numbers(alone, "provenance", "peak_memory_bytes")
-    energy = _numbers(alone, "provenance", "energy_joules")
+    by_itself = [manifest for manifest in alone if _slots(manifest) == 1]
+    energy = _numbers(by_itself, "provenance", "energy_joules")
     return {
         "stage": stage,
         "method": method,
@@ -121,6 +123,10 @@ def _owners(plan: Plan) -> dict[str, tuple[str, str]]:
         for node in unique_nodes([item]):
             owners.setdefault(node.id, (SHARED, item.setup.domain))
     return owners
+
+
+def _slots(manifest: Mapping[str, Any]) -> int:
+    return int(manifest["provenance"].get("runtime", {}).get("heavy_slots", 1))
 
 
 def _numbers(manifests: Sequence[Mapping[str, Any]], part: str, name: str) -> list[float]:

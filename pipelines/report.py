@@ -17,6 +17,7 @@ from mft_core.errors import StageError
 from mft_core.manifests import validation_loss
 from mft_core.stages import STAGES
 from pipelines import costs
+from pipelines.chosen import chosen
 from pipelines.graph import Edge, Node, closure
 from pipelines.plan import Plan
 from pipelines.search.tables import tables as search_tables
@@ -42,8 +43,9 @@ class Report:
 
     @property
     def tables(self) -> dict[str, list[Row]]:
-        """Every table of numbers besides `rows`, by name: costs, winners of sweeps, a search, each analysis."""
+        """Every table of numbers besides `rows`, by name: choices, winners, costs, a search, each analysis."""
         found = {
+            "chosen": chosen(self.rows),
             "winners": _read_rows(self.directory / "winners.json"),
             "cost": costs.by_stage(self.plan, self.manifests),
             "cost-per-point": costs.per_point(self.plan, self.manifests, self.rows),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_core.statistics.tables import method_label
+from mft_core.statistics.tables import gain_cell, method_label
 from pipelines.costs import SHARED
 from pipelines.report import Report, slug
 from pipelines.report_pages import verdict
@@ -26,6 +26,7 @@ def of_study(report: Report, asked: Asked) -> list[Section]:
         Section("answer", "Answer", verdict.answer(report)),
         Section("figure", "Figure", "![Gains over FFT with their intervals](figure.png)"),
         Section("table", "Table", _without_heading(report.table)),
+        *_chosen(report.tables.get("chosen", [])),
         *([search_section(report.plan.search, report.tables)] if report.plan.search else []),
         *(_analysis(name, directory) for name, directory in report.analyses.items()),
         Section("cost", "Cost", cost(report.tables)),
@@ -36,6 +37,26 @@ def of_study(report: Report, asked: Asked) -> list[Section]:
 
 def _without_heading(table: str) -> str:
     return re.sub(r"\A## .*\n", "", table)
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Return the section of what validation rows choose, if there was a choice."""
+    if not rows:
+        return []
+    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
+    several = len({row["domain"] for row in rows}) > 1
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        loss = f"{row['validation_loss']:.4f}"
+        head = [row["variant"], *([row["domain"]] if several else []), str(row["variants"]), loss]
+        line = lines.setdefault((row["domain"], row["variant"]), head + ["-"] * len(benchmarks))
+        line[len(head) + benchmarks.index(row["benchmark"])] = gain_cell(dict(row))
+    header = ["variant", *(["domain"] if several else []), "of", "validation loss", *benchmarks]
+    note = (
+        "Of each method's variants the one of least validation loss (nats per token, mean over seeds), and its gain on "
+        "the benchmarks, which had no part in the choice; tests and verdicts are those of the table above."
+    )
+    return [Section("chosen", "Chosen on validation rows", f"{note}\n\n{grid(header, list(lines.values()))}")]
 
 
 def _analysis(name: str, directory: Path) -> Section:
@@ -74,7 +95,7 @@ def cost(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         what = " and ".join(lacking)
         parts.append(
             f"{what.capitalize()}: not recorded in these artifacts. It is where the machine lets it be read and a "
-            "stage ran alone in its process (`--set runtime.heavy_slots=1`)."
+            "stage ran alone: memory in its process, energy on its device (`--set runtime.heavy_slots=1`)."
         )
     return "\n\n".join([*parts, *_per_point(tables.get("cost-per-point", []))])
 

@@ -78,7 +78,8 @@ def test_the_page_stands_alone_and_begins_with_question_and_answer(pages):
 def test_the_markdown_says_the_same_and_its_figure_lies_beside_it(pages):
     text = (pages / "report.md").read_text()
     titles = re.findall(r"^## (.*)", text, re.MULTILINE)
-    assert titles == ["Answer", "Figure", "Table", "Cost", "Settings", "Where this comes from"]
+    chosen = "Chosen on validation rows"
+    assert titles == ["Answer", "Figure", "Table", chosen, "Cost", "Settings", "Where this comes from"]
     assert "MFT: better than FFT in 2 of 3 comparisons" in text
     assert (pages / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
 
