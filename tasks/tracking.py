@@ -91,6 +91,7 @@ class Tracker:
         self._experiment_id = ""
         self._points: dict[str, list[Any]] = {}
         self._last_point: dict[str, float] = {}
+        self._answered = time.monotonic()
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._jobs.put(self._connect)
         self._open("", name, params, tags)
@@ -198,7 +199,8 @@ class Tracker:
 
         Args:
             status: of the execution and of the variants that are still open.
-            seconds: how long to wait for a slow MLflow; one that is known to be down costs nothing.
+            seconds: how long to wait for the next sign of life of a slow MLflow (an analysis has tens of thousands of
+                numbers, which take it a minute); one that is known to be down costs nothing.
         """
 
         def close() -> None:
@@ -208,7 +210,9 @@ class Tracker:
 
         self._jobs.put(close)
         self._jobs.put(None)
-        self._thread.join(seconds)
+        self._answered = time.monotonic()
+        while self._thread.is_alive() and (left := self._answered + seconds - time.monotonic()) > 0:
+            self._thread.join(left)
         if self._thread.is_alive() and self.problem is None:
             self._give_up(f"no answer within {seconds:.0f} s")
         return self.problem
@@ -234,6 +238,7 @@ class Tracker:
             return
         try:
             job()
+            self._answered = time.monotonic()
         except Exception as error:  # whatever MLflow, its store or its network throw: the study goes on
             if is_refusal(error):
                 log.warning("MLflow refused a record, the rest goes on: %s", cause(error))
@@ -308,6 +313,7 @@ class Tracker:
         numbers = [Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if is_number(v)]
         for some in _portions(numbers, BATCH):
             self._client.log_batch(run_id, metrics=some)
+            self._answered = time.monotonic()
 
     def _flush(self) -> None:
         points, self._points = self._points, {}

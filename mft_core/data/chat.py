@@ -10,6 +10,7 @@ the `<|assistant|>` header is not.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -26,6 +27,8 @@ from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_RENDERING = threading.Lock()
+"""transformers keeps one compiled template a process, and the template the marks of the conversation it is at"""
 _BATCH = 1_000  # conversations rendered and tokenised together, and between two reports
 _BATCH_OF_CHECK = 64  # the first rows nearly always fit
 
@@ -202,10 +205,11 @@ def _render(
     `apply_chat_template` renders with this same function, but hands the marks out as token masks only.
     """
     variables: dict[str, Any] = {**tokenizer.special_tokens_map, **flags}
-    texts, marks = cast(
-        tuple[list[str], list[list[Span]]],  # what it returns; it is annotated as str
-        render_jinja_template([messages], chat_template=template, **variables),
-    )
+    with _RENDERING:
+        texts, marks = cast(
+            tuple[list[str], list[list[Span]]],  # what it returns; it is annotated as str
+            render_jinja_template([messages], chat_template=template, **variables),
+        )
     return texts[0], marks[0] if marks else []
 
 

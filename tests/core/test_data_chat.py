@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -270,3 +272,18 @@ def test_the_check_uses_the_chat_template_that_replaces_the_tokenizers_own(tmp_p
     check_fits(rows, tmp_path / "tokenizer", 30, tmp_path / "template.jinja")
     with pytest.raises(ConfigError, match="no chat template"):
         check_fits(rows, tmp_path / "tokenizer", 30, None)
+
+
+def test_data_prepared_in_two_threads_at_once_is_that_of_one():
+    rows = [conversation(f"u:{number}?", f"a:{number}.") for number in range(150)]
+    expected = encode(rows, make_tokenizer(), 100).dataset
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns within a template
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda _: encode(rows, make_tokenizer(), 100).dataset, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    for one in found:
+        for index in range(len(rows)):
+            assert all(map(np.array_equal, one.example(index), expected.example(index)))

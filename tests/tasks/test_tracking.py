@@ -215,6 +215,22 @@ def test_an_mlflow_that_never_answers_is_given_up(home: Path, monkeypatch: pytes
     assert time.monotonic() - started < 5
 
 
+def test_a_slow_mlflow_is_waited_for_as_long_as_it_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(home, "sparsity", "slow")
+    tracker.links(60)
+    batch = tracker._client.log_batch
+
+    def slowly(*given: Any, **named: Any) -> None:
+        time.sleep(0.7)
+        batch(*given, **named)
+
+    monkeypatch.setattr(tracker._client, "log_batch", slowly)
+    monkeypatch.setattr(tracking, "BATCH", 1)
+    tracker.log_metrics("", {f"number/{index}": float(index) for index in range(4)})
+    assert tracker.finish(seconds=2.5) is None, "which is less than the four take together"
+    assert len(runs_of(home)[0].data.metrics) == 4
+
+
 def test_one_refused_record_does_not_stop_the_others(home: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(home, "sparsity", "refusal")
     tracker.log_metrics("", {"not?a*name": 1.0})
