@@ -95,7 +95,7 @@ class _Facet:
     def title(self, benchmark: str, facets: Sequence[tuple[_Facet, Any]]) -> str:
         """Name the panel by its benchmark, and by what else tells it apart."""
         several = len({facet.domain for facet, _ in facets}) > 1
-        first = f"{self.domain}: {benchmark}" if several and self.domain != benchmark else benchmark
+        first = f"{self.domain}: {benchmark}" if several and not benchmark.startswith(self.domain) else benchmark
         return ", ".join([first, *(quantity.described(value) for quantity, value in self.values)])
 
 

@@ -39,7 +39,7 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
             mine = [row for row in shown if (row["domain"], row["benchmark"]) == (domain, benchmark)]
             _panel(axes, mine, names[domain], varied, own.get((domain, benchmark)))
             axes.set_yticks(range(len(names[domain])), names[domain] if column == 0 else [])
-            several = len(domains) > 1 and domain != benchmark
+            several = len(domains) > 1 and not benchmark.startswith(domain)
             axes.set_title(f"{domain}: {benchmark}" if several else benchmark, fontsize=10, fontweight="bold")
             if not any(column < len(benchmarks[later]) for later in domains[line + 1 :]):
                 axes.set_xlabel("Gain over FFT\n(percentage points)")
