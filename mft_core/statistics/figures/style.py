@@ -111,7 +111,9 @@ def mark(axes: Axes, at: float, row: Row, style: Style, *, across: bool = False)
     if gain < edge:
         text, offset, place = (f"← {gain:+.0f}", (7, 0), ("left", "center")) if across else (
             f"{gain:+.0f}\n↓", (0, 6), ("center", "bottom"))  # fmt: skip
-        axes.annotate(text.replace("-", "−"), point, offset, textcoords="offset points", ha=place[0], va=place[1],
+        end = max(edge, interval[1])  # where its interval is still to be seen, beyond that
+        beside = (end, at) if across else (at, end)
+        axes.annotate(text.replace("-", "−"), beside, offset, textcoords="offset points", ha=place[0], va=place[1],
                       color="0.25", fontsize=8, linespacing=0.9, zorder=5)  # fmt: skip
 
 
