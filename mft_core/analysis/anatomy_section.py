@@ -92,10 +92,15 @@ def _small_weights(variants: Mapping[str, Sequence[Row]]) -> list[str]:
         more = sum(row["ratio"] > row["chance_high"] for row in rows)
         less = sum(row["ratio"] < row["chance_low"] for row in rows)
         low, high = min(row["ratio"] for row in rows), max(row["ratio"] for row in rows)
-        lines.append(
-            f"- {method_label(method)}: of {len(rows)} variants {more} remove the smallest tenth more often than "
-            f"chance does, {less} less often, {len(rows) - more - less} as often (×{low:.3g} to ×{high:.3g})."
-        )
+        name = method_label(method)
+        if len(rows) == 1:
+            word = "more often than" if more else "less often than" if less else "as often as"
+            lines.append(f"- {name}: removes the smallest tenth {word} chance does (×{low:.3g}).")
+        else:
+            lines.append(
+                f"- {name}: of {len(rows)} variants {more} remove the smallest tenth more often than chance does, "
+                f"{less} less often, {len(rows) - more - less} as often (×{low:.3g} to ×{high:.3g})."
+            )
     return ["\n".join(lines)] if lines else []
 
 
