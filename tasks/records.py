@@ -62,13 +62,25 @@ def words(row: Row) -> dict[str, Any]:
 
 
 def table_metrics(table: str, rows: Iterable[Row]) -> dict[str, float]:
-    """Return every number of a table as a metric ``TABLE/ROW/COLUMN``, rows counted from 000."""
+    """Return the numbers of a table as metrics ``TABLE/ROW/COLUMN``, rows counted from 000.
+
+    Of an analysis those of its results (not what names its row), and of seeds that a row pools that row's: the
+    others are in the logged table. An analysis of fifty masks has a hundred thousand numbers.
+    """
     return {
         clean(f"{table}/{index:03d}/{name}"): value
         for index, row in enumerate(rows)
+        if not _is_pooled_elsewhere(row)
         for name, value in row.items()
-        if is_number(value)
+        if is_number(value) and not ("part" in row and name in _LABELS)
     }
+
+
+_LABELS = {"sparsity", "seed", "seeds", "layer", "head", "decile", "other_seed", "confidence"}
+
+
+def _is_pooled_elsewhere(row: Row) -> bool:
+    return row.get("pooled") is False and row.get("part") != "overlap"
 
 
 def clean(name: str) -> str:

@@ -10,6 +10,8 @@ thinned (a point costs half a millisecond of CPU; all of them are in `history.js
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
 import os
 import queue
@@ -17,6 +19,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,12 +41,10 @@ from tasks.records import (
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-BATCH = 1000
-"""metrics that MLflow takes in one request"""
-FEW = 100
-"""params or tags that it takes in one request"""
+BATCH, FEW = 800, 100
+"""metrics, and params or tags, of one request; MLflow takes 1,000 in all"""
 FLUSH_SECONDS = 1.0
-"""curve points wait this long for company"""
+"""what is to be written waits this long for company: a request costs more than what is in it"""
 CURVE_POINTS = 50
 """of a curve that is sent as a whole"""
 LIVE_SECONDS = 0.25
@@ -55,6 +56,9 @@ _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+
+_SQLITE_TURN = threading.RLock()
+"""one execution of this process writes at a time: SQLite has one writer, and others would poll for their turn"""
 
 log = logging.getLogger("mft")
 
@@ -89,7 +93,8 @@ class Tracker:
         self._runs: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._experiment_id = ""
-        self._points: dict[str, list[Any]] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._turn = _SQLITE_TURN if self._uri.startswith("sqlite") else contextlib.nullcontext()
         self._last_point: dict[str, float] = {}
         self._answered = time.monotonic()
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -128,7 +133,7 @@ class Tracker:
         def add() -> None:
             from mlflow.entities import Metric
 
-            self._points.setdefault(key, []).extend(
+            self._pending.setdefault(key, _Pending()).metrics.extend(
                 Metric(f"train/{name}", float(value), now, int(row["step"]))
                 for row in rows
                 for name, value in row.items()
@@ -237,7 +242,8 @@ class Tracker:
         if self.problem is not None:
             return
         try:
-            job()
+            with self._turn:
+                job()
             self._answered = time.monotonic()
         except Exception as error:  # whatever MLflow, its store or its network throw: the study goes on
             if is_refusal(error):
@@ -302,24 +308,52 @@ class Tracker:
         metrics: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        """Put numbers and words beside what waits for the next flush."""
+        from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        run_id = self._runs[key]
-        for some in _portions([Param(k, v) for k, v in texts("param", params or {}).items()], FEW):
-            self._client.log_batch(run_id, params=some)
-        for some in _portions([RunTag(k, v) for k, v in texts("tag", tags or {}).items()], FEW):
-            self._client.log_batch(run_id, tags=some)
-        numbers = [Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if is_number(v)]
-        for some in _portions(numbers, BATCH):
-            self._client.log_batch(run_id, metrics=some)
-            self._answered = time.monotonic()
+        pending = self._pending.setdefault(key, _Pending())
+        pending.params |= texts("param", params or {})
+        pending.tags |= texts("tag", tags or {})
+        pending.metrics += [Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if is_number(v)]
 
     def _flush(self) -> None:
-        points, self._points = self._points, {}
-        for key, metrics in points.items():
-            for some in _portions(metrics, BATCH):
-                self._client.log_batch(self._runs[key], metrics=some)
+        pending, self._pending = self._pending, {}
+        for key, what in pending.items():
+            for batch in what.batches():
+                try:
+                    self._send(key, **batch)
+                except Exception as error:
+                    if not is_refusal(error):
+                        raise
+                    for kind, records in batch.items():  # the one that is refused takes no other with it
+                        for record in records:
+                            self._attempt(functools.partial(self._send, key, **{kind: [record]}))
+
+    def _send(self, key: str, **batch: list[Any]) -> None:
+        self._client.log_batch(self._runs[key], **batch)
+        self._answered = time.monotonic()
+
+
+@dataclass
+class _Pending:
+    """What waits to be written to one run."""
+
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: list[Any] = field(default_factory=list)
+
+    def batches(self) -> Iterator[dict[str, list[Any]]]:
+        """Yield the arguments of as few requests as MLflow takes it all in."""
+        from mlflow.entities import Param, RunTag
+
+        kinds = {
+            "metrics": _portions(self.metrics, BATCH),
+            "params": _portions([Param(*item) for item in self.params.items()], FEW),
+            "tags": _portions([RunTag(*item) for item in self.tags.items()], FEW),
+        }
+        for portions in itertools.zip_longest(*kinds.values()):
+            yield {kind: some for kind, some in zip(kinds, portions, strict=True) if some}
 
 
 def open_client(uri: str) -> Any:

@@ -270,3 +270,10 @@ def test_two_processes_that_make_the_database_at_once_both_record(home: Path) ->
     both = [subprocess.Popen([sys.executable, "-c", code, str(home), name], cwd=ROOT) for name in ("one", "two")]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert sorted(run.info.run_name for run in runs_of(home)) == ["one", "two"]
+
+
+def test_an_analysis_gives_metrics_for_its_results_and_not_for_seeds_that_a_row_pools() -> None:
+    pooled = {"part": "share", "layer": 2, "seed": "all", "seeds": 2, "pooled": True, "share": 0.125}
+    one = {**pooled, "seed": 0, "seeds": 1, "pooled": False}
+    pair = {"part": "overlap", "seed": 0, "pooled": False, "jaccard": 0.25}
+    assert table_metrics("anatomy", [one, pooled, pair]) == {"anatomy/001/share": 0.125, "anatomy/002/jaccard": 0.25}
