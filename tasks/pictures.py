@@ -1,16 +1,16 @@
 """The figures of the notebooks: numbers that `tasks.results` reads from MLflow, drawn as the reports draw theirs.
 
-Each function takes a study and a profile and returns a `Picture`, which a notebook shows as the value of its cell; the
-same numbers give the same bytes. None: the study has nothing for that figure. Errors are those of `tasks.results`.
+Each function takes a table and returns a `Picture`, which a notebook shows as the value of its cell; the same numbers
+give the same bytes. None: the table has nothing for that figure.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 
 from mft_core.analysis import anatomy_figures, drawing, loss_figures, overlap_figure
 from mft_core.analysis.labels import Labels
-from mft_core.errors import ConfigError
+from mft_core.errors import unknown
 from mft_core.statistics import figures
 from mft_core.statistics.figures.quantities import quantities
 from mft_core.statistics.figures.style import of_method
@@ -33,7 +33,6 @@ CONFIDENCE = 0.95
 """of the intervals that a study's stages make"""
 _WHERE = ("layer", "module", "projection", "head", "decile", "sign", "lines", "by", "order")
 """columns of the anatomy that a row has, or has not at all"""
-_NOT_OF_A_MASK = {"part", "kind", "seeds", "pooled", "same_base"}
 _LEAST_P = 1e-6
 """that an axis shows; smaller p-values stand at its end"""
 _ANATOMY: dict[str, Callable[[Sequence[Row], Labels], Figure | None]] = {
@@ -50,56 +49,70 @@ AnatomyFigure = Literal["deciles", "evenness", "heads", "shares", "overlap"]
 class Picture:
     """A PNG that IPython shows; no user's matplotlib settings change it."""
 
-    png: bytes
+    png: bytes = field(repr=False)
 
     def _repr_png_(self) -> bytes:
         return self.png
 
 
-def gains(study: str, profile: str = "tiny", kind: figures.Kind | None = None) -> Picture:
+def gains(rows: pd.DataFrame, kind: figures.Kind | None = None) -> Picture:
     """Draw the gains over FFT against what the study varies, with their intervals.
 
     Args:
+        rows: of `results.rows`.
         kind: "methods" sets the methods side by side, "matrix" domains against benchmarks; None takes what fits.
     """
-    found = results.records(results.rows(study, profile))
-    file = BytesIO()
-    figures.gains(found, results.execution(study, profile).question, file, CONFIDENCE, kind=kind)  # type: ignore[arg-type]
-    return Picture(file.getvalue())
+    found, question = results.records(rows), rows.attrs.get("question", "")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "gains.png"
+        figures.gains(found, question, path, CONFIDENCE, kind=kind)
+        return Picture(path.read_bytes())
 
 
-def curves(study: str, profile: str = "tiny") -> Picture | None:
-    """Draw the validation loss against the optimizer's steps: a panel a method, a colour per value of what varies."""
-    frame = results.curves(study, profile)
-    return _picture(partial(_curves, results.records(frame.dropna(subset=["validation_loss"]))) if len(frame) else None)
-
-
-def p_values(study: str, profile: str = "tiny", level: float = 1 - CONFIDENCE) -> Picture | None:
+def p_values(rows: pd.DataFrame, level: float = 1 - CONFIDENCE) -> Picture | None:
     """Draw every p-value of the study's family, the least first, beside the line that Holm's procedure sets it.
 
     Args:
+        rows: of `results.rows`.
         level: of the family's error rate.
     """
-    found = [row for row in results.records(results.rows(study, profile)) if row["family"] == "study"]
-    return _picture(partial(_p_values, found, level) if found else None)
+    found = [row for row in results.records(rows) if row["family"] == "study"]
+    return _picture(lambda: _p_values(found, level)) if found else None
 
 
-def anatomy(study: str, figure: AnatomyFigure, profile: str = "tiny", table: str = "anatomy") -> Picture | None:
+def curves(points: pd.DataFrame) -> Picture | None:
+    """Draw the validation loss against the optimizer's steps: a panel a method, a colour per value of what varies.
+
+    Args:
+        points: of `results.curves`.
+    """
+    found = [row for row in results.records(points) if row["validation_loss"] is not None]
+    return _picture(lambda: _curves(found)) if found else None
+
+
+def anatomy(table: pd.DataFrame, figure: AnatomyFigure) -> Picture | None:
     """Draw where masks cut (deciles, evenness, heads, shares), or how far they agree (overlap).
 
     Args:
-        table: one of the study's, by `results.tables`: an analysis of several fine-tuned models has one for each.
+        table: of `results.table`, an "anatomy".
     """
-    rows, labels = masks(results.table(study, table, profile))
-    return _picture(partial(_ANATOMY[figure], rows, labels))
+    rows, labels = masks(table)
+    return _picture(lambda: _ANATOMY[figure](rows, labels))
 
 
-def removals(study: str, method: str, profile: str = "tiny", table: str = "anatomy") -> Picture | None:
-    """Draw what the weights that a method's masks remove did: the change of the validation loss per group."""
-    rows, labels = masks(results.table(study, table, profile))
+def removals(table: pd.DataFrame, method: str) -> Picture | None:
+    """Draw what the weights that a method's masks remove did: the change of the validation loss per group.
+
+    Args:
+        table: of `results.table`, an "anatomy".
+
+    Raises:
+        ConfigError: it has no masks of that method.
+    """
+    rows, labels = masks(table)
     methods = list(dict.fromkeys(row["method"] for row in rows if row["part"] == "loss"))
     if method not in methods:
-        raise ConfigError(f"study {study}: no losses of masks of method '{method}'. Valid: {', '.join(methods)}.")
+        raise unknown("method of masks with losses", method, methods)
     return _picture(lambda: loss_figures.loss(rows, method, labels, CONFIDENCE))
 
 
@@ -115,15 +128,14 @@ def masks(frame: pd.DataFrame) -> tuple[list[Row], Labels]:
     return rows, Labels(list(described.values()))
 
 
-def _picture(draw: Callable[[], Figure | None] | None) -> Picture | None:
-    file = BytesIO()
-    return Picture(file.getvalue()) if draw and drawing.save(draw, file) else None  # type: ignore[arg-type]
+def _picture(draw: Callable[[], Figure | None]) -> Picture | None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "figure.png"
+        return Picture(path.read_bytes()) if drawing.save(draw, path) else None
 
 
-def _curves(rows: Sequence[Row]) -> Figure | None:
+def _curves(rows: Sequence[Row]) -> Figure:
     methods = drawing.unique(row["method"] for row in rows)
-    if not methods:
-        return None
     figure, grid = drawing.panels(len(methods), 3, (3.3, 2.6))
     varied = quantities([{key: value for key, value in row.items() if key not in results.CURVE} for row in rows])
     names = drawing.unique(_setting(row, varied) for row in rows)

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -106,14 +107,16 @@ def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
     Columns: study, profile; `VARIANT`; seeds; what the study varies besides, by its setting (`mask.fraction`, ...);
     benchmark; metric, family, verdict; n (items), accuracy, baseline and gain (shares, 0.01 is one point), and the
     other numbers. A variant of several seeds has a row for each, and one with seed "all". What was not measured or
-    does not apply is missing (`pd.NA`).
+    does not apply is missing (`pd.NA`). The study's question is in `attrs["question"]`.
 
     Raises:
         ConfigError: no finished execution, or the store cannot be read.
     """
-    _, variants = _ask(lambda client: _variants(client, study, profile))
+    parent, variants = _ask(lambda client: _variants(client, study, profile))
     settings = _settings(variants)
-    return _frame([row for run in variants for row in _rows(run, settings)])
+    frame = _frame([row for run in variants for row in _rows(run, settings)])
+    frame.attrs["question"] = parent.data.params["question"]
+    return frame
 
 
 def tables(study: str, profile: str = "tiny") -> list[str]:
@@ -135,6 +138,8 @@ def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
     """
 
     def read(client: Any) -> pd.DataFrame:
+        import mlflow
+
         run = _newest(client, study, profile)
         names = _described(run).tables
         if name not in names:
@@ -144,7 +149,9 @@ def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
                 f"{known}. Analyses are asked for in a study's `analyses:`."
             )
         with tempfile.TemporaryDirectory() as folder:
-            path = client.download_artifacts(run.info.run_id, f"tables/{name}.json", folder)
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{run.info.artifact_uri}/tables/{name}.json", dst_path=folder, tracking_uri=tracking_uri()
+            )
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [dict(zip(content["columns"], values, strict=True)) for values in content["data"]]
         for index, row in enumerate(found):  # the file has ten decimals, the metrics have all
@@ -187,7 +194,9 @@ def records(frame: pd.DataFrame) -> list[Row]:
 def _ask(question: Callable[[Any], Any]) -> Any:
     """Put a question to the store; what goes wrong there is told in one line."""
     uri = tracking_uri()
-    from mlflow.exceptions import MlflowException
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # of a progress bar that is not shown
+        from mlflow.exceptions import MlflowException
 
     try:
         return question(open_client(uri))

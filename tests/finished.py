@@ -73,7 +73,8 @@ def _commit(
         _write_answers(folder, accuracy)
     elif getattr(node.recipe, "training", None):
         summary |= {"tokens": 4000, "steps": 20, "kept_step": 10, "validation_losses": {"10": loss, "20": loss + 0.25}}
-        (folder / "history.jsonl").write_text('{"step": 20, "loss": 0.25}\n')
+        curve = [{"step": 10, "loss": 0.5, "validation_loss": 0.5}, {"step": 20, "loss": 0.25, "validation_loss": 0.75}]
+        (folder / "history.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
     provenance = {
         "git_commit": "0123456789abcdef", "git_dirty": False, "source_digest": "fedcba9876543210", "python": "3.11.7",
         "machine": "Linux x86_64", "packages": {"torch": "2.13.0"}, "runtime": Runtime().model_dump(),

@@ -13,7 +13,6 @@ import pytest
 
 from tests.mini import write_profile, write_study
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 IGNORED = {"cached", "seconds"}
 
@@ -157,22 +156,6 @@ def test_report_and_plan_read_what_the_run_made(folder, first):
     out, err = plan.communicate(timeout=60)
     assert plan.returncode == 0, err
     assert all(stage["state"].startswith("cached") for stage in json.loads(out)["stages"])
-
-
-def test_the_notebook_runs_top_to_bottom_on_what_the_run_made(folder, first, monkeypatch):
-    import nbformat
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(ROOT / "notebooks" / "sparsity.ipynb", as_version=4)
-    asked = 'STUDY, PROFILE = "sparsity", "tiny"'
-    mine = f'STUDY, PROFILE = "{folder / "mini-study.yaml"}", "{folder / "mini.yaml"}"'
-    cell = next(cell for cell in notebook.cells if asked in cell.source)
-    cell.source = cell.source.replace(asked, mine)
-    monkeypatch.setenv("MFT_HOME", str(folder / "home"))
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    table = cell.outputs[0]["data"]["text/plain"]
-    assert "magnitude" in table
-    assert "verdict" in table
 
 
 def test_two_runs_at_once_compute_each_key_once(folder, first):
