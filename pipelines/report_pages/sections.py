@@ -68,7 +68,7 @@ def _analysis(name: str, directory: Path) -> Section:
         body = body.replace(f"]({figure.name})", f"]({slug(name)}/{figure.name})")
     _, _, of = name.partition(" ")
     title = heading[1] if heading else name
-    return Section(slug(name), f"{title}: {of}" if of else title, body)
+    return Section(slug(name), f"{title}: {of}" if of and of not in title else title, body)
 
 
 def cost(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

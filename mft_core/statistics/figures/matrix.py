@@ -52,19 +52,24 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in shown))
     across = min(_PANELS_ACROSS if len(benchmarks) <= 4 else 1, len(methods)) or 1
     down = -(-len(methods) // across) or 1
+    lines = {
+        method: [domain for domain in domains if across > 1 or _asked(shown, method, domain)] for method in methods
+    }
+    heights = [len(lines[method]) for method in methods[::across]] or [1]
     width = across * (len(benchmarks) * _CELL[0] + 0.4) + 1.2
-    height = down * (len(domains) * _CELL[1] + 0.6) + 2.1
-    figure = Figure(figsize=(max(5.6, width), height), layout="constrained")
-    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    figure = Figure(figsize=(max(5.6, width), sum(heights) * _CELL[1] + 0.6 * down + 2.1), layout="constrained")
+    grid = figure.subplots(
+        down, across, sharex=True, sharey=across > 1, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
     scale = _scale(shown)
     for index, axes in enumerate(grid.flat):
         if index >= len(methods):
             axes.set_visible(False)
             continue
         mine = [row for row in shown if row["method"] == methods[index]]
-        _panel(axes, mine, domains, benchmarks, scale)
+        _panel(axes, mine, lines[methods[index]], benchmarks, scale)
         axes.set_title(method_label(methods[index]), fontsize=10, fontweight="bold")
-        if index % across == 0:
+        if index % across == 0 and len(lines[methods[index]]) > 1:
             axes.set_ylabel("Domain of the treatment")
         if index + across >= len(methods):
             axes.tick_params(labelbottom=True)
@@ -76,6 +81,10 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     )
     style.title(figure, question)
     return figure
+
+
+def _asked(rows: Sequence[Row], method: str, domain: str) -> bool:
+    return any(row["method"] == method and _domain(row) == domain for row in rows)
 
 
 def _scale(rows: Sequence[Row]) -> Normalize:
