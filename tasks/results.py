@@ -131,7 +131,7 @@ def tables(study: str, profile: str = "tiny") -> list[str]:
 
 
 def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
-    """Return a table of a study's report; numbers are those of its metrics, to the last digit.
+    """Return a table of a study's report; a number that is a metric too has all its digits, others ten decimals.
 
     Raises:
         ConfigError: no finished execution, no such table in it, or the store cannot be read.
@@ -154,7 +154,7 @@ def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
             )
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         found = [dict(zip(content["columns"], values, strict=True)) for values in content["data"]]
-        for index, row in enumerate(found):  # the file has ten decimals, the metrics have all
+        for index, row in enumerate(found):  # the file has ten decimals
             row |= {
                 column: run.data.metrics.get(clean(f"{name}/{index:03d}/{column}"), value)
                 for column, value in row.items()

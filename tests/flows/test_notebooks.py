@@ -31,6 +31,7 @@ from tests.mini import write_profile
 from tests.small_training import make_context as context
 from tests.tiny import save_checkpoint
 
+pytestmark = pytest.mark.timeout(600)  # a minute of work on a free core
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ACCURACY = {"base": 0.2, "fft": 0.6, "continued-fft": 0.62, "mft": 0.7, "lora": 0.55, "random": 0.4, "magnitude": 0.6}
 STUDIES: dict[str, dict[str, str]] = {
@@ -100,7 +101,7 @@ def executed(home: Path, name: str) -> list[Any]:
     parameters.source = parameters.source.replace('PROFILE = "tiny"', 'PROFILE = "mini"')
     (home / "below").mkdir(exist_ok=True)
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(home / "below")}}
+        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(home / "below")}}
     ).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
