@@ -50,7 +50,8 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
 
 def write_pages(folder: Path, title: str, subtitle: str, parts: Sequence[render.Section]) -> None:
     """Write sections as Markdown and as HTML; their images lie in the folder already."""
-    (folder / TEXT).write_text(render.markdown(title, parts), encoding="utf-8")
+    text = render.markdown(title, parts).replace(f"/{PAGE}>)", f"/{TEXT}>)")  # from Markdown to Markdown
+    (folder / TEXT).write_text(text, encoding="utf-8")
     (folder / PAGE).write_text(render.html(title, subtitle, parts, folder), encoding="utf-8")
 
 
