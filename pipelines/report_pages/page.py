@@ -33,7 +33,10 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
     study, profile = report.plan.study, report.plan.profile
     known = published.gains(profile.name)
     with replacing(out) as folder:
-        figures.gains(report.rows, study.question, folder / "figure.png", kind=study.figure, published=known)
+        if known or study.figure:
+            figures.gains(report.rows, study.question, folder / "figure.png", kind=study.figure, published=known)
+        else:
+            shutil.copyfile(report.directory / "figure.png", folder / "figure.png")  # the comparison's own is the same
         for name, directory in report.analyses.items():
             own = folder / slug(name)
             own.mkdir()

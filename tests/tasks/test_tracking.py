@@ -272,8 +272,12 @@ def test_two_processes_that_make_the_database_at_once_both_record(home: Path) ->
     assert sorted(run.info.run_name for run in runs_of(home)) == ["one", "two"]
 
 
-def test_an_analysis_gives_metrics_for_its_results_and_not_for_seeds_that_a_row_pools() -> None:
+def test_an_analysis_gives_metrics_for_its_results_and_not_for_their_details() -> None:
     pooled = {"part": "share", "layer": 2, "seed": "all", "seeds": 2, "pooled": True, "share": 0.125}
     one = {**pooled, "seed": 0, "seeds": 1, "pooled": False}
+    cell = {**pooled, "module": "q_proj"}
     pair = {"part": "overlap", "seed": 0, "pooled": False, "jaccard": 0.25}
-    assert table_metrics("anatomy", [one, pooled, pair]) == {"anatomy/001/share": 0.125, "anatomy/002/jaccard": 0.25}
+    assert table_metrics("anatomy", [one, pooled, cell, pair]) == {
+        "anatomy/001/share": 0.125,
+        "anatomy/003/jaccard": 0.25,
+    }
