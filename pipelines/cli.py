@@ -77,7 +77,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
+    from tasks import tracking
+
     _, store = _checked_plans(study, profile, overrides, seeds, rerun)
+    tracking.prepare(store.home)
     rows, table, page = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -177,16 +180,11 @@ def _checked_plans(
     study: str, profile: str, overrides: list[str] | None, seeds: str | None, rerun: list[str] | None
 ) -> tuple[list[Plan], ArtifactStore]:
     """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
-    from mft_core.stages import get_stage
-    from pipelines.preflight import check
+    from pipelines.catalogue import load_profile, load_studies
+    from pipelines.preflight import checked_plans
 
-    for name in rerun or []:
-        get_stage(name)
-    plans, store = _plans(study, profile, overrides, seeds)
-    store.check_writable()
-    for the_plan in plans:
-        check(the_plan, store)
-    return plans, store
+    asked = overrides or [], _seeds(seeds), rerun or []
+    return checked_plans(load_studies(study), load_profile(profile), *asked, keep=True)
 
 
 def _run_flow(

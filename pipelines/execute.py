@@ -15,6 +15,7 @@ from typing import Any
 
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
+from prefect.utilities.annotations import quote
 
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError, StageError
@@ -77,8 +78,8 @@ def run_nodes(
         for node in nodes:
             made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
             call = call_of(node, node.stage in rerun and node.id not in done)
-            # Prefect hands the task the artifacts in place of the futures
-            future = stage_task.submit(node.label, call, made, place)  # type: ignore[arg-type]
+            # Prefect hands the task the artifacts in place of the futures; in the rest it need not look for any
+            future = stage_task.submit(node.label, quote(call), made, quote(place))  # type: ignore[call-overload]
             if node.id not in done:
                 future.add_done_callback(functools.partial(_announce, display, node))
             futures[node.id] = future

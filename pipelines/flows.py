@@ -21,7 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, StageError
-from mft_core.stages import STAGES, Progress, get_stage
+from mft_core.stages import STAGES, Progress
 from pipelines.analyses import analysis_nodes, answers
 from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_studies, load_study
 from pipelines.display import Display
@@ -29,9 +29,9 @@ from pipelines.execute import Outcome, run_nodes, workplace
 from pipelines.graph import Node, closure
 from pipelines.logs import log_to
 from pipelines.plan import Plan, make_plans
-from pipelines.preflight import check
+from pipelines.preflight import checked_plans
 from pipelines.record import Recorder
-from pipelines.report import Report, comparison_node, read_report
+from pipelines.report import Report, comparison_node, find_report, read_report
 from pipelines.report_pages.asked import Asked
 from pipelines.report_pages.command import write_index, write_part
 from pipelines.search.run import run_search
@@ -109,11 +109,11 @@ def _run(
     Returns:
         the rows of the reports, their tables in Markdown, and the HTML page of the whole.
     """
-    plans, store = _checked(studies, profile, asked.overrides, asked.seeds, rerun)
+    plans, store = checked_plans(studies, profile, asked.overrides, asked.seeds, rerun)
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
-        recorders = [stack.enter_context(Recorder(plan, store, logfile)) for plan in plans]
+        recorders = [stack.enter_context(Recorder(plan, store, logfile, rerun)) for plan in plans]
         display = stack.enter_context(Display(len(nodes)))
 
         def record(call: StageCall, progress: Progress) -> None:
@@ -131,14 +131,15 @@ def _run(
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
             display.expect(len({node.id for node in nodes} | done))
+        recorded = {} if rerun else _record_finished(plans, store, recorders)  # MLflow takes it while the tasks run
         outcomes = run_nodes(nodes, place, display, rerun, done)
-        reports, pages = [], []
-        for plan, recorder in zip(plans, recorders, strict=True):
-            report = _report(plan, store, outcomes)
-            page = write_part(report, whole, asked, store)
-            _record(report, page, recorder, outcomes)
-            reports.append(report)
-            pages.append(page)
+        reports = [recorded.get(plan.study.name) or _report(plan, store, outcomes) for plan in plans]
+        for report, recorder in zip(reports, recorders, strict=True):
+            if report.plan.study.name not in recorded:
+                recorder.record(report, {node_id for node_id, outcome in outcomes.items() if outcome.cached})
+        pages = [write_part(report, whole, asked, store) for report in reports]  # while MLflow takes the numbers
+        for report, page, recorder in zip(reports, pages, recorders, strict=True):
+            _attach(report, page, recorder)
     page = write_index(reports, whole, asked, store) if whole.studies else pages[0]
     rows = [row for report in reports for row in report.rows]
     return rows, "\n\n".join(report.table for report in reports), str(page)
@@ -161,6 +162,16 @@ def _search(
     return done
 
 
+def _record_finished(plans: Sequence[Plan], store: ArtifactStore, recorders: Sequence[Recorder]) -> dict[str, Report]:
+    """Record the studies that have been run before, whole; returns their reports by name of the study."""
+    reports = {}
+    for plan, recorder in zip(plans, recorders, strict=True):
+        with contextlib.suppress(StageError):  # there is something to compute
+            report = reports[plan.study.name] = find_report(plan, store, analysis_nodes(plan))
+            recorder.record(report, report.manifests)
+    return reports
+
+
 def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -> Report:
     """Read a study's report from what has been run."""
     cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
@@ -168,20 +179,17 @@ def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -
     return read_report(plan, store, outcomes[comparison_node(plan).id].artifact, cached, analyses)
 
 
-def _record(report: Report, page: Path, recorder: Recorder, outcomes: Mapping[str, Outcome]) -> None:
-    """Tell MLflow and Prefect."""
-    plan = report.plan
-    study, profile = plan.study.name, plan.profile.name
-    artifacts = {node_id: outcome.artifact for node_id, outcome in outcomes.items()}
-    cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
-    recorder.record(report, artifacts, cached, page.parent)
+def _attach(report: Report, page: Path, recorder: Recorder) -> None:
+    """Show the pages in MLflow and Prefect."""
+    study, profile = report.plan.study, report.plan.profile.name
+    recorder.attach(page.parent)
     create_markdown_artifact(
-        f"{plan.study.question}\n\n{report.table}\n\n{recorder.links(page)}",
-        key=re.sub(r"[^a-z0-9]+", "-", f"{study}-{profile}".lower()),
-        description=f"{study} on {profile}",
+        f"{study.question}\n\n{report.table}\n\n{recorder.links(page)}",
+        key=re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{profile}".lower()),
+        description=f"{study.name} on {profile}",
     )
     if recorder.problem:
-        print(f"warning: {recorder.problem}. `mft report {study} --sync` records it later.", file=sys.stderr)
+        print(f"warning: {recorder.problem}. `mft report {study.name} --sync` records it later.", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -192,18 +200,6 @@ def _logged(store: ArtifactStore, name: str) -> Iterator[Path]:
             yield path
         except StageError as error:
             raise StageError(f"{error}\nlog: {path}") from error
-
-
-def _checked(
-    studies: list[Study], profile: Profile, overrides: Sequence[str], seeds: Sequence[int] | None, rerun: list[str]
-) -> tuple[list[Plan], ArtifactStore]:
-    for name in rerun:
-        get_stage(name)
-    store = ArtifactStore.from_environment()
-    plans = make_plans(studies, profile, store, overrides, seeds)
-    for plan in plans:
-        check(plan, store)
-    return plans, store
 
 
 def _stage_flow(stage: str) -> Flow[Any, Any]:
@@ -217,7 +213,7 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         seeds: list[int] | None = None,
         rerun: list[str] = [],  # noqa: B006
     ) -> list[dict[str, str]]:
-        plans, store = _checked(load_studies(study), load_profile(profile), overrides, seeds, rerun)
+        plans, store = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
         wanted = _up_to(stage, plans)
         with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
             outcomes = run_nodes(wanted, workplace(plans[0], store, display), display, rerun)

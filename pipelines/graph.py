@@ -80,7 +80,7 @@ class Variant:
     baseline: Variant | None
     """the full fine-tuning that this variant's own training starts from, as a variant; None for `base` and `fft`"""
 
-    @property
+    @functools.cached_property
     def columns(self) -> dict[str, str | int | float | None]:
         """What identifies the variant in tables and in MLflow."""
         setup = self.setup

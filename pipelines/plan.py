@@ -20,7 +20,7 @@ from mft_core.manifests import validation_loss
 from mft_core.recipes import Compare, Runtime
 from mft_core.sources import Source
 from mft_core.stages import STAGES
-from pipelines import compose
+from pipelines import compose, resolve
 from pipelines.catalogue import Profile, Study
 from pipelines.graph import Edge, Node, Variant, closure, unique_nodes, variant
 from pipelines.memory import memory_parts
@@ -119,6 +119,7 @@ def _asked(evaluation: Node) -> tuple[object, ...]:
     return evaluation.recipe, *(source.digest for source in given if isinstance(source, Source))
 
 
+@resolve.one_look()
 def make_plan(
     study: Study,
     profile: Profile,
@@ -163,6 +164,7 @@ def _searched(
     return walk(space_of(study, profile, settings, seeds), losses)
 
 
+@resolve.one_look()
 def make_plans(
     studies: Sequence[Study],
     profile: Profile,

@@ -6,17 +6,53 @@ Looks only at what is going to be computed, so that a cached study imports neith
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, unknown
 from mft_core.recipes import Evaluate, PrepareData, Runtime
 from mft_core.sources import Source
+from mft_core.stages import get_stage
 from pipelines import resolve
+from pipelines.catalogue import Profile, Study
 from pipelines.graph import Node
-from pipelines.plan import Plan, check_disk
+from pipelines.plan import Plan, check_disk, make_plans
 from pipelines.setup import SELECTORS, ModelSpec, Setup, datas, trainings, uses
+
+_for_the_flow: dict[str, tuple[list[Plan], ArtifactStore]] = {}
+
+
+def checked_plans(
+    studies: Sequence[Study],
+    profile: Profile,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    rerun: Sequence[str] = (),
+    *,
+    keep: bool = False,
+) -> tuple[list[Plan], ArtifactStore]:
+    """Plan studies, and refuse all that can be known to fail before a server or a model is started.
+
+    Args:
+        rerun: names of stages that are going to be computed again.
+        keep: the flow that follows in this process at once asks the same, and need not plan again.
+
+    Raises:
+        ConfigError: from planning or `check`; or there is no such stage.
+    """
+    asked = repr((studies, profile, overrides and list(overrides), seeds, rerun and list(rerun)))
+    if kept := _for_the_flow.pop(asked, None):
+        return kept
+    for name in rerun:
+        get_stage(name)
+    store = ArtifactStore.from_environment()
+    plans = make_plans(studies, profile, store, overrides, seeds)
+    for plan in plans:
+        check(plan, store)
+    if keep:
+        _for_the_flow[asked] = plans, store
+    return plans, store
 
 
 def check(plan: Plan, store: ArtifactStore) -> None:

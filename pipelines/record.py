@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mft_core.artifacts import ArtifactRef, ArtifactStore
+from mft_core.artifacts import ArtifactStore
 from mft_core.errors import StageError
 from mft_core.recipes import FineTune, LearnMask
 from mft_core.stages import Progress
@@ -30,13 +30,14 @@ from tasks.tracking import Tracker, variant_key
 class Recorder:
     """Records one execution of a plan; a context manager that closes the runs with the right status."""
 
-    def __init__(self, plan: Plan, store: ArtifactStore, log: Path) -> None:
+    def __init__(self, plan: Plan, store: ArtifactStore, log: Path, rerun: Container[str] = ()) -> None:
         """Open the execution's run and one nested run per variant.
 
         Args:
             log: the execution's log file, attached to its run.
+            rerun: names of stages that are computed again even where they are cached.
         """
-        self._store, self._log = store, log
+        self._store, self._log, self._rerun = store, log, rerun
         name = f"{plan.study.name} on {plan.profile.name}"
         params = {"study": plan.study.name, "profile": plan.profile.name, "question": plan.study.question}
         self._tracker = Tracker(store.home, plan.study.name, name, params, {"log_file": log.name}, ui=_ui(store))
@@ -54,6 +55,9 @@ class Recorder:
             self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
             if item.trained:
                 self._owners.setdefault(item.trained.id, key)
+        for step in plan.steps:
+            if step.artifact and step.node.id in self._owners and step.node.stage not in self._rerun:
+                self._send_curve(self._owners[step.node.id], step.artifact.local_path(self._store))
 
     def trials(self, trials: Sequence[Trial]) -> None:
         """Open a nested run for each trial of a search that has none."""
@@ -85,38 +89,32 @@ class Recorder:
             if self._tracker.log_point(key, row):
                 self._sent[key].add(progress.step)
 
-    def record(
-        self,
-        report: Report,
-        artifacts: Mapping[str, ArtifactRef],
-        cached: Mapping[str, bool],
-        pages: Path | None = None,
-    ) -> None:
-        """Send the results: every number of the report, curves not seen live, artifact keys, tables and pages.
+    def record(self, report: Report, cached: Container[str]) -> None:
+        """Send the results: every number of the report, curves not seen live, artifact keys, tables.
 
         Args:
-            artifacts: of every node, by node id.
-            cached: by node id, whether the node was served from the cache.
-            pages: the folder of the report's files, attached as `report/`; None attaches the comparison's.
+            cached: ids of the nodes that were served from the cache.
         """
         for item in self._plan.variants:
             key = variant_key(item.columns)
             nodes = [node for node in (item.trained, *item.evaluations.values()) if node is not None]
-            tags: dict[str, Any] = {f"artifact.{node.stage}": artifacts[node.id].key for node in nodes}
-            tags["cached"] = all(cached.get(node.id, False) for node in nodes)
+            tags: dict[str, Any] = {f"artifact.{node.stage}": report.manifests[node.id]["key"] for node in nodes}
+            tags["cached"] = all(node.id in cached for node in nodes)
             self._tracker.set_tags(key, tags)
             if item.trained:
-                summary = report.manifests[item.trained.id]["summary"]
-                self._tracker.log_metrics(key, {f"training/{name}": value for name, value in summary.items()})
-            if item.trained and self._owners[item.trained.id] == key:
-                curve = _history(artifacts[item.trained.id].local_path(self._store))
-                self._tracker.log_curve(key, self._unsent(key, curve))
+                manifest = report.manifests[item.trained.id]
+                numbers = {f"training/{name}": value for name, value in manifest["summary"].items()}
+                self._tracker.log_metrics(key, numbers)
+                if self._owners[item.trained.id] == key:
+                    self._send_curve(key, self._store.directory(item.trained.stage, manifest["key"]))
         if self._plan.search:
             self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
         for name, rows in report.tables.items():
             self._tracker.log_table(name, rows)
-        folder = pages or report.directory
+
+    def attach(self, folder: Path) -> None:
+        """Attach the report's files as `report/`."""
         files = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json" and path.name[0] != "."]
         self._tracker.log_files(files, "report")
 
@@ -127,14 +125,16 @@ class Recorder:
             self._tracker.set_tags(trial.name, {f"artifact.{trial.node.stage}": manifest["key"],
                                                 "trial_state": search.state(trial)})  # fmt: skip
             self.trial_ended(trial, trial.loss)
-            directory = self._store.directory(trial.node.stage, manifest["key"])
-            self._tracker.log_curve(trial.name, self._unsent(trial.name, _history(directory)))
+            self._send_curve(trial.name, self._store.directory(trial.node.stage, manifest["key"]))
 
-    def _unsent(self, key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return what the live curve lacks: all of a cached training, the steps before a kill, the last step."""
-        live = self._sent[key]
-        first = min(live, default=math.inf)
-        return [row for row in rows if row["step"] < first or (row is rows[-1] and row["step"] not in live)]
+    def _send_curve(self, key: str, directory: Path) -> None:
+        """Send what the live curve lacks: all of a cached training, the steps before a kill, the last step."""
+        rows, sent = _history(directory), self._sent[key]
+        first = min(sent, default=math.inf)
+        self._tracker.log_curve(
+            key, [row for row in rows if row["step"] < first or (row is rows[-1] and row["step"] not in sent)]
+        )
+        sent.update(row["step"] for row in rows)
 
     def links(self, page: Path | None = None) -> str:
         """Return Markdown with the addresses of the runs in the MLflow UI, and of the report.
@@ -165,9 +165,9 @@ def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report, pages: Path
     Raises:
         StageError: MLflow cannot be reached.
     """
-    artifacts = {step.node.id: step.artifact for step in plan.steps if step.artifact}
     with Recorder(plan, store, report.directory / "table.md") as recorder:
-        recorder.record(report, artifacts, dict.fromkeys(artifacts, True), pages)
+        recorder.record(report, {step.node.id for step in plan.steps if step.artifact})
+        recorder.attach(pages)
     if recorder.problem:
         raise StageError(recorder.problem)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -41,7 +42,7 @@ class Report:
     analyses: Mapping[str, Path] = field(default_factory=dict)
     """directories of the study's analyses by name: `section.md`, figures, `rows.json`"""
 
-    @property
+    @functools.cached_property
     def tables(self) -> dict[str, list[Row]]:
         """Every table of numbers besides `rows`, by name: choices, winners, costs, a search, each analysis."""
         found = {
@@ -77,11 +78,11 @@ def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] |
     Raises:
         StageError: the study has not been run (whole) with these settings.
     """
+    missing = [step.node.label for step in plan.to_compute]
     named = {"its comparison": comparison_node(plan), **(analyses or {})}
     manifests = _manifests(closure(named.values()), store)
     found = {name: store.find(node.stage, manifests[node.id]["key"]) if node.id in manifests else None
              for name, node in named.items()}  # fmt: skip
-    missing = [step.node.label for step in plan.to_compute]
     lacking = [name for name, ref in found.items() if ref is None]
     if missing or lacking:
         what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"

@@ -5,13 +5,16 @@ A hub repository is pinned to the commit that its revision names: asked of the h
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import yaml
 
@@ -24,12 +27,46 @@ from pipelines.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_seen: ContextVar[dict[Any, Any] | None] = ContextVar("seen", default=None)
 
+
+@contextlib.contextmanager
+def one_look() -> Iterator[None]:
+    """Look at each thing once for as long as the context lasts: a plan's variants share models, data and benchmarks."""
+    if _seen.get() is not None:
+        yield
+        return
+    token = _seen.set({})
+    try:
+        yield
+    finally:
+        _seen.reset(token)
+
+
+def _looked_at_once(look: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(look)
+    def remembered(*args: P.args, **named: P.kwargs) -> R:
+        seen = _seen.get()
+        if seen is None:
+            return look(*args, **named)
+        asked = look, args, *named.items()
+        if asked not in seen:
+            seen[asked] = look(*args, **named)
+        found: R = seen[asked]
+        return found
+
+    return remembered
+
+
+@_looked_at_once
 def model(spec: ModelSpec) -> Source:
     """Return the base model as a source."""
     return _checkpoint(spec, "model")
 
 
+@_looked_at_once
 def tokenizer(spec: ModelSpec) -> Source:
     """Return the base model's tokenizer: the same place, but only its files count."""
     return _checkpoint(spec, "tokenizer")
@@ -41,11 +78,13 @@ def _checkpoint(spec: ModelSpec, kind: Any) -> Source:
     return pinned(spec.path, _commit(spec.path, spec.revision, "model"), kind)
 
 
+@_looked_at_once
 def template(spec: ModelSpec) -> Source:
     """Return the chat template that replaces the tokenizer's own."""
     return local_file(Path(spec.chat_template or ""), "model.chat_template")
 
 
+@_looked_at_once
 def rows(spec: SourceSpec) -> Source:
     """Return one source of training rows."""
     if Path(spec.path).is_absolute():
@@ -53,6 +92,7 @@ def rows(spec: SourceSpec) -> Source:
     return pinned(spec.path, _commit(spec.path, spec.revision, "dataset"), "dataset")
 
 
+@_looked_at_once
 def benchmark(spec: BenchmarkSpec) -> Source:
     """Return a local-file benchmark: the folder, known by the task's definition and all its data files alone."""
     folder, definition, loaded = _task_definition(spec)
@@ -72,6 +112,7 @@ def harness() -> Source:
     return Source(location="lm-eval", digest=digest({"lm-eval": metadata.version("lm-eval")}))
 
 
+@_looked_at_once
 def benchmark_items(spec: BenchmarkSpec) -> Source:
     """Return the items of a local-file benchmark, for keeping them out of the training data."""
     folder, definition, loaded = _task_definition(spec)
@@ -117,6 +158,7 @@ def layers(setup: Setup) -> str:
     return format_layers(parse_layers(setup.mask.layers, decoder_layers(setup.model)))
 
 
+@_looked_at_once
 def decoder_layers(spec: ModelSpec) -> int:
     """Return how many decoder layers the model has, from its configuration alone."""
     config = configuration(spec)
@@ -133,7 +175,10 @@ def configuration(spec: ModelSpec) -> dict[str, Any]:
 
 def configuration_file(spec: ModelSpec) -> Path:
     """Return the local path of the model's config.json; of a hub repository, that file alone is fetched."""
-    source = model(spec)
+    local = Path(spec.path) / "config.json"
+    if local.is_absolute() and local.is_file():
+        return local
+    source = model(spec)  # which says what is wrong with a local path
     if source.revision is None:
         return Path(source.location) / "config.json"
     return _hub_file(source.location, source.revision)

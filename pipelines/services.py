@@ -39,6 +39,10 @@ _PREFECT = {
     "PREFECT_RUNNER_POLL_FREQUENCY": "2",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "mft",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # what the recorder's thread logs belongs to no flow run
+    # a study has a thousand task runs: their events are written together, not one statement each
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "200",
 }
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
@@ -135,7 +139,9 @@ def start_prefect(home: Path, family: Family, port: int, *, ui: bool) -> Child:
     """Start a Prefect server on loopback; its database is under `MFT_HOME` unless Prefect's settings say otherwise."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = home / "logs" / ("prefect.log" if ui else f"prefect-{os.getpid()}.log")
-    return family.start("Prefect server", [*command, "--ui" if ui else "--no-ui"], log, {})
+    # automations belong to a server that people use
+    environment = {} if ui else {"PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false"}
+    return family.start("Prefect server", [*command, "--ui" if ui else "--no-ui"], log, environment)
 
 
 def start_mlflow(home: Path, family: Family, port: int) -> Child:

@@ -28,8 +28,8 @@ from typing import Any
 import pandas as pd
 
 from mft_core.errors import ConfigError, did_you_mean
+from tasks.mlflow_client import open_client
 from tasks.records import clean, metric_name
-from tasks.tracking import open_client
 
 Row = dict[str, Any]
 
@@ -253,7 +253,7 @@ def _variants(client: Any, study: str, profile: str) -> tuple[Any, list[Any]]:
     wanted, order = f"tags.mlflow.parentRunId = '{parent.info.run_id}'", ["attributes.start_time ASC"]
     found: list[Any] = []
     token = None
-    while token or not found:
+    while True:
         page = client.search_runs([parent.info.experiment_id], wanted, max_results=_MOST, order_by=order,
                                   page_token=token)  # fmt: skip
         found += page

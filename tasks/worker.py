@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError, StageError
 from mft_core.stages import Progress, get_stage
+from tasks.child import log_over
 from tasks.workers import Answer, Failed, Job
 
 
@@ -63,21 +64,6 @@ class Parent:
             raise AskedToStop
 
 
-class _ToParent(logging.Handler):
-    """Sends log records to the parent, whose log they belong into."""
-
-    def __init__(self, parent: Parent) -> None:
-        super().__init__()
-        self._parent = parent
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one record, its message put together: arguments may not be what can be sent."""
-        record.msg, record.args = record.getMessage(), None
-        if record.exc_info:
-            record.exc_text, record.exc_info = self.format(record), None
-        self._parent.tell(record)
-
-
 def _build(job: Job, parent: Parent, log: logging.Logger) -> ArtifactRef | Failed:
     stage = get_stage(job.stage)
     inputs: dict[str, Any] = dict(job.inputs)
@@ -106,10 +92,7 @@ def _build(job: Job, parent: Parent, log: logging.Logger) -> ArtifactRef | Faile
 def main(descriptor: int) -> NoReturn:
     """Work until the parent closes the line."""
     parent = Parent(descriptor)
-    log = logging.getLogger("mft")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    log.addHandler(_ToParent(parent))
+    log = log_over(parent.tell)
     while True:
         parent.tell(_build(parent.jobs.get(), parent, log))
 

@@ -12,14 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +24,7 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.recipes import Recipe, Runtime
 from mft_core.sources import Source
 from mft_core.stages import Progress
+from tasks.child import Child
 
 _ERRORS = {"ConfigError": ConfigError, "StageError": StageError}
 
@@ -84,7 +80,7 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self._idle:
-            worker.end()
+            worker.child.end()
 
     def build(self, job: Job, report: Callable[[Progress], None], log: logging.Logger) -> ArtifactRef:
         """Have a worker build the artifact and return it; blocks until then.
@@ -102,7 +98,7 @@ class Workers:
         try:
             result = worker.run(job, report, log)
         except BaseException:
-            worker.end()  # in the middle of a job: of no use for another
+            worker.child.end()  # in the middle of a job: of no use for another
             raise
         with self._lock:
             self._idle.append(worker)
@@ -115,38 +111,24 @@ class Workers:
 
 @dataclass(frozen=True)
 class _Worker:
-    """One process and our end of the line to it."""
+    """A worker process."""
 
-    process: subprocess.Popen[bytes]
-    line: Connection
-    output: Path
+    child: Child
 
     @classmethod
     def start(cls, output: Path, runtime: Runtime) -> _Worker:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        ours, theirs = socket.socketpair()
-        package = str(Path(__file__).parents[1])
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+        environment = {}
         if runtime.threads and "OMP_NUM_THREADS" not in os.environ:
             environment["OMP_NUM_THREADS"] = str(runtime.threads)
-        with theirs, output.open("wb") as sink:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "tasks.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C in the terminal is the parent's to hear
-            )
-        return cls(process, Connection(ours.detach()), output)
+        return cls(Child.start("tasks.worker", output, environment))
 
     def run(self, job: Job, report: Callable[[Progress], None], log: logging.Logger) -> ArtifactRef | Failed:
         asked: BaseException | None = None
+        line = self.child.line
         try:
-            self.line.send(job)
+            line.send(job)
             while True:
-                message = self.line.recv()
+                message = line.recv()
                 if isinstance(message, logging.LogRecord):
                     log.handle(message)
                 elif isinstance(message, Progress):
@@ -154,7 +136,7 @@ class _Worker:
                         report(message)
                     except BaseException as error:
                         asked = error
-                    self.line.send(Answer(stop=asked is not None))
+                    line.send(Answer(stop=asked is not None))
                 elif asked is not None:  # the stage has kept its state and stopped
                     raise asked
                 else:
@@ -163,16 +145,4 @@ class _Worker:
         except (EOFError, OSError) as error:
             if error is asked:
                 raise
-            raise StageError(f"{job.stage}: {self._obituary()}") from error
-
-    def end(self) -> None:
-        self.line.close()
-        self.process.kill()
-        self.process.wait()
-        self.output.unlink(missing_ok=True)
-
-    def _obituary(self) -> str:
-        code = self.process.wait()
-        how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"
-        last = "\n".join(self.output.read_text(errors="replace").splitlines()[-15:])
-        return f"its process {how}" + (f", having printed:\n{last}" if last else "")
+            raise StageError(f"{job.stage}: {self.child.obituary()}") from error

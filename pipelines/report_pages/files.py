@@ -31,15 +31,12 @@ def as_table(rows: Sequence[Row]) -> pa.Table:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    kinds = {_kind(value) for value in values if value is not None}
+    kinds = {_KINDS.get(kind, "text") for kind in set(map(type, values)) - {type(None)}}
     if len(kinds) > 1 or kinds == {"text"}:
         values = [None if value is None else str(value) for value in values]
-    elif kinds == {"number"} and any(isinstance(value, float) for value in values):
+    elif kinds == {"number"} and float in map(type, values):
         values = [None if value is None else float(value) for value in values]
     return pa.array(values)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "truth"
-    return "number" if isinstance(value, int | float) else "text"
+_KINDS = {bool: "truth", int: "number", float: "number"}

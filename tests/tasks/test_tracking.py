@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from tasks import tracking
 from tasks.records import is_number, metric_name, table_metrics, variant_key
 from tasks.tracking import Tracker
 from tests.core.test_compare_stage import Study, changed, mask
@@ -174,11 +177,12 @@ def test_live_points_are_thinned_but_validations_are_all_kept_and_arrive_before_
         extra = {"validation_loss": 2.0} if step % 50 == 0 else {}
         tracker.log_point("v", {"step": step, "loss": 1.0, **extra})
     tracker.links(60)
-    time.sleep(2 * tracking.FLUSH_SECONDS)
-    tracker.links(60)
     run = next(run for run in runs_of(home) if run.info.run_name == "v")
+    deadline = time.monotonic() + 60
+    while (steps := curve_of(home, run, "train/validation_loss")) != [0, 50, 100, 150]:
+        assert time.monotonic() < deadline, steps
+        time.sleep(0.2)
     assert run.info.status == "RUNNING"
-    assert curve_of(home, run, "train/validation_loss") == [0, 50, 100, 150]
     assert len(curve_of(home, run, "train/loss")) < 20
     tracker.finish()
 
@@ -207,28 +211,87 @@ def test_an_outage_costs_no_time_raises_nothing_warns_once_and_sync_records_all(
     assert len(runs_of(home)) == 3
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """A server of MLflow's protocol that is slow to take numbers, or never answers anything."""
+
+    daemon_threads = True
+
+    def __init__(self, seconds_a_batch: float, *, silent: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.seconds_a_batch, self.silent = seconds_a_batch, silent
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        what = self.path.partition("?")[0].rpartition("/mlflow/")[2]
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.silent:
+            time.sleep(60)
+        if what == "runs/log-batch":
+            time.sleep(self.server.seconds_a_batch)
+        self.server.asked.append(what)
+        info = {"run_id": "r", "run_uuid": "r", "experiment_id": "1", "status": "RUNNING", "artifact_uri": "/none"}
+        answers: dict[str, Any] = {
+            "experiments/get-by-name": {"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}},
+            "runs/create": {"run": {"info": info, "data": {}}},
+            "runs/get": {"run": {"info": info, "data": {}}},
+            "runs/update": {"run_info": info},
+        }
+        content = json.dumps(answers.get(what, {})).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET  # noqa: N815  the base class' name
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing on stderr."""
+
+
 def test_an_mlflow_that_never_answers_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tracker, "_connect", lambda self: time.sleep(30))
-    tracker = Tracker(home, "sparsity", "hangs")
-    started = time.monotonic()
-    assert "no answer within 1 s" in (tracker.finish(seconds=1.0) or "")
-    assert time.monotonic() - started < 5
+    with Server(0, silent=True) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        tracker = Tracker(home, "sparsity", "hangs")
+        started = time.monotonic()
+        assert "no answer within 1 s" in (tracker.finish(seconds=1.0) or "")
+        assert time.monotonic() - started < 5
+        server.shutdown()
 
 
 def test_a_slow_mlflow_is_waited_for_as_long_as_it_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker = Tracker(home, "sparsity", "slow")
-    tracker.links(60)
-    batch = tracker._client.log_batch
+    with Server(seconds_a_batch=2) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        tracker = Tracker(home, "sparsity", "slow")
+        tracker.links(60)
+        for index in range(4):
+            tracker.variant(f"v{index}", f"v{index}", {"number": index})
+        assert tracker.finish(seconds=6) is None, "which is less than the four take together"
+        assert server.asked.count("runs/log-batch") == 4
+        assert server.asked.count("runs/update") == 5
+        server.shutdown()
 
-    def slowly(*given: Any, **named: Any) -> None:
-        time.sleep(0.7)
-        batch(*given, **named)
 
-    monkeypatch.setattr(tracker._client, "log_batch", slowly)
-    monkeypatch.setattr(tracking, "BATCH", 1)
-    tracker.log_metrics("", {f"number/{index}": float(index) for index in range(4)})
-    assert tracker.finish(seconds=2.5) is None, "which is less than the four take together"
-    assert len(runs_of(home)[0].data.metrics) == 4
+def test_a_killed_writer_is_told_and_the_next_execution_has_another(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(home, "sparsity", "killed")
+    assert tracker.links(60)
+    for process in psutil.Process().children():
+        if "tasks.mlflow_writer" in process.cmdline():
+            process.kill()
+    assert "SIGKILL" in (tracker.finish() or "")
+    assert "mft report sparsity --sync" in caplog.text
+    assert Tracker(home, "sparsity", "after it").finish() is None
+    assert not [process for process in psutil.Process().children() if "tasks.mlflow_writer" in process.cmdline()]
 
 
 def test_one_refused_record_does_not_stop_the_others(home: Path, caplog: pytest.LogCaptureFixture) -> None:
