@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from mft_core.statistics.tables import pooled, without_seed
+from mft_core.statistics.tables import domain_of_data, pooled, without_seed
 
 Row = dict[str, Any]
 _RESULTS = ("benchmark", "n", "seeds", "accuracy", "gain", "gain_low", "gain_high", "verdict")
@@ -19,8 +19,8 @@ _RESULTS = ("benchmark", "n", "seeds", "accuracy", "gain", "gain_low", "gain_hig
 def chosen(rows: Sequence[Row]) -> list[Row]:
     """Return the rows, seeds pooled, of each method's variant of least validation loss in each domain.
 
-    Methods of which there is one variant have no choice; nor have masks learned on several domains' data, whose losses
-    are on rows of their own.
+    Methods of which there is one variant have no choice. What is learned on another domain's data has its loss on that
+    domain's rows, and is chosen among its like.
 
     Args:
         rows: of a report, with `validation_loss` (nats per token) where a variant was trained.
@@ -28,13 +28,13 @@ def chosen(rows: Sequence[Row]) -> list[Row]:
     Returns:
         method, domain, variant, how many `variants` there were, the `validation_loss` of this one, and its results.
     """
-    losses: dict[tuple[str, str], dict[str, list[float]]] = {}
+    losses: dict[tuple[str, str, str | None], dict[str, list[float]]] = {}
     for row in rows:
-        if row["validation_loss"] is not None and row.get("mask.domain") is None:
-            family = losses.setdefault((row["domain"], row["method"]), {})
+        if row["validation_loss"] is not None:
+            family = losses.setdefault((row["domain"], row["method"], domain_of_data(row)), {})
             family.setdefault(without_seed(row["variant"]), []).append(row["validation_loss"])
     found = []
-    for (domain, method), variants in losses.items():
+    for (domain, method, _), variants in losses.items():
         if len(variants) < 2:
             continue
         best = min(variants, key=lambda name: fmean(variants[name]))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mft_core.errors import ConfigError, did_you_mean, explain
 from mft_core.recipes import Runtime
 from pipelines.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, anchored, domain_of, merge
-from pipelines.setup import METHODS, Setup, uses
+from pipelines.setup import METHODS, OF_ANOTHER_DOMAIN, Setup, uses
 
 _ELSEWHERE = {
     "backbone": "it is the profile: use --profile",
@@ -112,15 +112,16 @@ def _compose(
         final = _change(values, key, value, where)
         if key in point:
             meant[key] = final
-    mask = values["mask"] if isinstance(values["mask"], Mapping) else {}
-    if mask.get("domain"):
-        if "data" in mask:
-            raise ConfigError("mask.data and mask.domain both say what a mask is learned on; give one of them.")
-        other = _of_domain(profile, domain_of(profile, mask["domain"]))
-        for key, value in changes.items():
-            if key.startswith("data."):  # what holds for the fine-tuning's data holds for the mask's
-                _change(other, key, value, f"--set {key}")
-        values["mask"]["data"] = other["data"]
+    for name in OF_ANOTHER_DOMAIN:
+        section = values.get(name)
+        if isinstance(section, dict) and section.get("domain"):
+            if "data" in section:
+                raise ConfigError(f"{name}.data and {name}.domain both say what it is learned on; give one of them.")
+            other = _of_domain(profile, domain_of(profile, section["domain"]))
+            for key, value in changes.items():
+                if key.startswith("data."):  # what holds for the fine-tuning's data holds for the section's
+                    _change(other, key, value, f"--set {key}")
+            section["data"] = other["data"]
     everything = _every_benchmark(profile)
     if study.benchmarks == "all":
         own = values["benchmarks"]

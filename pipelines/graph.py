@@ -206,11 +206,15 @@ def _fine_tuned(setup: Setup, suffix: str) -> Node:
 
 
 def _continued(setup: Setup, model: Edge, suffix: str) -> Node:
-    training = _seeded(setup.continued, setup.seed)
-    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_training_data(setup))}
-    return Node(
-        "fine-tune", FineTune(training=training), inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}"
-    )
+    spec = setup.continued
+    training = Training.model_validate(spec.model_dump(exclude={"domain", "data"}))
+    data = spec.data or setup.data
+    inputs: dict[str, Source | Edge] = {
+        "model": model,
+        "data": Edge(_data(setup, data, data.fraction, spec.domain or setup.domain)),
+    }
+    recipe = FineTune(training=_seeded(training, setup.seed))
+    return Node("fine-tune", recipe, inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}")
 
 
 def _adapted(setup: Setup, model: Source | Edge, suffix: str) -> Node:

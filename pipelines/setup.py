@@ -52,6 +52,9 @@ _SOME_MASKS_ONLY: dict[str, frozenset[str]] = {
     "mask.min_kept": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
 }
 
+OF_ANOTHER_DOMAIN = ("mask", "continued")
+"""sections that may name another domain, whose data they take"""
+
 Method = Literal[
     "base",
     "fft",
@@ -130,6 +133,13 @@ class MaskSpec(Recipe):
     calibration_rows: int = Field(128, gt=0, description="training sequences that wanda and movement look at")
 
 
+class ContinuedSpec(Training):
+    """Further full fine-tuning of the fine-tuned model."""
+
+    domain: str | None = Field(None, description="whose data it goes on with; null is the fine-tuning's own")
+    data: DataSpec | None = Field(None, description="the data of that domain; null is the fine-tuning's own")
+
+
 class LoraSpec(Lora):
     """Low-rank adapters and how they are trained."""
 
@@ -160,7 +170,7 @@ class Setup(Recipe):
     precision: Literal["float32", "bfloat16"] = "float32"
     data: DataSpec
     fine_tune: Training
-    continued: Training
+    continued: ContinuedSpec
     lora: LoraSpec | None = None
     mask: MaskSpec
     benchmarks: tuple[BenchmarkSpec, ...] = Field(min_length=1)
@@ -185,7 +195,7 @@ class Setup(Recipe):
     @model_validator(mode="after")
     def _validations_have_rows(self) -> Setup:
         for name, training in trainings(self).items():
-            data = (self.mask.data or self.data) if name == "mask.training" else self.data
+            data = other_data(self, name) or self.data
             if training.validations and not data.validation_rows:
                 raise ValueError(
                     f"{name}.validations = {training.validations}, but data.validation_rows = 0: there is nothing to "
@@ -205,7 +215,12 @@ def trainings(setup: Setup) -> dict[str, Training]:
     return {name: training for name, training in every.items() if training and uses(setup.method, name)}
 
 
+def other_data(setup: Setup, key: str) -> DataSpec | None:
+    """Return the data of another domain that a training, or the section of a mask, takes; None: the setup's own."""
+    return {"mask": setup.mask.data, "continued": setup.continued.data}.get(key.split(".")[0])
+
+
 def datas(setup: Setup) -> list[DataSpec]:
     """Return the training data that the setup's method uses."""
-    own = setup.mask.data if uses(setup.method, "mask.data") else None
-    return [setup.data, own] if own else [setup.data]
+    others = [other_data(setup, name) for name in OF_ANOTHER_DOMAIN if uses(setup.method, f"{name}.data")]
+    return [setup.data, *(data for data in others if data)]

@@ -68,6 +68,12 @@ def without_seed(variant: str) -> str:
     return " ".join(word for word in variant.split(" ") if not word.startswith("seed="))
 
 
+def domain_of_data(row: Row) -> str | None:
+    """Return the other domain whose data a mask or a further training took, where the study varies that, else None."""
+    named = (row.get(f"{section}.domain") for section in ("mask", "continued"))
+    return next((str(domain) for domain in named if domain not in (None, "None")), None)
+
+
 def pooled(rows: Sequence[Row]) -> list[Row]:
     """Return one row per variant and benchmark: over all seeds where there are several."""
     key = _identity(rows)

@@ -71,6 +71,9 @@ def test_the_kind_of_figure_follows_what_varies():
         row("mft", 0.0, name, **{"mask.domain": d}) for d in ("maths", "code") for name in ("sums", "loops")
     ]
     assert figures.choose(of_one_model) == "matrix"
+    control = [row("continued-fft", 0.0, name, **{"continued.domain": d}) for d in ("maths", "code")
+               for name in ("sums", "loops")]  # fmt: skip
+    assert figures.choose([*of_one_model, *control]) == "matrix"
     assert figures.choose([row("mft", 0.0, "sums"), row("mft", 0.0, "loops", domain="code")]) == "methods"
 
 

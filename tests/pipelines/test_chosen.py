@@ -42,3 +42,10 @@ def test_without_a_choice_or_a_common_measure_nothing_is_chosen() -> None:
     assert chosen([row("mft a", 0.3), row("random a", None), row("random b", None)]) == []
     masks = [row(f"mft {domain}", 0.3, **{"mask.domain": domain}) for domain in ("maths", "words")]
     assert chosen(masks) == []  # each loss is on rows of its own domain
+
+
+def test_what_is_learned_on_another_domains_data_is_chosen_among_its_like() -> None:
+    rows = [row(f"continued-fft {domain} {rate}", loss, **{"continued.domain": domain, "continued.learning_rate": rate})
+            for domain, losses in {"maths": (0.2, 0.3), "words": (0.7, 0.6)}.items()
+            for rate, loss in zip((0.1, 0.2), losses, strict=True)]  # fmt: skip
+    assert [one["variant"] for one in chosen(rows)] == ["continued-fft maths 0.1", "continued-fft words 0.2"]

@@ -320,6 +320,33 @@ def test_a_mask_can_be_learned_on_the_data_of_another_domain(plan, domains):
     assert [item.columns["mask.domain"] for item in masks] == ["sums", "half"]
 
 
+def test_fine_tuning_can_go_on_with_the_data_of_another_domain(plan, domains):
+    variants = [{"method": method, "domain": "mixed", "grid": {f"{section}.domain": "each domain"}}
+                for method, section in (("mft", "mask"), ("continued-fft", "continued"))]  # fmt: skip
+    fft, *others = plan(*variants, profile=domains).variants
+    masks, continued = others[:2], others[2:]
+    assert [item.name for item in continued] == [
+        "continued-fft seed=0 continued.domain=sums", "continued-fft seed=0 continued.domain=half",
+    ]  # fmt: skip
+    for mask, control in zip(masks, continued, strict=True):
+        assert control.trained.inputs["data"].node.id == mask.trained.inputs["data"].node.id
+        assert control.trained.inputs["model"].node.id == fft.trained.id
+        assert control.baseline.evaluations["sums"].id == fft.evaluations["sums"].id
+    own = plan({"method": "continued-fft", "domain": "mixed"}, profile=domains).variants[1]
+    assert own.trained.inputs["data"].node.id == fft.trained.inputs["data"].node.id
+    assert own.trained.recipe == continued[0].trained.recipe, "the data are an input, and no part of the recipe"
+
+
+@pytest.mark.parametrize(("method", "section"), [("mft", "mask"), ("continued-fft", "continued")])
+def test_data_and_domain_of_a_section_are_not_given_both(plan, domains, tmp_path, method, section):
+    profile = yaml.safe_load(domains.read_text())
+    profile["defaults"][section]["data"] = profile["domains"]["half"]["data"]
+    both = domains.with_name(f"both-{section}.yaml")
+    both.write_text(yaml.safe_dump(profile))
+    with pytest.raises(ConfigError, match=rf"{section}\.data and {section}\.domain"):
+        plan({"method": method, "domain": "mixed", "grid": {f"{section}.domain": ["sums"]}}, profile=both)
+
+
 def test_a_study_can_ask_for_the_benchmarks_of_all_domains(plan, domains, tmp_path):
     study = load_study(str(write_study(tmp_path, [{"method": "mft", "domain": "half"}])))
     own, every = (

@@ -52,6 +52,6 @@ def choose(rows: Sequence[Row]) -> Kind:
     """
     shown = drawn(rows)
     varied = quantities(shown)
-    if matrix.fits(shown) and all(quantity.columns == matrix.MASK_DOMAIN for quantity in varied):
+    if matrix.fits(shown) and all(quantity.name == "domain" for quantity in varied):
         return "matrix"
     return "gains" if varied else "methods"

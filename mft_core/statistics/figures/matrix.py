@@ -18,9 +18,8 @@ from matplotlib.figure import Figure
 
 from mft_core.statistics.figures import style
 from mft_core.statistics.figures.style import Published, Row
-from mft_core.statistics.tables import method_label, percent, pooled
+from mft_core.statistics.tables import domain_of_data, method_label, percent, pooled
 
-MASK_DOMAIN = ("mask.domain",)
 _COLOURS = "RdBu"
 _CELL = (1.25, 0.62)
 """inches"""
@@ -28,7 +27,7 @@ _PANELS_ACROSS = 2
 
 
 def fits(rows: Sequence[Row]) -> bool:
-    """Whether two domains or more (of the variants, or of their masks' data) were asked two common benchmarks or more.
+    """Whether two domains or more (of variants, or of their treatments' data) were asked two common benchmarks or more.
 
     Args:
         rows: those whose gain is shown.
@@ -40,8 +39,8 @@ def fits(rows: Sequence[Row]) -> bool:
 
 
 def _domain(row: Row) -> str:
-    """Return the domain that tells the row apart: of the mask's data where the study varies that, else its own."""
-    return str(row.get(MASK_DOMAIN[0]) or row["domain"])
+    """Return the domain that tells the row apart: of the treatment's data where the study varies that, else its own."""
+    return domain_of_data(row) or str(row["domain"])
 
 
 def draw(rows: Sequence[Row], question: str, confidence: float, published: Published) -> Figure:

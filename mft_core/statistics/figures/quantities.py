@@ -30,6 +30,7 @@ _LABELS = {
     "calibration_rows": "Calibration sequences",
     "rank": "Rank of the adapters",
     "mask.domain": "Domain of the mask's data",
+    "domain": "Domain of the treatment's data",
 }
 _SHARES = {"sparsity", "fraction"}
 _LOGARITHMIC_FROM = 8
