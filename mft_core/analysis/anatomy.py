@@ -10,6 +10,7 @@ all seeds of its variant, or for its only one. The parts of the rows:
     share, head, decile, sign   weights removed of a group: zeros, weights, share, ratio to chance with its range, z
     spread                      how unevenly rows, columns and heads are cut (`mft_core.analysis.cuts.Spread`)
     loss                        cost of a group's removal, nats/token, alone and last (`mft_core.analysis.removals`)
+    loss sum                    of the layers' costs, each alone
     overlap, overlap summary    pairs of masks (`mft_core.analysis.overlaps`)
     heads left out              modules of attention whose layout is not known
 

@@ -191,8 +191,8 @@ def _cost_cells(rows: Sequence[Row], kinds: Sequence[str]) -> list[str]:
     for kind in kinds:
         most = max((row for row in alone if row["by"] == kind), key=lambda row: row["cost"], default=None)
         cells.append(f"{most[kind]}: {_cost(most)}" if most else "-")
-    layers = [row["cost"] for row in alone if row["by"] == "layer"]
-    return [*cells, signed(sum(layers), 4) if layers else "-"]
+    together = _one(rows, part="loss sum")
+    return [*cells, signed(together["cost"], 4) if together else "-"]
 
 
 def _verdicts(variants: Mapping[str, Sequence[Row]]) -> str:

@@ -95,4 +95,7 @@ def rows(findings: Findings, columns: Mapping[str, Any], recipe: Anatomy, base: 
         if by == "mask":
             numbers |= {"base_loss": base.sum() / tokens.sum(), "sequences": len(tokens), "tokens": int(tokens.sum())}
         found.append({**columns, **where, **numbers})
-    return found
+    alone = [row["cost"] for row in found if row.get("by") == "layer" and row["order"] == "alone"]
+    return found + (
+        [{**columns, "part": "loss sum", "by": "layer", "order": "alone", "cost": sum(alone)}] if alone else []
+    )

@@ -66,6 +66,11 @@ class Planes:
         middle = len(self.steps) // 2
         return float(self.losses[model][middle, middle])
 
+    def summary(self, model: ModelName) -> dict[str, float]:
+        """Return the model's own loss, the lowest of its plane, and how far the plane's mean lies above its own."""
+        losses, centre = self.losses[model], self.centre(model)
+        return {"centre": centre, "lowest": float(losses.min()), "rise": float(losses.mean()) - centre}
+
 
 def plane(pair: WeightPair, losses: SequenceLosses, half_width: float, points: int, seed: int, parts: Parts) -> Planes:
     """Measure the mean loss on a plane around either model, spanned by the same two random directions.

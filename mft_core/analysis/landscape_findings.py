@@ -3,6 +3,7 @@
 The parts of the rows, all with `variant` and, where one model is meant, `model` ('fine-tuned' or 'masked'):
 
     plane       loss (nats/token) at x, y, both in lengths of the filters
+    plane summary   the loss at its centre, the lowest, and the mean rise over the plane
     line        of a split at t (0 fine-tuned, 1 masked): loss, and its difference from t = 0 with an interval
     sharpness   largest eigenvalue on a batch, with residual and products; and, without `batch`, the geometric mean over
                 batches, for the masked model with its ratio to the fine-tuned one and the ratio's interval
@@ -197,6 +198,7 @@ def _plane_rows(found: Findings) -> Iterator[Row]:
         for (y, x), loss in np.ndenumerate(found.planes.losses[model]):
             place = {"x": float(found.planes.steps[x]), "y": float(found.planes.steps[y])}
             yield {"part": "plane", "model": model, **place, "loss": float(loss), "sequences": found.plane_sequences}
+        yield {"part": "plane summary", "model": model, **found.planes.summary(model)}
 
 
 def _line_rows(found: Findings) -> Iterator[Row]:

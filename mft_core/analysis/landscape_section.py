@@ -68,9 +68,8 @@ def _planes(found: Findings) -> list[str]:
     planes = found.planes
     lines = []
     for model in MODELS:
-        losses = planes.losses[model]
-        rise = losses.mean() - planes.centre(model)
-        numbers = [f"{planes.centre(model):.4f}", f"{losses.min():.4f}", signed(float(rise), 3)]
+        summary = planes.summary(model)
+        numbers = [f"{summary['centre']:.4f}", f"{summary['lowest']:.4f}", signed(summary["rise"], 3)]
         lines.append([_label(found, model), *numbers])
     return [
         "### On a plane around either model",

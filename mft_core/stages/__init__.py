@@ -89,8 +89,8 @@ STAGES: dict[str, Stage] = {
         Stage("merge-mask", 1, MergeMask, heavy=False),
         Stage("evaluate", 1, Evaluate, heavy=True),
         Stage("compare", 3, Compare, heavy=False),
-        Stage("anatomy", 1, Anatomy, heavy=True),
-        Stage("landscape", 1, Landscape, heavy=True),
+        Stage("anatomy", 2, Anatomy, heavy=True),
+        Stage("landscape", 2, Landscape, heavy=True),
         Stage("predict-layers", 1, PredictLayers, heavy=True),
     )
 }

@@ -22,6 +22,7 @@ from mft_core.recipes import Anatomy
 from mft_core.stages import Progress, StageContext, get_stage
 from tests.small_training import make_context, save_data
 from tests.tiny import save_checkpoint
+from tests.told import untold
 
 Row = dict[str, Any]
 Scores = Callable[[Tensor, torch.Generator], Tensor]
@@ -143,6 +144,7 @@ def test_overlap_is_by_chance_for_random_masks_and_whole_for_nested_ones(rows: l
 
 def test_the_section_names_its_figures_and_every_figure_is_there(payload: Path) -> None:
     section = (payload / "section.md").read_text()
+    assert untold(section, json.loads((payload / "rows.json").read_text())) == []
     named = set(re.findall(r"\]\(([^)]+\.png)\)", section))
     assert named == {path.name for path in payload.glob("*.png")}
     assert named == {

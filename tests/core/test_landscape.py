@@ -24,6 +24,7 @@ from mft_core.stages.landscape import run
 from mft_core.training.loss import LossHead
 from tests.small_training import make_context, make_data, save_data
 from tests.tiny import make_model, save_checkpoint
+from tests.told import untold
 
 CPU = torch.device("cpu")
 RECIPE = Landscape(
@@ -235,9 +236,17 @@ def test_the_payload_is_the_same_after_a_kill_and_names_every_figure(pair, tmp_p
         assert figure in payloads[0]
     rows = json.loads(payloads[0]["rows.json"])
     parts = {part: [row for row in rows if row["part"] == part] for part in dict.fromkeys(row["part"] for row in rows)}
-    counts = {"plane": 2 * 9, "line": 2 * len(LINE), "sharpness": 2 * 3, "noise": 2 * 3, "bound": 6 * 2}
+    counts = {
+        "plane": 2 * 9,
+        "plane summary": 2,
+        "line": 2 * len(LINE),
+        "sharpness": 2 * 3,
+        "noise": 2 * 3,
+        "bound": 6 * 2,
+    }
     assert {part: len(own) for part, own in parts.items()} == counts
     assert sum(row["chosen"] for row in parts["bound"]) == 6
+    assert untold(section, rows) == []
     assert all(row["bound"] == pytest.approx(row["empirical"] + row["complexity"]) for row in parts["bound"])
 
 
