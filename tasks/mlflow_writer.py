@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+import sqlalchemy
+
 from mft_core.artifacts import ArtifactStore
 from tasks import mlflow_client
 from tasks.child import log_over
@@ -80,8 +82,6 @@ class Execution:
                 _let_readers_in(home / "mlflow.db")
             self._client = mlflow_client.open_client(uri)
             self._experiment_id = self._find_experiment(experiment, uri, home)
-        gc.freeze()  # what MLflow's libraries are made of; without it collections take a seventh of the time
-        gc.set_threshold(100_000)
         self._owner = owner
         self._close_orphans()
 
@@ -195,17 +195,15 @@ class Execution:
 
 
 def _let_readers_in(database: Path) -> None:
-    """Put our own database into write-ahead mode, which stays: the UI can read while a run writes.
-
-    In this mode a commit need not wait for the disk; a power cut loses the last ones, which `mft report --sync` brings.
-    """
-    import sqlalchemy
-
+    """Put our own database into write-ahead mode, which stays: the UI can read while a run writes."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
-    sqlalchemy.event.listen(
-        sqlalchemy.Engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=NORMAL")
-    )
+
+
+def _do_not_wait_for_the_disk(connection: Any, _: object) -> None:
+    """In write-ahead mode a power cut then costs the last commits at most, which `mft report --sync` brings again."""
+    if isinstance(connection, sqlite3.Connection) and connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+        connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _milliseconds() -> int:
@@ -224,6 +222,9 @@ def main(descriptor: int) -> NoReturn:
     log_over(line.send)
     executions: dict[int, Execution] = {}
     mlflow_client.load()  # while nothing is ordered yet
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _do_not_wait_for_the_disk)
+    gc.freeze()  # what the libraries are made of; without it collections take a seventh of the time
+    gc.set_threshold(100_000)
     while True:
         due = next(((one, key) for one in executions.values() if (key := one.due()) is not None), None)
         try:

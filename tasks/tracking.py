@@ -201,6 +201,8 @@ class Tracker:
                 if not self._heard.wait(max(0, self._answered + seconds - time.monotonic())):
                     self._give_up(f"no answer within {seconds:.0f} s")
         self._writer.leave(self._number)
+        if not self._closed:
+            self._writer.end()  # it may go on waiting for MLflow
         return self.problem
 
     # -- to and from the process ----------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def prepare(home: Path) -> None:
 
 
 class _Writer:
-    """The process that writes, for all executions that are being recorded; it ends with the last of them."""
+    """The process that writes, for all executions that this process records; it ends with this one."""
 
     _lock = threading.Lock()
     _present: _Writer | None = None
@@ -260,7 +262,7 @@ class _Writer:
         with cls._lock:
             if cls._present is None:
                 cls._present = cls(home)
-                atexit.register(cls._present._end)  # where no execution follows
+                atexit.register(cls._present.end)
             return cls._present
 
     @classmethod
@@ -274,16 +276,14 @@ class _Writer:
 
     def leave(self, number: int) -> None:
         """Say that an execution has no more orders."""
+        self._executions.pop(number, None)
+
+    def end(self) -> None:
+        """End the process; the next execution has another."""
         with self._lock:
-            self._executions.pop(number, None)
-            if self._executions:
-                return
             if _Writer._present is self:
                 _Writer._present = None
-        atexit.unregister(self._end)
-        self._end()
-
-    def _end(self) -> None:
+        atexit.unregister(self.end)
         self.orders.put(None)
         self._child.process.kill()
         for thread in self._threads:  # they hold the line
