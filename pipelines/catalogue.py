@@ -219,11 +219,11 @@ def _anchor(text: str, folder: Path) -> str:
     return str((folder / path).resolve()) if local or path.is_absolute() else text
 
 
-def domain_of(profile: Profile, name: str | None) -> str:
-    """Return the named domain, or the profile's default one."""
+def domain_of(profile: Profile, name: str | None, field: str = "domain") -> str:
+    """Return the named domain, or the profile's default one; `field` is where the name stands."""
     domain = name or profile.default_domain
     if domain not in profile.domains:
-        raise unknown(f"domain of profile {profile.name}", domain, profile.domains)
+        raise unknown(f"{field} of profile {profile.name}:", domain, profile.domains)
     return domain
 
 

@@ -213,9 +213,9 @@ def _seeds(text: str | None) -> list[int] | None:
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--seeds {text}: give whole numbers separated by commas, e.g. 0,1,2.") from None
+        raise ConfigError(f"--seeds '{text}': give whole numbers separated by commas, e.g. 0,1,2.") from None
     if min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"--seeds {text}: seeds are different whole numbers from 0 upwards, e.g. 0,1,2.")
+        raise ConfigError(f"--seeds '{text}': seeds are different whole numbers from 0 upwards, e.g. 0,1,2.")
     return seeds
 
 

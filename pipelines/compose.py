@@ -117,7 +117,7 @@ def _compose(
         if isinstance(section, dict) and section.get("domain"):
             if "data" in section:
                 raise ConfigError(f"{name}.data and {name}.domain both say what it is learned on; give one of them.")
-            other = _of_domain(profile, domain_of(profile, section["domain"]))
+            other = _of_domain(profile, domain_of(profile, section["domain"], f"{name}.domain"))
             for key, value in changes.items():
                 if key.startswith("data."):  # what holds for the fine-tuning's data holds for the section's
                     _change(other, key, value, f"--set {key}")

@@ -6,7 +6,7 @@ import functools
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -104,7 +104,7 @@ def show(bill: Bill) -> None:
     processes = plan.runtime.processes
     of = "a process" if processes == 1 else f"each of the {processes} processes of a training"
     console.print(f"memory: estimated peak of {of}; {_gigabytes(PROCESS)} of it are taken before there is any tensor")
-    console.print(_assumed(device), style="dim")
+    console.print(_explained(step for step, _ in stages(bill)) + _assumed(device), style="dim")
 
 
 def show_together(bills: Sequence[Bill]) -> None:
@@ -127,7 +127,7 @@ def show_together(bills: Sequence[Bill]) -> None:
     hours, to_come = (sum(getattr(cost, name) for cost in costs.values()) for name in ("hours", "to_come"))
     console.print(f"[bold]{_total(hours, to_come, device)}[/bold], each stage counted once")
     console.print("shared: charged to an earlier run of the same study ('here'), or of the study that is named")
-    console.print(_assumed(device), style="dim")
+    console.print(_explained(steps.values()) + _assumed(device), style="dim")
 
 
 def _add_runs(table: Table, bill: Bill, width: int) -> None:
@@ -229,6 +229,12 @@ def _state(step: Step) -> str:
     if step.artifact is None:
         return "to compute"
     return "cached (other code)" if step.other_code else "cached"
+
+
+def _explained(steps: Iterable[Step]) -> str:
+    """Say what the states of stages mean that do not say it themselves."""
+    other = any(step.artifact and step.other_code for step in steps)
+    return "cached (other code): made by other sources of the same stage version, and used as it is. " if other else ""
 
 
 def _counts(states: Counter[str]) -> str:

@@ -228,13 +228,15 @@ def _guessing(rows: Sequence[Row]) -> list[str]:
 def _legend(rows: Sequence[Row], confidence: float) -> str:
     seeds = (
         "Where seeds are pooled, interval and test also hold the noise between trainings (Student's t); with two seeds "
-        "of few variants that is little known, and the interval is wide. "
+        "of few variants that is little known, and the interval is wide. That noise is pooled over the variants of a "
+        "study: in another study the same variant can have another interval and verdict. "
     )
     return (
         "Accuracy in %; in brackets the gain over the baseline (FFT) on the same items, in percentage points, with its "
         f"{percent(confidence)} interval from the paired bootstrap over items. *better*, *worse*: the "
-        "sign-flip test (for one seed: McNemar's exact test), adjusted by Holm over the study, has "
+        "sign-flip test (for one seed: McNemar's exact test), adjusted by Holm over the study (base: unadjusted), has "
         f"p < {1 - confidence:.2g}, and the interval excludes zero. *noise*: not distinguishable from noise. "
+        "*identical*: right and wrong on the same items. "
         f"{seeds if apart(rows) else ''}Sparsity: share of each masked matrix set to zero."
     )
 

@@ -23,15 +23,20 @@ def sentence(report: Report) -> str:
         return "No variant is compared with the fine-tuned model."
     better = [row for row in treatments if row["verdict"] == "better"]
     worse = [row for row in treatments if row["verdict"] == "worse"]
-    of = f"of {len(treatments)} comparisons"
+    kind = "" if len(treatments) == len(tests) else " of trained treatments"
+    of = f"of {len(treatments)} comparisons{kind}"
     if better:
         names = ", ".join(dict.fromkeys(method_label(row["method"]) for row in better))
-        also = f"; {len(worse)} are worse" if worse else ""
+        also = f"; {len(worse)} {_are(worse)} worse" if worse else ""
         return f"{names}: better than FFT in {len(better)} {of}{also}."
     if worse:
         rest = "the others cannot be told from noise" if len(worse) < len(treatments) else "none is better"
-        return f"Nothing is better than FFT beyond noise; {len(worse)} {of} are worse, {rest}."
+        return f"Nothing is better than FFT beyond noise; {len(worse)} {of} {_are(worse)} worse, {rest}."
     return f"Nothing can be told from noise: none {of} is better or worse than FFT."
+
+
+def _are(rows: Sequence[Row]) -> str:
+    return "is" if len(rows) == 1 else "are"
 
 
 def answer(report: Report) -> str:

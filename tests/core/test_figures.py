@@ -93,6 +93,17 @@ def test_two_settings_of_one_method_are_axis_and_series_and_of_several_methods_a
     ]
 
 
+def test_variants_with_a_further_setting_are_not_joined_with_those_that_have_none():
+    own = [row("mft", 0.0, sparsity=s) for s in (0.02, 0.1, 0.4)]
+    other = [row("mft", 0.1, sparsity=0.1, **{"mask.domain": domain}) for domain in ("sums", "words")]
+    controls = [row("random", 0.0), row("magnitude", 0.0)]
+    axes = [one for one in curves.draw([*own, *other, *controls], "?", 0.95, {}).axes if one.get_visible()]
+    assert [one.get_title() for one in axes] == ["sums", "sums, domain sums", "sums, domain words"]
+    points = [[len(line.get_xdata()) for line in one.lines if line.get_linewidth() == 1.0 and line.get_alpha() == 0.45]
+              for one in axes]  # fmt: skip
+    assert [max(lengths) for lengths in points] == [3, 1, 1]
+
+
 def test_what_has_no_place_on_the_axis_stands_beside_it_with_the_papers_gain():
     rows = [row("mft", 0.01, sparsity=s) for s in (0.1, 0.2)] + [row("continued-fft", 0.0)]
     (axes,) = curves.draw(rows, "?", 0.95, {("maths", "sums"): 0.052, ("maths", "elsewhere"): 0.5}).axes

@@ -59,8 +59,12 @@ def folder(tmp_path_factory):
         (["run", "sparsity", "--profile", "tiney"], ["unknown profile 'tiney'", "Did you mean 'tiny'"]),
         (["stage", "learn-masks", "sparsity"], ["unknown stage 'learn-masks'", "Did you mean 'learn-mask'"]),
         (["run", "sparsity", "--rerun", "evalute"], ["unknown stage 'evalute'", "Did you mean 'evaluate'"]),
-        (["run", "sparsity", "--seeds", "a"], ["--seeds a", "whole numbers"]),
-        (["run", "sparsity", "--seeds", "1,1"], ["--seeds 1,1", "different"]),
+        (["run", "sparsity", "--seeds", "a"], ["--seeds 'a'", "whole numbers"]),
+        (
+            ["run", "main", "--set", "continued.domain=nowhere"],
+            ["continued.domain of", "'nowhere'", "symbols"],
+        ),
+        (["run", "sparsity", "--seeds", "1,1"], ["--seeds '1,1'", "different"]),
     ],
 )
 def test_an_unknown_name_is_refused(mft, arguments, words, tmp_path):

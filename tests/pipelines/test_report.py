@@ -150,9 +150,18 @@ def test_an_analysis_is_a_section_with_its_figures_and_numbers(tmp_path, report)
 @pytest.mark.parametrize(
     ("verdicts", "says"),
     [
-        (["better", "worse", "worse"], "continued FFT: better than FFT in 1 of 3 comparisons; 2 are worse."),
-        (["identical", "worse", "identical"], "Nothing is better than FFT beyond noise; 1 of 3 comparisons are worse,"),
-        (["identical"] * 3, "Nothing can be told from noise: none of 3 comparisons is better or worse than FFT."),
+        (
+            ["better", "worse", "worse"],
+            "continued FFT: better than FFT in 1 of 3 comparisons of trained treatments; 2 are worse.",
+        ),
+        (
+            ["identical", "worse", "identical"],
+            "Nothing is better than FFT beyond noise; 1 of 3 comparisons of trained treatments is worse,",
+        ),
+        (
+            ["identical"] * 3,
+            "Nothing can be told from noise: none of 3 comparisons of trained treatments is better or worse than FFT.",
+        ),
     ],
 )
 def test_the_answer_in_a_sentence_is_about_treatments_and_what_can_be_told_from_noise(report, verdicts, says):

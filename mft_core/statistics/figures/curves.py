@@ -87,16 +87,21 @@ class _Facet:
 
     domain: str
     values: tuple[tuple[Quantity, Any], ...]
+    """None for the variants of a method that have no value of a quantity while others of the method have one"""
+    varied: frozenset[tuple[str, Quantity]]
+    """the methods with the quantities of which some variant of theirs has a value"""
 
     def takes(self, row: Row) -> bool:
-        """Whether the row belongs here; one that has no value of a quantity belongs to all of its values."""
-        return row["domain"] == self.domain and all(q.of(row) in (None, value) for q, value in self.values)
+        """Whether the row belongs here; what is of a method without a quantity belongs to all of its values."""
+        if row["domain"] != self.domain:
+            return False
+        return all(q.of(row) == value or (row["method"], q) not in self.varied for q, value in self.values)
 
     def title(self, benchmark: str, facets: Sequence[tuple[_Facet, Any]]) -> str:
         """Name the panel by its benchmark, and by what else tells it apart."""
         several = len({facet.domain for facet, _ in facets}) > 1
         first = f"{self.domain}: {benchmark}" if several and not benchmark.startswith(self.domain) else benchmark
-        return ", ".join([first, *(quantity.described(value) for quantity, value in self.values)])
+        return ", ".join([first, *(q.described(value) for q, value in self.values if value is not None)])
 
 
 def _layout(rows: Sequence[Row]) -> _Layout:
@@ -113,9 +118,12 @@ def _layout(rows: Sequence[Row]) -> _Layout:
 def _facets(rows: Sequence[Row], layout: _Layout) -> list[tuple[_Facet, list[str]]]:
     """Return the rows of panels with their benchmarks, in the study's order."""
     found = []
+    varied = frozenset((row["method"], q) for row in rows for q in layout.facets if q.of(row) is not None)
+    without = {q for row in rows for q in layout.facets if (row["method"], q) in varied and q.of(row) is None}
+    every = [(*([None] if quantity in without else []), *quantity.values) for quantity in layout.facets]
     for domain in dict.fromkeys(row["domain"] for row in rows):
-        for values in itertools.product(*(quantity.values for quantity in layout.facets)):
-            facet = _Facet(domain, tuple(zip(layout.facets, values, strict=True)))
+        for values in itertools.product(*every):
+            facet = _Facet(domain, tuple(zip(layout.facets, values, strict=True)), varied)
             mine = [row for row in rows if layout.on_axis(row) and facet.takes(row)]
             benchmarks = list(dict.fromkeys(row["benchmark"] for row in mine))
             if benchmarks:
