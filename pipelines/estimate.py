@@ -34,6 +34,7 @@ from pipelines.geometry import Geometry, read_geometry
 from pipelines.graph import Edge, Node, Variant, closure, unique_nodes
 from pipelines.operations import Work
 from pipelines.plan import Plan, Step, look_up
+from pipelines.search import view
 from pipelines.setup import Setup
 
 _TRAININGS = ("fine-tune", "learn-mask")
@@ -141,11 +142,13 @@ class Bill:
     """the comparison and the analyses"""
     charged: Mapping[str, str]
     """the study that is charged with a stage: this one, or an earlier one"""
+    open: float = 0.0
+    """hours of what a search has still to ask for: trainings, and what follows its choices; they are nobody else's"""
 
     @property
     def hours(self) -> float:
         """Of all stages, each counted once."""
-        return sum(cost.hours for cost in self.costs.values())
+        return sum(cost.hours for cost in self.costs.values()) + self.open
 
     @property
     def shared(self) -> float:
@@ -156,7 +159,7 @@ class Bill:
     def to_come(self) -> float:
         """Of the other stages, what is not cached."""
         own = (cost for node_id, cost in self.costs.items() if self.charged[node_id] == self.plan.study.name)
-        return sum(cost.to_come for cost in own)
+        return sum(cost.to_come for cost in own) + self.open
 
 
 def bills(plans: Sequence[Plan], store: ArtifactStore) -> list[Bill]:
@@ -188,7 +191,20 @@ def _bill(plan: Plan, store: ArtifactStore, charged: dict[str, str], known: dict
     runs = [_run(item, costs, charged, plan.study.name) for item in plan.variants]
     for node_id in every:
         charged.setdefault(node_id, plan.study.name)
-    return Bill(plan, device, runs, costs, further, {node_id: charged[node_id] for node_id in every})
+    mine = {node_id: charged[node_id] for node_id in every}
+    return Bill(plan, device, runs, costs, further, mine, _open(plan, device, every, costs))
+
+
+def _open(plan: Plan, device: Device, every: Mapping[str, Step], costs: Mapping[str, Cost]) -> float:
+    """Return the hours of what the plan's search will ask for, as those of its like."""
+    if plan.search is None or plan.search.finished:
+        return 0.0
+    known = {node_id: cost.hours for node_id, cost in costs.items()}
+    trainings = view.hours(plan.search, known) - sum(known[node.id] for node in plan.search.nodes)
+    following = [Step(node, None) for node in closure(plan.search.to_come) if node.id not in every]
+    pricing = _Pricing(plan, device, {**every, **{step.node.id: step for step in following}})
+    asked = {node.id for node in plan.search.to_come if node.stage != "learn-mask"}
+    return trainings + sum(pricing.cost(step).hours for step in following if step.node.id in asked)
 
 
 def _run(item: Variant, costs: Mapping[str, Cost], charged: dict[str, str], study: str) -> Run:

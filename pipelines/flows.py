@@ -113,7 +113,7 @@ def _run(
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
-        recorders = [stack.enter_context(Recorder(plan, store, logfile, rerun)) for plan in plans]
+        recorders = [stack.enter_context(Recorder(plan, store, logfile, rerun=bool(rerun))) for plan in plans]
         display = stack.enter_context(Display(len(nodes)))
 
         def record(call: StageCall, progress: Progress) -> None:
@@ -166,9 +166,12 @@ def _record_finished(plans: Sequence[Plan], store: ArtifactStore, recorders: Seq
     """Record the studies that have been run before, whole; returns their reports by name of the study."""
     reports = {}
     for plan, recorder in zip(plans, recorders, strict=True):
-        with contextlib.suppress(StageError):  # there is something to compute
-            report = reports[plan.study.name] = find_report(plan, store, analysis_nodes(plan))
-            recorder.record(report, report.manifests)
+        try:
+            report = find_report(plan, store, analysis_nodes(plan))
+        except StageError:  # there is something to compute
+            continue
+        recorder.record(report, report.manifests)
+        reports[plan.study.name] = report
     return reports
 
 

@@ -35,7 +35,7 @@ from mft_core.recipes import (
 )
 from pipelines import resolve
 from pipelines.geometry import Geometry, Matrix, read_geometry
-from pipelines.setup import Setup
+from pipelines.setup import Setup, datas
 from pipelines.size import MOMENTS
 
 PROCESS = 600_000_000
@@ -188,7 +188,7 @@ def _largest(moments: dict[str, float]) -> dict[str, float]:
 
 def _micro_batch(setup: Setup, runtime: Runtime, batch_size: int) -> int:
     """Return the tokens of the largest forward pass, if the data have sequences of the full length."""
-    longest = setup.data.max_length
+    longest = max(data.max_length for data in datas(setup))
     own = math.ceil(batch_size / runtime.processes)
     return min(max(runtime.micro_batch_tokens, longest), own * longest)
 

@@ -45,7 +45,7 @@ def as_dict(bill: Bill) -> dict[str, Any]:
             }
             for step, cost in stages(bill)
         ],
-        **({"search": view.as_dict(plan.search)} if plan.search else {}),
+        **({"search": {**view.as_dict(plan.search), "hours_open": bill.open}} if plan.search else {}),
         "disk_needed_bytes": plan.disk_needed,
         "hours": bill.hours,
         "hours_shared": bill.shared,
@@ -99,7 +99,8 @@ def show(bill: Bill) -> None:
     console.print(f"[bold]{_total(bill.hours, bill.to_come, device)}[/bold]")
     if plan.search:
         hours = view.hours(plan.search, {node_id: cost.hours for node_id, cost in bill.costs.items()})
-        for line in (*view.lines(plan.search), f"all trainings of the search: {_amount(hours, device)} {device.unit}"):
+        trainings = f"all trainings of the search: {_amount(hours, device)} {device.unit}, counted above"
+        for line in (*view.lines(plan.search), trainings):
             console.print(line, soft_wrap=True)
     processes = plan.runtime.processes
     of = "a process" if processes == 1 else f"each of the {processes} processes of a training"
@@ -124,7 +125,8 @@ def show_together(bills: Sequence[Bill]) -> None:
         f"{len(bills)} studies, {sum(len(bill.runs) for bill in bills)} runs, {len(steps)} different stages: "
         f"{_counts(Counter(map(_state, steps.values())))}; at most {disk / 1e9:.2f} GB of disk needed"
     )
-    hours, to_come = (sum(getattr(cost, name) for cost in costs.values()) for name in ("hours", "to_come"))
+    further = sum(bill.open for bill in bills)
+    hours, to_come = (sum(getattr(cost, name) for cost in costs.values()) + further for name in ("hours", "to_come"))
     console.print(f"[bold]{_total(hours, to_come, device)}[/bold], each stage counted once")
     console.print("shared: charged to an earlier run of the same study ('here'), or of the study that is named")
     console.print(_explained(steps.values()) + _assumed(device), style="dim")

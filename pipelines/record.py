@@ -30,12 +30,12 @@ from tasks.tracking import Tracker, variant_key
 class Recorder:
     """Records one execution of a plan; a context manager that closes the runs with the right status."""
 
-    def __init__(self, plan: Plan, store: ArtifactStore, log: Path, rerun: Container[str] = ()) -> None:
+    def __init__(self, plan: Plan, store: ArtifactStore, log: Path, *, rerun: bool = False) -> None:
         """Open the execution's run and one nested run per variant.
 
         Args:
             log: the execution's log file, attached to its run.
-            rerun: names of stages that are computed again even where they are cached.
+            rerun: something is computed again even where it is cached, and what follows from it may be.
         """
         self._store, self._log, self._rerun = store, log, rerun
         name = f"{plan.study.name} on {plan.profile.name}"
@@ -55,8 +55,8 @@ class Recorder:
             self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
             if item.trained:
                 self._owners.setdefault(item.trained.id, key)
-        for step in plan.steps:
-            if step.artifact and step.node.id in self._owners and step.node.stage not in self._rerun:
+        for step in plan.steps if not self._rerun else ():  # early, for MLflow has time now
+            if step.artifact and step.node.id in self._owners:
                 self._send_curve(self._owners[step.node.id], step.artifact.local_path(self._store))
 
     def trials(self, trials: Sequence[Trial]) -> None:

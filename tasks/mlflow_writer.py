@@ -36,6 +36,9 @@ COMPANY_SECONDS = 1.0
 """what is to be written waits this long for company"""
 OWNER = "mft.owner"
 
+_OUT_OF_REACH: dict[str, str] = {}
+"""stores that could not be connected to, and why: each further execution would wait as long to find out"""
+
 log = logging.getLogger("mft")
 
 
@@ -77,13 +80,22 @@ class Execution:
 
     def connect(self, home: Path, uri: str, experiment: str, owner: str) -> None:
         """Find or make the experiment, and close the runs of the dead in it."""
+        if uri in _OUT_OF_REACH:
+            raise ConnectionError(_OUT_OF_REACH[uri])
+        try:
+            self._connect(home, uri, experiment)
+        except Exception as error:
+            _OUT_OF_REACH[uri] = cause(error)
+            raise
+        self._owner = owner
+        self._close_orphans()
+
+    def _connect(self, home: Path, uri: str, experiment: str) -> None:
         with ArtifactStore(home).lock("mlflow-init", log):  # two processes must not make one database at once
             if uri == f"sqlite:///{home / 'mlflow.db'}":
                 _let_readers_in(home / "mlflow.db")
             self._client = mlflow_client.open_client(uri)
             self._experiment_id = self._find_experiment(experiment, uri, home)
-        self._owner = owner
-        self._close_orphans()
 
     def open(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         """Open a run, nested in the one of the key "" if it has another."""
@@ -128,11 +140,14 @@ class Execution:
     def files(self, paths: Sequence[Path], folder: str | None) -> None:
         """Attach files, and folders with what is in them."""
         for path in paths:
+            inner = "/".join(filter(None, [folder, path.name]))
             if path.is_dir():
-                inner = f"{folder}/{path.name}" if folder else path.name
-                self._client.log_artifacts(self._runs[""], str(path), inner)
-            else:
+                self.files(sorted(path.iterdir()), inner)
+            elif path.is_file():
                 self._client.log_artifact(self._runs[""], str(path), folder)
+                self._tell(Answered(self._number))
+            else:
+                log.warning("%s is gone, and so not attached in MLflow", path)
 
     def close(self, status: Status) -> None:
         """Write what waits, and close all runs."""
@@ -192,6 +207,7 @@ class Execution:
         for run in self._client.search_runs([self._experiment_id], "attributes.status = 'RUNNING'"):
             if is_dead(run.data.tags.get(OWNER, "")):
                 self._client.set_terminated(run.info.run_id, "KILLED")
+                self._tell(Answered(self._number))
 
 
 def _let_readers_in(database: Path) -> None:

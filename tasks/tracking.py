@@ -110,7 +110,6 @@ class Tracker:
         self._experiment_id = ""
         self._last_point: dict[str, float] = {}
         self._heard = threading.Condition()
-        self._answered = time.monotonic()
         self._closed = False
         self._writer, self._number = _Writer.shared(self, home)
         self._order("connect", home=home.absolute(), uri=self._uri, experiment=experiment, owner=owner())
@@ -195,14 +194,19 @@ class Tracker:
                 numbers, which take it a minute); one that is known to be down costs nothing.
         """
         self._order("close", status=status)
-        with self._heard:
-            self._answered = time.monotonic()
-            while not self._closed and self.problem is None:
-                if not self._heard.wait(max(0, self._answered + seconds - time.monotonic())):
-                    self._give_up(f"no answer within {seconds:.0f} s")
-        self._writer.leave(self._number)
+        begun = time.monotonic()
+        try:
+            with self._heard:
+                while not self._closed and self.problem is None:
+                    left = max(begun, self._writer.answered) + seconds - time.monotonic()
+                    if left <= 0:
+                        self._give_up(f"no answer within {seconds:.0f} s")
+                    else:
+                        self._heard.wait(left)
+        finally:
+            self._writer.leave(self._number)
         if not self._closed:
-            self._writer.end()  # it may go on waiting for MLflow
+            self._writer.end_if_unused()  # it may go on waiting for MLflow
         return self.problem
 
     # -- to and from the process ----------------------------------------------------------------------------------
@@ -217,9 +221,8 @@ class Tracker:
             self._writer.orders.put(Order(self._number, method, given))
 
     def hear(self, message: object) -> None:
-        """Take what the process says of this execution; whatever it is, it is a sign of life."""
+        """Take what the process says of this execution."""
         with self._heard:
-            self._answered = time.monotonic()
             if isinstance(message, Opened):
                 self._experiment_id = message.experiment_id
                 self._runs[message.key] = message.run_id
@@ -243,13 +246,16 @@ def prepare(home: Path) -> None:
 class _Writer:
     """The process that writes, for all executions that this process records; it ends with this one."""
 
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _present: _Writer | None = None
     _numbers = itertools.count()
 
     def __init__(self, home: Path) -> None:
         self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.answered = time.monotonic()
+        """when it was last heard of, for whichever execution: their orders stand in one queue"""
         self._executions: dict[int, Tracker] = {}
+        self._ended = False
         number = next(self._numbers)
         self._child = Child.start("tasks.mlflow_writer", home / "logs" / f"mlflow-{os.getpid()}-{number}.log")
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
@@ -268,8 +274,8 @@ class _Writer:
     @classmethod
     def shared(cls, tracker: Tracker, home: Path) -> tuple[_Writer, int]:
         """Return the process that runs, or a new one, and the number of the tracker's execution in it."""
-        writer = cls.start(home)
         with cls._lock:
+            writer = cls.start(home)
             number = next(cls._numbers)
             writer._executions[number] = tracker
             return writer, number
@@ -278,11 +284,18 @@ class _Writer:
         """Say that an execution has no more orders."""
         self._executions.pop(number, None)
 
-    def end(self) -> None:
-        """End the process; the next execution has another."""
+    def end_if_unused(self) -> None:
+        """End the process if no other execution waits for it; the next one has another."""
         with self._lock:
-            if _Writer._present is self:
-                _Writer._present = None
+            if self._executions:
+                return
+            self._forget()
+        self.end()
+
+    def end(self) -> None:
+        """End the process."""
+        self._ended = True
+        self._forget()
         atexit.unregister(self.end)
         self.orders.put(None)
         self._child.process.kill()
@@ -291,22 +304,33 @@ class _Writer:
         self._child.end()
 
     def _send(self) -> None:
-        with contextlib.suppress(OSError):  # the receiving thread says that the process is gone
-            while (order := self.orders.get()) is not None:
+        while (order := self.orders.get()) is not None:
+            try:
                 self._child.line.send(order)
+            except OSError:
+                return  # the receiving thread says that the process is gone
+            except Exception as error:  # what cannot be sent is one execution's loss
+                if tracker := self._executions.get(order.execution):
+                    tracker.hear(Lost(order.execution, f"{order.method}: {error}"))
 
     def _receive(self) -> None:
-        try:
+        with contextlib.suppress(EOFError, OSError):
             while True:
                 message = self._child.line.recv()
+                self.answered = time.monotonic()
                 if isinstance(message, logging.LogRecord):
                     log.handle(message)
                 elif tracker := self._executions.get(message.execution):
                     tracker.hear(message)
-        except (EOFError, OSError):
-            with self._lock:
-                if _Writer._present is self:
-                    _Writer._present = None
-                left = dict(self._executions)
-            for number, tracker in left.items():
-                tracker.hear(Lost(number, self._child.obituary()))
+        if self._ended:
+            return
+        with self._lock:
+            self._forget()
+            left = dict(self._executions)
+        for number, tracker in left.items():
+            tracker.hear(Lost(number, self._child.obituary()))
+
+    def _forget(self) -> None:
+        with self._lock:
+            if _Writer._present is self:
+                _Writer._present = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from mft_core.artifacts import ArtifactStore
+from mft_core.errors import StageError
 from mft_core.manifests import validation_loss
 from pipelines.display import Display
 from pipelines.execute import Outcome
@@ -46,5 +47,9 @@ def run_search(
             recorder.trial_ended(trial, losses[-1])
         return losses
 
-    for seed, trial in walk(search.space, measure).chosen.items():
+    found = walk(search.space, measure)
+    if not found.finished:
+        without = next(trial for trial in found.trials if trial.loss is None)
+        raise StageError(f"search: {without.name} has no validation loss to go by; see its curve, and its log.")
+    for seed, trial in found.chosen.items():
         display.say(f"search   seed {seed} chose {choice(trial)} (validation loss {trial.loss:.4f})")

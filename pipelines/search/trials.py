@@ -49,7 +49,7 @@ class Trial:
     @property
     def name(self) -> str:
         """What tells it apart from every other trial of the study."""
-        return f"seed {self.seed} trial {self.asked.number:02d}, {self.share:.0%} of the epochs"
+        return f"seed {self.seed} trial {self.asked.number:02d}, {100 * self.share:.4g}% of the epochs"
 
     @property
     def columns(self) -> Row:
@@ -194,17 +194,25 @@ def space_of(study: Study, profile: Profile, settings: Mapping[str, Any], seeds:
     values = {key: profile.each(each) if isinstance(each, str) else each for key, each in spec.space.items()}
     points = {seed: [(setup, point) for setup, point in found if setup.seed == seed] for seed in (seeds or study.seeds)}
     size = len(list(spec.family.points(profile)))
-    if size < 2 or any(len(each) < size for each in points.values()):
-        raise ConfigError(
-            f"study {study.name}: search.space has {size} points, {len(next(iter(points.values())))} of them "
-            "different; valid: two points or more, each written once."
-        )
-    if not found[0][0].mask.training.validations:
+    if not all(setup.mask.training.validations for setup, _ in found):
         raise ConfigError(
             f"study {study.name}: mask.training.validations = 0: a search goes by the validation loss; "
             "set mask.training.validations to 1 or more."
         )
-    return Space(spec, values, points, frozenset(key for family in study.families for key in family.grid))
+    if len(spec.rungs) > 1 and any(setup.mask.training.max_steps for setup, _ in found):
+        raise ConfigError(
+            f"study {study.name}: mask.training.max_steps cannot be set: trials would train as long on every rung; "
+            "set mask.training.epochs."
+        )
+    space = Space(spec, values, points, frozenset(key for family in study.families for key in family.grid))
+    work = [[space.variant(seed, at).trained for at in range(len(own))] for seed, own in points.items()]
+    different = min(len({node.id for node in nodes if node}) for nodes in work)
+    if different < max(size, 2):
+        raise ConfigError(
+            f"study {study.name}: search.space has {size} points, {different} of them "
+            "different; valid: two points or more, each written once."
+        )
+    return space
 
 
 def walk(space: Space, measure: Measure) -> Search:

@@ -60,13 +60,19 @@ def parts(monkeypatch):
             {
                 "backbone": "small", "domain": "sums", "method": "mft", "model": {"path": "/model"},
                 "data": {"max_length": max_length, "mixture": [{"path": "/rows"}]},
-                "fine_tune": spec, "continued": spec, "mask": {"layers": "1-2", "training": spec},
+                "fine_tune": spec, "continued": spec.model_dump(), "mask": {"layers": "1-2", "training": spec},
                 "benchmarks": [{"name": "sums", "task": "sums"}],
             }
         )  # fmt: skip
         return memory_parts(recipe, setup, Runtime.model_validate(runtime))
 
     return of
+
+
+def test_the_longest_sequences_are_those_of_whichever_data_the_method_takes(parts, monkeypatch):
+    other = parts(FineTune(training=training()), max_length=LENGTH)
+    monkeypatch.setattr(memory, "datas", lambda setup: [setup.data, setup.data.model_copy(update={"max_length": 256})])
+    assert total(parts(FineTune(training=training()), max_length=LENGTH)) > total(other)
 
 
 def total(parts):

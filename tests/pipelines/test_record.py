@@ -35,6 +35,14 @@ class FakeTracker:
         self.points.append((key, row["loss"]))
         return True
 
+    def log_curve(self, key: str, rows: Any) -> None:
+        self.points += [(key, row["loss"]) for row in rows]
+
+    def not_noted(self, *args: Any) -> None:
+        """Take what no test asks for."""
+
+    set_tags = log_metrics = log_rows = log_table = not_noted
+
 
 @pytest.fixture
 def plan(tmp_path):
@@ -58,6 +66,24 @@ def test_the_curve_of_a_training_goes_to_its_own_variant_even_where_two_are_labe
     tracker = recorder._tracker
     assert len(set(tracker.keys)) == len(plan.variants) == 4
     assert tracker.points == [(f"{item.setup.domain}/{item.name}", float(i)) for i, item in enumerate(masks)]
+
+
+def test_the_curves_of_cached_trainings_are_sent_at_once_but_not_before_a_rerun(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "Tracker", FakeTracker)
+    store = ArtifactStore(tmp_path / "home")
+    finish(plan, store, {"fft": 0.5, "mft": 0.6})
+    cached = make_plan(plan.study, plan.profile, store)
+    for item in cached.variants:
+        manifest = next(step.manifest for step in cached.steps if step.node.id == item.trained.id)
+        history = store.directory(item.trained.stage, manifest["key"]) / "history.jsonl"
+        history.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in (1, 2)))
+    early = record.Recorder(cached, store, tmp_path / "run.log")
+    assert len(early._tracker.points) == 2 * len(cached.variants)
+    call = call_of(cached.variants[0].trained, rerun=False)
+    early.progress(call, Progress(1, 2, metrics={"loss": 9.0}))
+    early.record(find_report(cached, store), set())
+    assert [loss for _, loss in early._tracker.points].count(0.5) == 2 * len(cached.variants), "and not twice"
+    assert record.Recorder(cached, store, tmp_path / "run.log", rerun=True)._tracker.points == []
 
 
 def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, StageError
 from pipelines.catalogue import SearchSpec, load_profile, load_study
 from pipelines.cli import main
+from pipelines.estimate import bills
 from pipelines.plan import make_plan
 from pipelines.report import find_report
 from pipelines.report_pages.asked import Asked
@@ -220,6 +221,19 @@ def test_the_shipped_search_costs_at_most_a_third_of_the_shipped_grid(tmp_path):
     assert space.cost / space.size <= 0.35
 
 
+def test_what_a_search_will_ask_for_is_in_the_sums_of_its_plan(tmp_path):
+    store, profile = ArtifactStore(tmp_path), load_profile("tiny")
+    plan = make_plan(load_study("search"), profile, store)
+    (bill,) = bills([plan], store)
+    priced = sum(cost.hours for cost in bill.costs.values())
+    one = next(bill.costs[trial.node.id].hours / trial.share for trial in plan.search.trials)
+    trainings = 3 * plan.search.space.cost * one
+    assert bill.hours == bill.to_come == priced + bill.open
+    known = sum(bill.costs[node.id].hours for node in plan.search.nodes)
+    assert bill.open > trainings - known, "and the choices are evaluated"
+    assert bill.open < 1.3 * (trainings - known)
+
+
 BAD = [
     ({"rungs": [0.25, 0.5]}, ["search", "[0.25, 0.5]", "rising", "1.0"]),
     ({"rungs": [0.5, 0.25, 1.0]}, ["search", "[0.5, 0.25, 1.0]", "rising"]),
@@ -232,6 +246,11 @@ BAD = [
     ({"space": {"mask.sparsity": []}}, ["search.space", "at least 1"]),
     ({"space": {"mask.sparsity": [0.1]}}, ["search.space has 1 points", "two points or more"]),
     ({"space": {"mask.sparsity": [0.1, 0.1]}}, ["2 points, 1 of them different"]),
+    ({"space": {"mask.layers": ["0-1", "0,1"]}}, ["2 points, 1 of them different"]),
+    (
+        {"space": {"mask.training.validations": [2, 0]}},
+        ["mask.training.validations = 0", "goes by the validation loss"],
+    ),
     ({"space": {"mask.sparsty": [0.1, 0.2]}}, ["sparsty", "Did you mean 'sparsity'"]),
     ({"space": {"mask.training.epochs": [1, 2]}}, ["mask.training.epochs", "the rungs say"]),
     ({"space": {"mask.domain": ["sums", "x"]}}, ["mask.domain", "cannot be compared"]),
@@ -255,6 +274,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(folder, monkeyp
         ("mask.sparsity=0.2", ["mask.sparsity", "varies", "itself"]),
         ("lora.rank=2", ["lora.rank", "no variant of study 'find' uses"]),
         ("mask.training.validations=0", ["validations"]),
+        ("mask.training.max_steps=2", ["mask.training.max_steps", "as long on every rung"]),
     ],
 )
 def test_an_override_that_does_not_go_with_the_search_is_refused(folder, monkeypatch, capsys, override, words):

@@ -280,6 +280,58 @@ def test_a_slow_mlflow_is_waited_for_as_long_as_it_answers(home: Path, monkeypat
         server.shutdown()
 
 
+def test_a_study_waits_for_another_one_that_mlflow_takes_its_time_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Server(seconds_a_batch=1.5) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        first, second = Tracker(home, "sparsity", "first"), Tracker(home, "sparsity", "second")
+        second.links(60)
+        for index in range(5):
+            first.variant(f"v{index}", f"v{index}", {"number": index})
+        first._order("close", status="FINISHED")
+        assert second.finish(seconds=5) is None, "which is less than the first one takes"
+        assert first.finish() is None
+        server.shutdown()
+
+
+def test_a_server_that_is_down_is_waited_for_once_and_not_by_every_study(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Server(0, silent=True) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+        trackers = [Tracker(home, "sparsity", f"study {index}") for index in range(4)]
+        started = time.monotonic()
+        problems = [tracker.finish() for tracker in trackers]
+        assert all("timed out" in (problem or "") for problem in problems), problems
+        assert time.monotonic() - started < 35, "four waits of twice five seconds are more"
+        server.shutdown()
+
+
+def test_a_file_that_is_gone_costs_nothing_but_itself(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "pages"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "table.md").write_text("| a |")
+    tracker = Tracker(home, "sparsity", "gone")
+    tracker.log_files([tmp_path / "gone.md", folder])
+    tracker.log_metrics("", {"accuracy/sums": 0.5})
+    assert tracker.finish() is None
+    assert "gone.md is gone" in caplog.text
+    (run,) = runs_of(home)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"accuracy/sums": 0.5})
+    assert list((home / "mlartifacts" / "sparsity").rglob("pages/inner/table.md"))
+
+
+def test_what_cannot_be_sent_is_the_loss_of_its_own_study_alone(home: Path) -> None:
+    bad, good = Tracker(home, "sparsity", "bad"), Tracker(home, "sparsity", "good")
+    bad.log_metrics("", {"accuracy/sums": threading.Lock()})
+    assert "pickle" in (bad.finish() or "")
+    assert good.finish() is None
+
+
 def test_a_killed_writer_is_told_and_the_next_execution_has_another(
     home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
