@@ -248,7 +248,7 @@ BAD = [
     ({"space": {"mask.sparsity": [0.1, 0.1]}}, ["2 points, 1 of them different"]),
     ({"space": {"mask.layers": ["0-1", "0,1"]}}, ["2 points, 1 of them different"]),
     (
-        {"space": {"mask.training.validations": [2, 0]}},
+        {"space": {"mask.training.keep": ["last"], "mask.training.validations": [2, 0]}},
         ["mask.training.validations = 0", "goes by the validation loss"],
     ),
     ({"space": {"mask.sparsty": [0.1, 0.2]}}, ["sparsty", "Did you mean 'sparsity'"]),
