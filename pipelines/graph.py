@@ -207,13 +207,12 @@ def _fine_tuned(setup: Setup, suffix: str) -> Node:
 
 def _continued(setup: Setup, model: Edge, suffix: str) -> Node:
     spec = setup.continued
-    training = Training.model_validate(spec.model_dump(exclude={"domain", "data"}))
     data = spec.data or setup.data
     inputs: dict[str, Source | Edge] = {
         "model": model,
         "data": Edge(_data(setup, data, data.fraction, spec.domain or setup.domain)),
     }
-    recipe = FineTune(training=_seeded(training, setup.seed))
+    recipe = FineTune(training=_seeded(spec.training, setup.seed))
     return Node("fine-tune", recipe, inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}")
 
 

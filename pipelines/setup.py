@@ -139,6 +139,11 @@ class ContinuedSpec(Training):
     domain: str | None = Field(None, description="whose data it goes on with; null is the fine-tuning's own")
     data: DataSpec | None = Field(None, description="the data of that domain; null is the fine-tuning's own")
 
+    @property
+    def training(self) -> Training:
+        """How it is trained, whatever the data."""
+        return Training.model_validate(self.model_dump(exclude={"domain", "data"}))
+
 
 class LoraSpec(Lora):
     """Low-rank adapters and how they are trained."""

@@ -82,7 +82,7 @@ def test_the_profile_has_the_papers_mixtures_layers_and_benchmarks(profile):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_fine_tuning_and_mask_have_the_papers_optimisation(profile):
     for setup in domain_setups(profile).values():
-        assert setup.fine_tune == setup.continued == setup.mask.training
+        assert setup.fine_tune == setup.continued.training == setup.mask.training
         training = setup.fine_tune
         assert (training.learning_rate, training.epochs, training.batch_size) == (2e-5, 2, 128)
         assert (training.schedule, training.warmup_share, training.weight_decay) == ("linear", 0.03, 0)
