@@ -41,12 +41,12 @@ def checked_plans(
     Raises:
         ConfigError: from planning or `check`; or there is no such stage.
     """
-    asked = repr((studies, profile, overrides and list(overrides), seeds, rerun and list(rerun)))
+    store = ArtifactStore.from_environment()
+    asked = repr((store.home, studies, profile, list(overrides), seeds, list(rerun)))
     if kept := _for_the_flow.pop(asked, None):
         return kept
     for name in rerun:
         get_stage(name)
-    store = ArtifactStore.from_environment()
     plans = make_plans(studies, profile, store, overrides, seeds)
     for plan in plans:
         check(plan, store)

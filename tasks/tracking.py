@@ -181,10 +181,6 @@ class Tracker:
             base = f"{self._ui}/#/experiments/{self._experiment_id}/runs"
             return {self._names[key]: f"{base}/{run_id}" for key, run_id in self._runs.items()}
 
-    def run_id(self, key: str = "") -> str | None:
-        """Return the MLflow run id of a variant ("" is the execution), or None while it is not known."""
-        return self._runs.get(key)
-
     def finish(self, status: Status = "FINISHED", seconds: float = 60.0) -> str | None:
         """Write what is waiting, close all runs; return the problem if not everything was recorded.
 
