@@ -2,7 +2,7 @@
 
 A *recipe* is identity: every field enters the key of the artifact. `Runtime` is not: device, micro-batch, threads and
 logging change how long a result takes, not what it is; they go into the provenance. Recipes hold no paths: models,
-tokenizers, data files and benchmarks enter a stage as inputs, by digest (`mft_core.sources`).
+tokenizers, data files and benchmarks enter a stage as inputs, by digest (`mft_core.store.sources`).
 
 A field added later must have a default that means the old behaviour, so that old keys stay valid.
 """

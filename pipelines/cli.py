@@ -13,8 +13,8 @@ import typer
 from mft_core.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
-    from mft_core.artifacts import ArtifactStore
-    from pipelines.plan import Plan
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.plan.plan import Plan
 
 app = typer.Typer(
     help="Can a fine-tuned LLM be made better by removing weights? Where, how much, and is the gain real?",
@@ -54,8 +54,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a study would run: runs, stages, what is cached, hours, memory and disk. Computes nothing."""
-    from pipelines.estimate import bills
-    from pipelines.plan_view import as_dict, show, show_together
+    from pipelines.cost.plan_view import as_dict, show, show_together
+    from pipelines.cost.predicted import bills
 
     priced = bills(*_plans(study, profile, overrides, seeds))
     if as_json:
@@ -77,7 +77,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
-    from tasks import tracking
+    from tasks.mlflow import tracking
 
     _, store = _checked_plans(study, profile, overrides, seeds, rerun)
     tracking.prepare(store.home)
@@ -128,8 +128,8 @@ def report(
 
     From its artifacts alone: needs no server and computes nothing.
     """
-    from pipelines.report_pages.asked import Asked
-    from pipelines.report_pages.command import write
+    from pipelines.report.asked import Asked
+    from pipelines.report.command import write
 
     reports, page = write(Asked(study, profile, overrides or [], _seeds(seeds)), out, sync)
     if as_json:
@@ -142,8 +142,8 @@ def report(
 @app.command()
 def up() -> None:
     """Start (or use) the Prefect server, the MLflow UI and the served deployments; Ctrl-C stops them."""
-    from mft_core.artifacts import ArtifactStore
-    from pipelines.services import up as start_services
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.servers.services import up as start_services
 
     store = ArtifactStore.from_environment()
     store.check_writable()
@@ -153,7 +153,7 @@ def up() -> None:
 @app.command()
 def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
     """Say what this machine lacks for a profile: models, data, disk, memory, network, packages."""
-    from pipelines.doctor import examine
+    from pipelines.commands.doctor import examine
 
     findings = examine(profile)
     if as_json:
@@ -168,9 +168,9 @@ def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
 def _plans(
     study: str, profile: str, overrides: list[str] | None, seeds: str | None
 ) -> tuple[list[Plan], ArtifactStore]:
-    from mft_core.artifacts import ArtifactStore
-    from pipelines.catalogue import load_profile, load_studies
-    from pipelines.plan import make_plans
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.config.catalogue import load_profile, load_studies
+    from pipelines.plan.plan import make_plans
 
     store = ArtifactStore.from_environment()
     return make_plans(load_studies(study), load_profile(profile), store, overrides or [], _seeds(seeds)), store
@@ -180,8 +180,8 @@ def _checked_plans(
     study: str, profile: str, overrides: list[str] | None, seeds: str | None, rerun: list[str] | None
 ) -> tuple[list[Plan], ArtifactStore]:
     """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
-    from pipelines.catalogue import load_profile, load_studies
-    from pipelines.preflight import checked_plans
+    from pipelines.config.catalogue import load_profile, load_studies
+    from pipelines.plan.preflight import checked_plans
 
     asked = overrides or [], _seeds(seeds), rerun or []
     return checked_plans(load_studies(study), load_profile(profile), *asked, keep=True)
@@ -197,10 +197,11 @@ def _run_flow(
     rerun: list[str] | None,
 ) -> Any:
     """Call a flow in this process, once a Prefect server is there; it starts while the flows are imported."""
-    from pipelines.services import use_prefect, wait_for_prefect
+    from pipelines.servers.services import use_prefect, wait_for_prefect
 
     use_prefect(store.home)
-    from pipelines import flows, interrupt
+    from pipelines import flows
+    from pipelines.run import interrupt
 
     wait_for_prefect()
     interrupt.handle_ctrl_c()
@@ -226,7 +227,7 @@ def mask_show(
     as_json: AsJson = False,
 ) -> None:
     """Show where a mask cuts: share and number of zeros per layer and module."""
-    from pipelines.mask_commands import show
+    from pipelines.commands.mask import show
 
     show(mask, figure, as_json)
 
@@ -234,7 +235,7 @@ def mask_show(
 @mask_app.command("apply")
 def mask_apply(base: Path, mask: Path, out: Path) -> None:
     """Merge a mask into its base checkpoint; OUT is an ordinary Hugging Face checkpoint."""
-    from pipelines.mask_commands import apply
+    from pipelines.commands.mask import apply
 
     apply(base, mask, out)
 
@@ -242,7 +243,7 @@ def mask_apply(base: Path, mask: Path, out: Path) -> None:
 @mask_app.command("undo")
 def mask_undo(merged: Path, out: Path) -> None:
     """Take a mask out of a checkpoint that `apply` wrote; OUT is its base again, bit for bit."""
-    from pipelines.mask_commands import undo
+    from pipelines.commands.mask import undo
 
     undo(merged, out)
 
@@ -250,7 +251,7 @@ def mask_undo(merged: Path, out: Path) -> None:
 @mask_app.command("compare")
 def mask_compare(a: Path, b: Path, as_json: AsJson = False) -> None:
     """Compare two masks: overlap (Jaccard index of the removed weights) per layer and module, beside chance."""
-    from pipelines.mask_commands import compare
+    from pipelines.commands.mask import compare
 
     compare(a, b, as_json)
 
@@ -262,7 +263,7 @@ def mask_combine(
     out: Annotated[Path, typer.Argument(help="directory of the new mask")],
 ) -> None:
     """Make a mask of others, by what they remove."""
-    from pipelines.mask_commands import combine
+    from pipelines.commands.mask import combine
 
     combine(op, masks, out)
 

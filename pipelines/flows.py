@@ -19,23 +19,24 @@ from prefect import Flow, flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, StageError
-from mft_core.stages import STAGES, Progress
-from pipelines.analyses import analysis_nodes, answers
-from pipelines.catalogue import Profile, Study, VariantSpec, load_profile, load_studies, load_study
-from pipelines.display import Display
-from pipelines.execute import Outcome, run_nodes, workplace
-from pipelines.graph import Node, closure
-from pipelines.logs import log_to
-from pipelines.plan import Plan, make_plans
-from pipelines.preflight import checked_plans
-from pipelines.record import Recorder
-from pipelines.report import Report, comparison_node, find_report, read_report
-from pipelines.report_pages.asked import Asked
-from pipelines.report_pages.command import write_index, write_part
-from pipelines.search.run import run_search
-from pipelines.setup import Method
+from mft_core.stage import Progress
+from mft_core.stages import STAGES
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile, load_studies, load_study
+from pipelines.config.setup import Method
+from pipelines.graph.nodes import Node, closure
+from pipelines.plan.analyses import analysis_nodes, answers
+from pipelines.plan.plan import Plan, comparison_node, make_plans
+from pipelines.plan.preflight import checked_plans
+from pipelines.report.asked import Asked
+from pipelines.report.command import write_index, write_part
+from pipelines.report.record import Recorder
+from pipelines.report.report import Report, find_report, read_report
+from pipelines.run.display import Display
+from pipelines.run.execute import Outcome, run_nodes, workplace
+from pipelines.run.logs import log_to
+from pipelines.run.search import run_search
 from tasks.stage_task import StageCall, Workplace
 from tasks.workers import Workers
 

@@ -15,10 +15,11 @@ from typing import Any
 from prefect import task
 from prefect.context import TaskRunContext
 
-from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.recipes import Recipe, Runtime
-from mft_core.sources import Source
-from mft_core.stages import STAGES, Progress, get_stage
+from mft_core.stage import Progress
+from mft_core.stages import STAGES, get_stage
+from mft_core.store.artifacts import ArtifactRef, ArtifactStore
+from mft_core.store.sources import Source
 from tasks.device import device_slot
 from tasks.workers import Job, Workers
 

@@ -17,9 +17,10 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from mft_core.artifacts import ArtifactRef, ArtifactStore
 from mft_core.errors import ConfigError, StageError
-from mft_core.stages import Progress, get_stage
+from mft_core.stage import Progress
+from mft_core.stages import get_stage
+from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from tasks.child import log_over
 from tasks.workers import Answer, Failed, Job
 

@@ -3,8 +3,8 @@
 Two small trainings as threads of one process take turns at its interpreter lock, and at what torch has once a process
 (random generators, default dtype); in processes they do not. A pool starts a process when a stage first needs one and
 keeps it for the next stage: loading the libraries takes as long as a small stage. A process runs
-`mft_core.artifacts.ArtifactStore.build`, so that locks, verification, metering and the commit are the ones of every
-stage; what it reports and logs is told to the caller here, and what the caller raises at a report stops the stage
+`mft_core.store.artifacts.ArtifactStore.build`, so that locks, verification, metering and the commit are the ones of
+every stage; what it reports and logs is told to the caller here, and what the caller raises at a report stops the stage
 there. Used by `tasks.stage_task` where `runtime.heavy_slots` is above 1; `tasks.worker` is the process.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mft_core.artifacts import ArtifactRef
 from mft_core.errors import ConfigError, StageError
 from mft_core.recipes import Recipe, Runtime
-from mft_core.sources import Source
-from mft_core.stages import Progress
+from mft_core.stage import Progress
+from mft_core.store.artifacts import ArtifactRef
+from mft_core.store.sources import Source
 from tasks.child import Child
 
 _ERRORS = {"ConfigError": ConfigError, "StageError": StageError}

@@ -37,14 +37,14 @@ from mft_core.analysis.heads import find_heads
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.removals import Effect, effects, portions
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
-from mft_core.checkpoint_io import load_model, read_config
+from mft_core.checkpoints.files import load_model, read_config
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError, StageError
-from mft_core.masks.adapter import Mask, load_mask
+from mft_core.masks.mask_file import Mask, load_mask
 from mft_core.masks.masked_sites import dtype_name, tensor_digest
 from mft_core.masks.sites import Site, find_sites
 from mft_core.recipes import Anatomy
-from mft_core.stages import Progress, StageContext
+from mft_core.stage import Progress, StageContext
 from mft_core.statistics.tables import without_seed
 from mft_core.training.loop import TrainingData
 

@@ -26,8 +26,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from scipy import stats
 
-from mft_core.analysis.drawing import ABOUT_CHANCE, ABSENT, AMOUNT, heat, panels, style, unique
 from mft_core.analysis.labels import Labels
+from mft_core.figures.drawing import ABOUT_CHANCE, ABSENT, AMOUNT, heat, panels, style, unique
 from mft_core.statistics.tables import method_label, percent
 
 Row = Mapping[str, Any]

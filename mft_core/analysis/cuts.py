@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 from mft_core.analysis.heads import HeadLayout
-from mft_core.masks.adapter import Mask
+from mft_core.masks.mask_file import Mask
 from mft_core.masks.selection import masked_count, remove_least
 from mft_core.masks.sites import Site
 

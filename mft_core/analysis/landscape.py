@@ -17,8 +17,8 @@ from torch import Tensor
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
+from mft_core.draws import seeded_generator
 from mft_core.errors import StageError
-from mft_core.masks.masking import site_generator
 from mft_core.masks.sites import Site
 
 LINE = tuple(step / 8 for step in range(-4, 13))
@@ -50,7 +50,7 @@ def direction(pair: WeightPair, seed: int, number: int) -> Direction:
 
 def normal_draws(site: Site, weight: Tensor, seed: int, purpose: str) -> Tensor:
     """Return standard normal numbers in a matrix's shape, float32 on its device, the same on every device."""
-    draws = torch.randn(weight.shape, generator=site_generator(seed, f"{purpose}: {site.name}"), dtype=torch.float32)
+    draws = torch.randn(weight.shape, generator=seeded_generator(seed, f"{purpose}: {site.name}"), dtype=torch.float32)
     return draws.to(weight.device)
 
 

@@ -16,11 +16,11 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from mft_core.analysis.drawing import AMOUNT, panels, save
 from mft_core.analysis.landscape import LINE
 from mft_core.analysis.landscape_findings import Findings
 from mft_core.analysis.pac_bayes import PRIORS, Bound, PriorName, best
 from mft_core.analysis.weight_pair import MODELS, ModelName
+from mft_core.figures.drawing import AMOUNT, panels, save
 from mft_core.statistics.tables import percent
 
 _LOOKS: dict[ModelName, tuple[str, str]] = {"fine-tuned": ("#000000", "o"), "masked": ("#0072B2", "s")}

@@ -37,7 +37,7 @@ from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 from mft_core.layers import format_layers
 from mft_core.recipes import Landscape
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 from mft_core.training.loop import TrainingData
 
 Row = dict[str, Any]

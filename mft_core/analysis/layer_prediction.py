@@ -25,14 +25,14 @@ from statsmodels.stats.multitest import multipletests
 from mft_core import compute
 from mft_core.analysis.layer_scores import CANDIDATES, CandidateName, score_group, score_sites
 from mft_core.analysis.rank_correlation import RankCorrelation, correlate
-from mft_core.checkpoint_io import load_model, read_config, skeleton
+from mft_core.checkpoints.files import load_model, read_config, skeleton
 from mft_core.data.batching import micro_batches
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError, StageError
 from mft_core.layers import parse_layers
 from mft_core.masks.sites import Site, choose_sites, find_sites, n_layers
 from mft_core.recipes import PredictLayers
-from mft_core.stages import Progress, StageContext
+from mft_core.stage import Progress, StageContext
 from mft_core.statistics.tables import pooled
 from mft_core.training.loop import TrainingData
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mft_core.analysis.drawing import panels, save, style
 from mft_core.analysis.layer_prediction import AVERAGE, Findings
 from mft_core.analysis.layer_scores import CANDIDATES
+from mft_core.figures.drawing import panels, save, style
 from mft_core.statistics.tables import percent
 
 

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mft_core.analysis.drawing import style, unique
 from mft_core.analysis.labels import Labels
 from mft_core.analysis.markdown import with_interval
+from mft_core.figures.drawing import style, unique
 from mft_core.statistics.tables import percent
 
 Row = Mapping[str, Any]

@@ -14,8 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from mft_core.analysis.drawing import AMOUNT, heat, unique
 from mft_core.analysis.labels import Labels
+from mft_core.figures.drawing import AMOUNT, heat, unique
 
 Row = Mapping[str, Any]
 _MOST_WITH_TEXT = 30

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mft_core.analysis.cuts import chance
-from mft_core.masks.adapter import Mask
 from mft_core.masks.algebra import Overlap, overlap
+from mft_core.masks.mask_file import Mask
 from mft_core.statistics.tables import method_label
 
 Row = dict[str, Any]

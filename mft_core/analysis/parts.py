@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mft_core.stages import Progress, StageContext
+from mft_core.stage import Progress, StageContext
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from mft_core.analysis.cuts import DECILES, deciles
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
-from mft_core.masks.adapter import Mask
+from mft_core.masks.mask_file import Mask
 from mft_core.masks.sites import Site
 
 Order = Literal["alone", "last"]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mft_core.checkpoint_io import WeightFiles, load_model, read_config, skeleton
+from mft_core.checkpoints.files import WeightFiles, load_model, read_config, skeleton
 from mft_core.errors import ConfigError
 from mft_core.masks.sites import Site, find_sites
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mft_core.errors import ConfigError
-from mft_core.masks.adapter import Mask, assemble
+from mft_core.masks.mask_file import Mask, assemble
 from mft_core.masks.masked_sites import Grid, MaskedSite, arrange, cut, measure
 from mft_core.masks.packing import PackedMasks
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from mft_core.masks.adapter import Mask
+from mft_core.masks.mask_file import Mask
 from mft_core.masks.masked_sites import Cells, Cut, Grid, MaskedSite, arrange, cut, measure
 
 BLOCKS = 64

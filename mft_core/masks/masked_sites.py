@@ -2,7 +2,7 @@
 
 The one place that reads site names: which parameter and which matrix of it (`….experts.gate_up_proj[3]` is matrix 3 of
 a parameter of shape (matrices, rows, columns)), which layer, and which column of a table. Used by
-`mft_core.masks.adapter`, by merging, and by what shows and compares masks.
+`mft_core.masks.mask_file`, by merging, and by what shows and compares masks.
 """
 
 from __future__ import annotations

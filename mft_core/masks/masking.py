@@ -19,7 +19,6 @@ scope selects on S itself (the paper's global variant), dL/dS = dL/dM.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,23 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mft_core.draws import seeded_generator
 from mft_core.masks.selection import Global, GlobalThreshold, Local, Scope
 from mft_core.masks.sites import Site
+from mft_core.optimizers.factory import OptimizerFactory
 from mft_core.recipes import Scope as ScopeName
 from mft_core.recipes import ScoreInit
-from mft_core.training.optimizers import OptimizerFactory
 
 _STD = 0.02
 """the reference's `initializer_range`"""
-
-
-def site_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator for one site.
-
-    It depends on neither the device nor the other sites, so one seed gives a matrix the same draws in every
-    study."""
-    number = hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]
-    return torch.Generator().manual_seed(int.from_bytes(number, "big") >> 1)
 
 
 def initial_scores(weight: Tensor, init: ScoreInit, generator: torch.Generator, *, transposed: bool = False) -> Tensor:
@@ -111,7 +102,9 @@ class MaskOptimizer:
         self._parameters = {site.parameter: parameters[site.parameter] for site in self.sites}
         self._originals = {name: weight.detach().clone() for name, weight in self._parameters.items()}
         self._scores = [
-            initial_scores(weight, init, site_generator(seed, site.name), transposed=site.transposed).to(weight.device)
+            initial_scores(weight, init, seeded_generator(seed, site.name), transposed=site.transposed).to(
+                weight.device
+            )
             for site in self.sites
             for weight in [site.of(self._originals)]
         ]

@@ -6,7 +6,7 @@ base, in its dtype, its shard and under its name. Used by the stage `merge-mask`
 What is set to zero cannot be computed back, but it can be kept, in the folder `mask/` of the merged checkpoint (a
 folder, because loaders take every *.safetensors beside config.json for weights of the model):
 
-    mask/mask.safetensors, mask_config.json    the mask, as `mft_core.masks.adapter` has it
+    mask/mask.safetensors, mask_config.json    the mask, as `mft_core.masks.mask_file` has it
     mask/removed.safetensors                   one 1-D tensor per masked matrix, under its `Site.name` and in its dtype:
                                                the values that were set to zero, in the matrix's row-major order. The
                                                header's metadata `merged` is JSON: sha256 of each weight file as written
@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mft_core.checkpoint_io import WeightFiles
-from mft_core.checkpoint_names import Piece
+from mft_core.checkpoints.files import WeightFiles
+from mft_core.checkpoints.names import Piece
 from mft_core.errors import ConfigError
 from mft_core.identity import digest_file
-from mft_core.masks.adapter import Mask, load_mask, save_mask
+from mft_core.masks.mask_file import Mask, load_mask, save_mask
 from mft_core.masks.masked_sites import check_base, tensor_digest
-from mft_core.sources import parts
+from mft_core.store.sources import parts
 
 KEPT, REMOVED = "mask", "removed.safetensors"
 Report = Callable[[int, int], None]
@@ -48,7 +48,7 @@ def merge(base: Path, mask_directory: Path, out: Path, report: Report = _silent,
     The files are written beside `out` and renamed at the end, so that `out` is whole or not there.
 
     Args:
-        mask_directory: as `mft_core.masks.adapter.save_mask` writes it.
+        mask_directory: as `mft_core.masks.mask_file.save_mask` writes it.
         out: a directory that does not exist.
         report: told how many files of how many are merged.
         keep_removed: keep the mask and the removed values in `out/mask/`, so that `unmerge` can restore the base.

@@ -2,7 +2,7 @@
 
 A mask over all matrices of a 7-billion-weight model takes 0.8 GB so, where bool tensors take 6.5 GB. The bits of a
 matrix are row-major, most significant first, padded with 0 to a whole byte; bit 1 keeps the weight. Used by
-`mft_core.masks.adapter`, which checks what comes from a file, and by `mft_core.masks.algebra`.
+`mft_core.masks.mask_file`, which checks what comes from a file, and by `mft_core.masks.algebra`.
 """
 
 from __future__ import annotations

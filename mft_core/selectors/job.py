@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mft_core import compute
-from mft_core.checkpoint_io import WeightFiles, load_model, read_config
+from mft_core.checkpoints.files import WeightFiles, load_model, read_config
 from mft_core.data.batching import StepBatches, micro_batches
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError
 from mft_core.masks.selection import Global, Local, Scope
 from mft_core.masks.sites import Site
 from mft_core.recipes import LearnMask
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 from mft_core.training.loop import History, TrainingData
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mft_core import compute
-from mft_core.checkpoint_io import DTYPES, load_model
+from mft_core.checkpoints.files import DTYPES, load_model
 from mft_core.masks.masking import MaskOptimizer
 from mft_core.masks.selection import GlobalThreshold
+from mft_core.optimizers.factory import optimizer_factory
 from mft_core.selectors.job import Choice, Job
 from mft_core.training.activations import recompute_activations
 from mft_core.training.loop import train
-from mft_core.training.optimizers import optimizer_factory
 
 
 def choose(job: Job, kind: Callable[..., MaskOptimizer] = MaskOptimizer) -> Choice:

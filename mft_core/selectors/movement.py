@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mft_core.selectors.job import Choice, Job
-from mft_core.stages import Progress
+from mft_core.stage import Progress
 from mft_core.training.loss import LossHead
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mft_core.masks.masking import site_generator
+from mft_core.draws import seeded_generator
 from mft_core.selectors.job import Choice, Job
 
 
@@ -16,6 +16,6 @@ def choose(job: Job) -> Choice:
     """
     seed = job.recipe.seed
     return job.choice(
-        torch.rand(weight.shape, generator=site_generator(seed, f"random {site.name}"), dtype=torch.float32)
+        torch.rand(weight.shape, generator=seeded_generator(seed, f"random {site.name}"), dtype=torch.float32)
         for site, weight in job.weights()
     )

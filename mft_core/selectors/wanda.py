@@ -19,7 +19,7 @@ from mft_core.errors import ConfigError
 from mft_core.masks.selection import Rows
 from mft_core.masks.sites import Site
 from mft_core.selectors.job import Choice, Job
-from mft_core.stages import Progress
+from mft_core.stage import Progress
 
 
 def choose(job: Job) -> Choice:

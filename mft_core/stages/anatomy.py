@@ -14,7 +14,7 @@ from typing import Any
 from mft_core.analysis import anatomy, anatomy_section
 from mft_core.analysis.labels import Labels
 from mft_core.recipes import Anatomy
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 
 
 def run(recipe: Anatomy, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:

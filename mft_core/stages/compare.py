@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mft_core import figures
 from mft_core.errors import StageError
 from mft_core.recipes import Compare
-from mft_core.stages import Progress, StageContext
-from mft_core.statistics import figures, tables
+from mft_core.stage import Progress, StageContext
+from mft_core.statistics import tables
 from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, adjust, compare, pair, verdict
 from mft_core.statistics.power import items_needed
 from mft_core.statistics.seed_noise import SeedNoise

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core import evaluation
+from mft_core.evaluation import harness as evaluation
 from mft_core.recipes import Evaluate
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 
 
 def run(recipe: Evaluate, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:

@@ -15,16 +15,16 @@ import torch
 from transformers import PreTrainedModel
 
 from mft_core import compute
-from mft_core.checkpoint_io import DTYPES, load_model, save_model
+from mft_core.checkpoints.files import DTYPES, load_model, save_model
 from mft_core.masks.sites import find_sites
+from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import FineTune
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 from mft_core.training import parallel
 from mft_core.training.activations import recompute_activations
 from mft_core.training.full_tuning import FullOptimizer
 from mft_core.training.loop import TrainingData, train
 from mft_core.training.lora import LoraOptimizer
-from mft_core.training.optimizers import dtype_in_training, optimizer_factory
 from mft_core.training.sharded import ShardedOptimizer, divide, gathered, is_divided
 
 

@@ -12,7 +12,7 @@ from mft_core.analysis.landscape import LINE
 from mft_core.analysis.landscape_findings import examine, rows
 from mft_core.analysis.landscape_section import section
 from mft_core.recipes import Landscape
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 
 
 def run(recipe: Landscape, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:

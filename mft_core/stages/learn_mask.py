@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core.checkpoint_io import WeightFiles, skeleton
+from mft_core.checkpoints.files import WeightFiles, skeleton
 from mft_core.errors import ConfigError
 from mft_core.layers import format_layers, parse_layers
-from mft_core.masks.adapter import make_mask, save_mask
+from mft_core.masks.mask_file import make_mask, save_mask
 from mft_core.masks.sites import choose_sites, find_sites, n_layers
 from mft_core.recipes import LearnMask
 from mft_core.selectors import SELECTORS
 from mft_core.selectors.job import Job
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 from mft_core.training import parallel
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mft_core.masks.merge import merge
 from mft_core.recipes import MergeMask
-from mft_core.stages import Progress, StageContext
+from mft_core.stage import Progress, StageContext
 
 
 def run(recipe: MergeMask, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:

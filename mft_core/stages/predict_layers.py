@@ -11,7 +11,7 @@ from mft_core.analysis import layer_prediction_figures
 from mft_core.analysis.layer_prediction import examine, rows
 from mft_core.analysis.layer_prediction_section import section
 from mft_core.recipes import PredictLayers
-from mft_core.stages import StageContext
+from mft_core.stage import StageContext
 
 
 def run(recipe: PredictLayers, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mft_core.data.rows import Conversation, load_rows, sample
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 from mft_core.recipes import PrepareData
-from mft_core.stages import Progress, StageContext
+from mft_core.stage import Progress, StageContext
 
 _EXAMPLES_SHOWN = 5
 

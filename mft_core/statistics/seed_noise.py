@@ -12,10 +12,10 @@ on any benchmark. Used by `mft_core.statistics.comparison` (one variant alone), 
 stage `compare` (pooled).
 
 Why not the bootstrap over seeds: it gives s seeds (s - 1)/s of their variance and normal tails. In simulated studies
-(tests/core/test_coverage.py; 600 items, trainings that differ by 4 points) its 95% interval holds the truth in 80% with
-two seeds, 86% with three and 92% with five; with this noise, pooled over five variants, in 94 to 96%. What it cannot
-do: one variant alone with two seeds gets 91%; a variant whose trainings differ four times as much as those of the
-others that it is pooled with gets 79%, while they get more than 95.
+(tests/mft_core/statistics/test_coverage.py; 600 items, trainings that differ by 4 points) its 95% interval holds the
+truth in 80% with two seeds, 86% with three and 92% with five; with this noise, pooled over five variants, in 94 to 96%.
+What it cannot do: one variant alone with two seeds gets 91%; a variant whose trainings differ four times as much as
+those of the others that it is pooled with gets 79%, while they get more than 95.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft_core.training.optimizers import OptimizerFactory, draws_random_numbers
+from mft_core.optimizers.factory import OptimizerFactory, draws_random_numbers
 
 
 class ParameterOptimizer:

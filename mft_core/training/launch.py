@@ -1,7 +1,7 @@
 """Training stages in several processes of this machine (`Runtime.processes`), called as if they were one function.
 
 `spread` is put around a stage's function: where several processes are asked for and the recipe trains, the call starts
-a worker (`mft_core.training.worker`) for each, tells the caller's `report` and `log` what the first one tells, and
+a worker (`mft_core.stages.worker`) for each, tells the caller's `report` and `log` what the first one tells, and
 returns its summary or raises its error. All processes run the stage's own function; `mft_core.training.loop` shares
 the work. Everything of a call lies in `work/processes`: the job, the file at which the processes meet (no port that
 another program could take), and what each has printed.
@@ -26,25 +26,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from mft_core import compute
 from mft_core.errors import ConfigError, StageError
 from mft_core.recipes import TRAINED, FineTune, LearnMask, Recipe, Runtime
-from mft_core.stages import Progress, StageContext, StageFunction
+from mft_core.stage import Progress, StageContext, StageFunction
 from mft_core.training import parallel
-from mft_core.training.worker import STOP, Job
 
+MEETING, STOP = "meeting", "stop"
 _LAST_WORDS = 10.0
 """seconds between the first process that fails and the end of all, in which the others may say why they do"""
 _COMMAND = (
     sys.executable,
     "-P",
     "-m",
-    "mft_core.training.worker",
+    "mft_core.stages.worker",
 )  # -P: not what happens to lie in the working directory
 _ERRORS = {"ConfigError": ConfigError, "StageError": StageError}
 _SAID, _DIED, _BROKE = range(3)
 """how a process fails, in the order in which it explains the others: it says why, it dies, it meets a surprise"""
+
+
+class Job(BaseModel):
+    """What the processes are to do together: one call of a stage."""
+
+    stage: str
+    recipe: dict[str, Any]
+    inputs: dict[str, Path]
+    out: Path
+    work: Path
+    runtime: Runtime
 
 
 def trains(recipe: Recipe) -> bool:

@@ -37,7 +37,7 @@ from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
 from mft_core.identity import digest
 from mft_core.recipes import Training
-from mft_core.stages import Progress, StageContext
+from mft_core.stage import Progress, StageContext
 from mft_core.training import parallel, sharded
 from mft_core.training.checkpoints import ResumableState
 from mft_core.training.loss import LossHead, keeps_packed_apart

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mft_core.compute import own_randomness
+from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
-from mft_core.masks.masking import site_generator
 from mft_core.masks.sites import Site
+from mft_core.optimizers.factory import OptimizerFactory
 from mft_core.recipes import Lora
 from mft_core.training.full_tuning import ParameterOptimizer
-from mft_core.training.optimizers import OptimizerFactory
 
 _ADAPTER = "default"
 
@@ -88,5 +88,5 @@ def _initialise(weight: nn.Parameter, name: str, seed: int) -> None:
     """Set an adapter's matrix in float32: the same values on every device, whatever else was drawn before."""
     first = torch.zeros(weight.shape, dtype=torch.float32)
     if ".lora_A." in name:
-        nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=site_generator(seed, name))
+        nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=seeded_generator(seed, name))
     weight.data = first.to(weight.device)

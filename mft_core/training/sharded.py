@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mft_core.checkpoint_io import skeleton
+from mft_core.checkpoints.files import skeleton
 from mft_core.errors import ConfigError
 from mft_core.training import parallel
 from mft_core.training.full_tuning import FullOptimizer

@@ -2,8 +2,8 @@
 
 A trial on a rung is the variant of its point with a share of the epochs; on the last rung it is the very variant that
 a grid over the same space has. Only its mask is learned, and its validation loss read from the manifest; the one of
-least loss on the last rung is each seed's choice, and the only one that is evaluated. Used by `pipelines.plan`, which
-walks what the store holds, and by `pipelines.search.run`.
+least loss on the last rung is each seed's choice, and the only one that is evaluated. Used by `pipelines.plan.plan`,
+which walks what the store holds, and by `pipelines.run.search`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import LearnMask
-from pipelines import compose
-from pipelines.catalogue import Profile, SearchSpec, Study
-from pipelines.graph import Node, Variant, unique_nodes, variant
+from pipelines.config import compose
+from pipelines.config.catalogue import Profile, SearchSpec, Study
+from pipelines.config.setup import Setup
+from pipelines.graph.nodes import Node
+from pipelines.graph.variants import Variant, unique_nodes, variant
 from pipelines.search.halving import Asked, halving
-from pipelines.setup import Setup
 
 Manifest = Mapping[str, Any]
 Row = dict[str, Any]

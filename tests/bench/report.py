@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from mft_core import provenance
+from mft_core.store import provenance
 
 SLOWER_THAN_FLOOR = 1.08
 FASTER_THAN_SORTING = 1.7

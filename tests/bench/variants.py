@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mft_core.masks.masking import MaskOptimizer, initial_scores, site_generator
+from mft_core.draws import seeded_generator
+from mft_core.masks.masking import MaskOptimizer, initial_scores
 from mft_core.masks.sites import Site, choose_sites, find_sites
+from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import Training
-from mft_core.training.optimizers import optimizer_factory
 
 SEED = 0
 _INIT = "normal"
@@ -111,7 +112,7 @@ class SortingLinear(nn.Module):
         super().__init__()
         assert isinstance(linear, nn.Linear)
         self.linear, self.sparsity = linear, sparsity
-        scores = initial_scores(linear.weight, _INIT, site_generator(SEED, name))
+        scores = initial_scores(linear.weight, _INIT, seeded_generator(SEED, name))
         self.scores = nn.Parameter(scores.to(linear.weight.device))
 
     def mask(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The notebooks run top to bottom on a store: the shipped studies on the mini profile, recorded as a run records them.
 
-Payloads of trainings and answers are made up (`tests.finished`); comparison, analyses and MLflow are the real ones.
+Payloads of trainings and answers are made up (`tests.support.finished`); comparison, analyses and MLflow are the real
+ones.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import yaml
 from nbclient import NotebookClient
 
 from mft_core.analysis import anatomy, layer_prediction
-from mft_core.artifacts import ArtifactStore
 from mft_core.recipes import Anatomy
-from pipelines.catalogue import load_profile, load_study
-from pipelines.plan import make_plan
-from pipelines.record import sync_to_mlflow
-from pipelines.report import find_report
-from tests.core.test_anatomy import Study as Masks
-from tests.core.test_predict_layers import GROUPS, RECIPE, sweep_row
-from tests.finished import finish
-from tests.mini import write_profile
-from tests.small_training import make_context as context
-from tests.tiny import save_checkpoint
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.config.catalogue import load_profile, load_study
+from pipelines.plan.plan import make_plan
+from pipelines.report.record import sync_to_mlflow
+from pipelines.report.report import find_report
+from tests.mft_core.analysis.test_anatomy import Study as Masks
+from tests.mft_core.analysis.test_predict_layers import GROUPS, RECIPE, sweep_row
+from tests.support.finished import finish
+from tests.support.mini import write_profile
+from tests.support.small_training import make_context as context
+from tests.support.tiny import save_checkpoint
 
 pytestmark = pytest.mark.timeout(600)  # a minute of work on a free core
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

@@ -17,10 +17,10 @@ from prefect.client.orchestration import PrefectClient
 from prefect.plugins import HookContext
 from prefect.settings import get_current_settings
 
-from pipelines import prefect_plugin, services
+from pipelines.servers import prefect_plugin, services
 
 MOVED = (
-    f"Prefect {prefect.__version__} is not what pipelines/prefect_plugin.py was written for (3.8.8): "
+    f"Prefect {prefect.__version__} is not what pipelines/servers/prefect_plugin.py was written for (3.8.8): "
     "bare deployment names will not work until it is adapted; what moved: "
 )
 
@@ -99,7 +99,7 @@ def test_prefect_still_looks_deployments_up_the_way_the_plugin_widens() -> None:
 
 def test_prefect_still_finds_and_enables_the_plugin() -> None:
     found = {entry.name: entry.value for entry in metadata.entry_points(group="prefect.plugins")}
-    assert found.get("mft") == "pipelines.prefect_plugin"
+    assert found.get("mft") == "pipelines.servers.prefect_plugin"
     root = Path(__file__).parents[2]
     assert "[plugins]\n" in (root / "prefect.toml").read_text()
     assert "enabled" in type(get_current_settings().plugins).model_fields, MOVED + "the setting plugins.enabled"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.flows.test_study import computed, results, start
-from tests.mini import write_profile
+from tests.support.mini import write_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 GROUPS = ["0-1", "1-2", "2-3"]

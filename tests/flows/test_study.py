@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mini import write_profile, write_study
+from tests.support.mini import write_profile, write_study
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 IGNORED = {"cached", "seconds"}

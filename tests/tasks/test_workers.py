@@ -17,14 +17,15 @@ from typing import Any
 import psutil
 import pytest
 
-from mft_core.artifacts import ArtifactStore
 from mft_core.errors import ConfigError, StageError
 from mft_core.recipes import LearnMask, Runtime
-from mft_core.sources import local_checkpoint, local_files
-from mft_core.stages import Progress, get_stage
+from mft_core.stage import Progress
+from mft_core.stages import get_stage
+from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.sources import local_checkpoint, local_files
 from tasks.workers import Job, Workers
-from tests.small_training import make_recipe, save_data
-from tests.tiny import save_checkpoint
+from tests.support.small_training import make_recipe, save_data
+from tests.support.tiny import save_checkpoint
 
 LOG = logging.getLogger("mft")
 

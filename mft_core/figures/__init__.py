@@ -1,0 +1,57 @@
+"""A study's rows as its main figure, in the shape of its question.
+
+- `gains`: gain against what the study varies (`curves`), one panel a benchmark;
+- `methods`: the methods side by side, a line of intervals each (`forest`);
+- `matrix`: domains against benchmarks, a map of gains (`matrix`).
+
+Used by the stage `compare`, and by the report, which knows the kind that the study names and what has been published.
+The same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mft_core.figures import curves, forest, matrix
+from mft_core.figures.drawing import save
+from mft_core.figures.quantities import quantities
+from mft_core.figures.style import Published, Row, drawn
+
+Kind = Literal["gains", "methods", "matrix"]
+
+
+def gains(
+    rows: Sequence[Row],
+    question: str,
+    path: Path,
+    confidence: float = 0.95,
+    *,
+    kind: Kind | None = None,
+    published: Published | None = None,
+) -> None:
+    """Draw the gains of a study with their intervals and write a PNG.
+
+    Args:
+        rows: as in `rows.json` of the stage `compare`.
+        question: the title.
+        path: where the PNG is written.
+        confidence: of the intervals, for the legend.
+        kind: None takes the one that fits what varies (`choose`).
+        published: gains of the paper, set beside ours where domain and benchmark are the same.
+    """
+    draw = {"gains": curves.draw, "methods": forest.draw, "matrix": matrix.draw}[kind or choose(rows)]
+    save(lambda: draw(rows, question, confidence, published or {}), path)
+
+
+def choose(rows: Sequence[Row]) -> Kind:
+    """Return the kind of figure that shows what varies.
+
+    A matrix where several domains share benchmarks and nothing else varies, gains where a setting does, else methods.
+    """
+    shown = drawn(rows)
+    varied = quantities(shown)
+    if matrix.fits(shown) and all(quantity.name == "domain" for quantity in varied):
+        return "matrix"
+    return "gains" if varied else "methods"

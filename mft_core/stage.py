@@ -1,0 +1,64 @@
+"""The contract of the chain's links: what a stage is, is given, and tells. The registry is `mft_core.stages`.
+
+A stage is a pure function `run(recipe, inputs, out, context) -> summary`: `inputs` maps names to local paths (an
+artifact's directory, or a source's file or directory), `out` is an empty directory that becomes the artifact's payload,
+`summary` a small JSON-able dict kept in the manifest. The payload must be reproducible: no times, no paths, no dates
+in it (those go to the provenance). Whoever calls a stage takes care of keys, caching and committing
+(`mft_core.store.artifacts.ArtifactStore.build`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mft_core.recipes import Recipe, Runtime
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One measurement of running work; speeds and times are for people, never part of a payload."""
+
+    step: int
+    total: int
+    unit: str = "step"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """e.g. loss (nats/token), learning_rate, validation_loss, tokens (count so far), tokens_per_second"""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may use besides its inputs."""
+
+    runtime: Runtime
+    work: Path
+    """directory for resumable state: survives a kill, removed once the artifact is committed"""
+    report: Callable[[Progress], None] = lambda progress: None
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("mft"))
+
+
+class StageFunction(Protocol):
+    """The signature of every stage's `run`."""
+
+    def __call__(self, recipe: Any, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain. `version` is raised when the stage's numbers change for the same recipe and inputs."""
+
+    name: str
+    version: int
+    recipe: type[Recipe]
+    heavy: bool
+    """heavy stages occupy a device; light ones run in parallel"""
+    load: Callable[[], StageFunction]
+    """imports the stage's function and returns it: on first use, since planning must not import torch"""
+
+    @property
+    def run(self) -> StageFunction:
+        """The stage's function."""
+        return self.load()

@@ -1,0 +1,298 @@
+"""Immutable results on disk, addressed by what they are made of; an artifact exists whole or not at all.
+
+    $MFT_HOME/artifacts/<stage>/<key>/manifest.json   sizes and sha256 of the payload, recipe, inputs, provenance
+    $MFT_HOME/artifacts/<stage>/<key>/...             the payload
+    $MFT_HOME/work/<key>/                             resumable state of unfinished work
+    $MFT_HOME/work/<key>/.rerun                       that work began with `force`; a later `force` goes on with it
+    $MFT_HOME/locks/<key>                             held with flock while the key is computed
+
+A stage writes into a temporary directory; payload and manifest are fsynced, then the directory is renamed into place.
+flock is released by the kernel when its holder dies, so a killed run never blocks the next. Inputs are checked against
+their digests before and after the stage has read them, so that a key never stands for other content. Used by `tasks`
+and by anyone who wants a cached stage without Prefect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from mft_core.errors import ConfigError, StageError
+from mft_core.identity import digest_file, stage_key
+from mft_core.recipes import Recipe, Runtime
+from mft_core.stage import Progress, Stage, StageContext
+from mft_core.store import manifests, provenance
+from mft_core.store.manifests import MANIFEST
+from mft_core.store.usage import Meter
+
+_RERUN = ".rerun"
+
+
+class Input(Protocol):
+    """Anything a stage can take in: an artifact or a source, known by its digest."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def local_path(self, store: ArtifactStore) -> Path: ...
+
+    def problem(self, store: ArtifactStore) -> str | None: ...
+
+
+class ArtifactRef(BaseModel):
+    """A small, serialisable reference to a finished artifact; what Prefect caches instead of the payload."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    key: str
+    digest: str
+    part: str = ""
+    """path inside the payload that a consumer is given, e.g. 'model'"""
+
+    def at(self, part: str) -> ArtifactRef:
+        """Return the same artifact, pointing at one part of its payload."""
+        return self.model_copy(update={"part": part})
+
+    def local_path(self, store: ArtifactStore) -> Path:
+        """Return where the payload (or its part) lies."""
+        return store.directory(self.stage, self.key) / self.part
+
+    def problem(self, store: ArtifactStore) -> str | None:
+        """Say why the artifact is no longer what the digest names, or None if it is."""
+        damage = store.damage(self.stage, self.key)
+        manifest = None if damage else store.manifest(self.stage, self.key)
+        changed = manifest is not None and manifest["digest"] != self.digest
+        return "another result has taken its place" if changed else damage
+
+
+@dataclass(frozen=True)
+class Built:
+    """The outcome of `ArtifactStore.build`: the reference, and whether anything was computed."""
+
+    ref: ArtifactRef
+    computed: bool
+    manifest: dict[str, Any]
+
+
+class ArtifactStore:
+    """The artifacts under one `MFT_HOME`."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home.absolute()
+        self._verified: dict[Path, tuple[int, int, int]] = {}
+
+    @classmethod
+    def from_environment(cls) -> ArtifactStore:
+        """Open the store at `$MFT_HOME`, by default `.mft` in the working directory."""
+        return cls(Path(os.environ.get("MFT_HOME") or ".mft"))
+
+    def check_writable(self) -> None:
+        """Raise a ConfigError when nothing can be written under the home."""
+        probe = self.home / f".write-test-{os.getpid()}"
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"MFT_HOME = {self.home}: not writable ({error.strerror}); "
+                "set MFT_HOME to a directory that you can write to."
+            ) from error
+
+    def directory(self, stage: str, key: str) -> Path:
+        """Return where the artifact lies or would lie."""
+        return self.home / "artifacts" / stage / key
+
+    def work(self, key: str) -> Path:
+        """Return the directory of the key's resumable state."""
+        return self.home / "work" / key
+
+    def key(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Input]) -> str:
+        """Return the key of the artifact that the stage makes of recipe and inputs."""
+        return stage_key(stage.name, stage.version, recipe, {name: ref.digest for name, ref in inputs.items()})
+
+    def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
+        """Return the manifest without looking at the payload, or None when there is no readable one."""
+        return manifests.read(self.directory(stage, key))
+
+    def find(self, stage: str, key: str) -> ArtifactRef | None:
+        """Return the artifact if it is there and whole, else None."""
+        return None if self.damage(stage, key) else self._ref(stage, key)
+
+    def damage(self, stage: str, key: str) -> str | None:
+        """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole."""
+        directory = self.directory(stage, key)
+        if not directory.exists():
+            return "missing"
+        manifest = self.manifest(stage, key)
+        if manifest is None:
+            return f"{MANIFEST}: missing or unreadable"
+        if manifests.broken_seal(manifest, stage, key):
+            return f"{MANIFEST}: does not match its own digest or key"
+        for name, entry in manifest["files"].items():
+            problem = self._file_damage(directory / name, entry)
+            if problem:
+                return f"{name}: {problem}"
+        return None
+
+    def _file_damage(self, path: Path, entry: Mapping[str, Any]) -> str | None:
+        try:
+            stat = path.stat()
+        except OSError:
+            return "missing"
+        if stat.st_size != entry["size"]:
+            return f"{stat.st_size} bytes, not {entry['size']}"
+        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+        if self._verified.get(path) != seen:
+            if digest_file(path) != entry["sha256"]:
+                return "content altered (sha256 differs)"
+            self._verified[path] = seen
+        return None
+
+    def _ref(self, stage: str, key: str) -> ArtifactRef | None:
+        manifest = self.manifest(stage, key)
+        return ArtifactRef(stage=stage, key=key, digest=manifest["digest"]) if manifest else None
+
+    def build(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        inputs: Mapping[str, Input],
+        runtime: Runtime,
+        *,
+        report: Callable[[Progress], None] = lambda progress: None,
+        log: logging.Logger | None = None,
+        force: bool = False,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Built:
+        """Return the artifact of (stage, recipe, inputs), computing it once if it is missing or damaged.
+
+        Args:
+            report: receives the stage's progress.
+            force: compute again even if a whole artifact is there (`--rerun`).
+            notes: further provenance, e.g. the MLflow run id.
+
+        Raises:
+            ConfigError, StageError: from the stage; nothing is committed, the resumable state is kept.
+            StageError: an input is not, or no longer, what its digest names; nothing is committed.
+        """
+        log = log or logging.getLogger("mft")
+        key = self.key(stage, recipe, inputs)
+        with self.lock(key, log):
+            problem = "rerun asked for" if force else self.damage(stage.name, key)
+            if problem is None:
+                manifest = self.manifest(stage.name, key)
+                assert manifest is not None
+                return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), False, manifest)
+            if problem != "missing":
+                log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
+            if force:
+                self._begin_rerun(key)
+            return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {})
+
+    def _compute(
+        self,
+        stage: Stage,
+        key: str,
+        recipe: Recipe,
+        inputs: Mapping[str, Input],
+        runtime: Runtime,
+        report: Callable[[Progress], None],
+        log: logging.Logger,
+        notes: Mapping[str, Any],
+    ) -> Built:
+        final = self.directory(stage.name, key)
+        temporary = final.parent / f".incomplete-{key}"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: the lock is ours
+        temporary.mkdir(parents=True)
+        work = self.work(key)
+        work.mkdir(parents=True, exist_ok=True)
+        log.info("computing %s %s", stage.name, key)
+        try:
+            with Meter(work) as meter:
+                summary = self._run(stage, recipe, inputs, temporary, StageContext(runtime, work, report, log))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        content = {
+            "stage": stage.name,
+            "version": stage.version,
+            "key": key,
+            "files": manifests.list_files(temporary),
+            "recipe": recipe.model_dump(mode="json"),
+            "inputs": {name: ref.digest for name, ref in inputs.items()},
+            "summary": summary,
+            "provenance": {
+                **provenance.describe(),
+                **notes,
+                "runtime": runtime.model_dump(mode="json"),
+                **meter.used,
+            },
+        }
+        manifest = manifests.seal(content)
+        manifests.commit(temporary, final, manifest)
+        log.info("finished %s %s", stage.name, key)
+        shutil.rmtree(work, ignore_errors=True)
+        return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), True, manifest)
+
+    def _begin_rerun(self, key: str) -> None:
+        """Drop the state of earlier work, unless that work is a rerun which was cut short: then it goes on."""
+        marker = self.work(key) / _RERUN
+        if not marker.exists():
+            shutil.rmtree(self.work(key), ignore_errors=True)
+            marker.parent.mkdir(parents=True)
+            marker.touch()
+
+    def _run(
+        self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Input], out: Path, context: StageContext
+    ) -> dict[str, Any]:
+        """Run the stage on inputs that are what their digests say, when it begins and still when it ends."""
+        self._check(stage, inputs)
+        paths = {name: ref.local_path(self) for name, ref in inputs.items()}
+        failure: Exception | None = None
+        summary: dict[str, Any] = {}
+        try:
+            summary = stage.run(recipe, paths, out, context)
+        except Exception as error:  # of a broken input, perhaps; then that is what has to be told
+            failure = error
+        try:
+            self._check(stage, inputs)
+        except StageError as changed:
+            shutil.rmtree(context.work, ignore_errors=True)  # state made of other content must not be resumed
+            raise changed from failure
+        if failure is not None:
+            raise failure
+        return summary
+
+    def _check(self, stage: Stage, inputs: Mapping[str, Input]) -> None:
+        for name, ref in inputs.items():
+            problem = ref.problem(self)
+            if problem:
+                where = ref.local_path(self)
+                raise StageError(
+                    f"{stage.name}: its input '{name}' ({where}) is not what the plan says: {problem}. "
+                    "Nothing of this stage was kept; run the same command again."
+                )
+
+    @contextlib.contextmanager
+    def lock(self, name: str, log: logging.Logger | None = None) -> Iterator[None]:
+        """Hold the lock of that name, waiting (and saying so) while another process or thread holds it."""
+        path = self.home / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                (log or logging.getLogger("mft")).info("waiting for another run that holds the lock of %s", name[:12])
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield

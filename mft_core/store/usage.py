@@ -1,0 +1,147 @@
+"""What a stage used while it ran: seconds, peak memory, energy, and on which device. For the manifest's provenance.
+
+A stage that was killed and resumed counts all of its attempts: the account of the earlier ones lies in its work
+directory. A thread samples twice a second (under a hundredth of a core).
+
+- *Memory*: on a GPU the most that torch had allocated there (of this process); else by how much the resident memory of
+  this process and its children grew, free memory having been given back to the system before.
+- *Energy*: of the whole devices, see `mft_core.store.energy`; None where nothing can be read.
+
+Both speak of the stage only if no other one ran in this process meanwhile: `alone`. Used by `mft_core.store.artifacts`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from mft_core.store.energy import Counter, cpu_counters, gpu_counters
+
+SAMPLE_SECONDS = 0.5
+KEEP_SECONDS = 10.0
+"""a stage that is killed loses the account of at most this long"""
+KEPT = ".usage.json"
+_ACTIVE: set[Meter] = set()
+_LOCK = threading.Lock()
+
+
+class Meter:
+    """Measures what is done within its context."""
+
+    def __init__(self, work: Path) -> None:
+        """Go on with the account of earlier attempts, if there is one.
+
+        Args:
+            work: the stage's work directory.
+        """
+        self._kept = work / KEPT
+        self._before: dict[str, Any] = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+        self._alone = bool(self._before.get("alone", True))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="usage", daemon=True)
+        self._peak = 0
+        self._cpu = cpu_counters()
+        self._gpu: list[Counter] = []
+        self.used: dict[str, Any] = {}
+        """seconds, peak_memory_bytes, energy_joules, device and alone, of all attempts together; known at the end"""
+
+    def __enter__(self) -> Meter:
+        with _LOCK:
+            _ACTIVE.add(self)
+            if len(_ACTIVE) > 1:
+                for meter in _ACTIVE:
+                    meter._alone = False
+        self._started = time.perf_counter()
+        _give_back_free_memory()
+        self._resident = _resident()
+        if _on_gpu():
+            sys.modules["torch"].cuda.reset_peak_memory_stats()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        with _LOCK:
+            _ACTIVE.discard(self)
+        self._sample()
+        self.used = self._account()
+        self._keep()
+
+    def _account(self) -> dict[str, Any]:
+        before = self._before
+        counters = self._cpu + self._gpu
+        joules = before.get("energy_joules") if before else 0.0
+        if joules is not None:
+            joules = round(joules + sum(counter.joules for counter in counters), 1) if counters else None
+        on_gpu = sys.modules["torch"].cuda.max_memory_allocated() if _on_gpu() else 0
+        return {
+            "seconds": round(time.perf_counter() - self._started + before.get("seconds", 0.0), 3),
+            "peak_memory_bytes": max(on_gpu or self._peak, before.get("peak_memory_bytes", 0)),
+            "energy_joules": joules,
+            "device": sys.modules["torch"].cuda.get_device_name() if on_gpu else processor(),
+            "alone": self._alone,
+        }
+
+    def _watch(self) -> None:
+        kept = time.monotonic()
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._sample()
+            if time.monotonic() - kept > KEEP_SECONDS:
+                self._keep()
+                kept = time.monotonic()
+
+    def _sample(self) -> None:
+        self._peak = max(self._peak, _resident() - self._resident)
+        self._gpu = self._gpu or gpu_counters()
+        for counter in self._cpu + self._gpu:
+            counter.sample()
+
+    def _keep(self) -> None:
+        if self._kept.parent.is_dir():  # not where the stage's state was thrown away
+            unfinished = self._kept.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(self._account()))
+            unfinished.replace(self._kept)
+
+
+def processor() -> str:
+    """Name this machine's processor and its cores, e.g. 'AMD EPYC 9654, 2 cores'."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {psutil.cpu_count()} cores"
+
+
+def _on_gpu() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
+
+
+def _give_back_free_memory() -> None:
+    """Let go of what earlier stages have left in the C library's heap, in which a later one's growth would hide."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc has it
+        trim(0)
+
+
+def _resident() -> int:
+    """Return the resident memory of this process and its children in bytes."""
+    total = 0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # gone in the meantime
+            continue
+    return total

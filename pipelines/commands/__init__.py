@@ -1,0 +1,1 @@
+"""Commands that need no flow: mft doctor and mft mask."""

@@ -1,0 +1,230 @@
+"""The doctor's look at what comes from the hub and from lm-eval: the model, the training data, the benchmarks.
+
+The hub is asked once whether it answers; if not, only its local cache is looked at, so that a machine without network
+gets its report in seconds. Used by `pipelines.commands.doctor` alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from mft_core.errors import ConfigError, did_you_mean
+from pipelines.config import resolve
+from pipelines.config.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
+
+_TIMEOUT = 5.0
+Kind = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run on the profile needs."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def model_and_data(domains: Sequence[Setup]) -> list[Finding]:
+    """Look for the profile's model and for every source of its mixtures."""
+    spec = domains[0].model
+    sources = list(dict.fromkeys(source for setup in domains for source in setup.data.mixture))
+    paths = [spec.path, *(source.path for source in sources)]
+    findings = [] if all(Path(path).is_absolute() for path in paths) else [hub_finding()]
+    online = bool(findings) and findings[0].ok
+    findings.append(_model(spec, online))
+    with ThreadPoolExecutor(8) as pool:
+        return findings + list(pool.map(lambda source: _rows(source, online), sources))
+
+
+def hub_finding() -> Finding:
+    """Ask the hub whether it answers at all."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, httpx
+
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", False, "HF_HUB_OFFLINE is set: only what is in the local cache can be used")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+    except (OSError, httpx.HTTPError) as error:
+        return Finding("hub", False, f"{constants.ENDPOINT} does not answer ({error or type(error).__name__})")
+    return Finding("hub", True, f"{constants.ENDPOINT} answers")
+
+
+def _model(spec: ModelSpec, online: bool) -> Finding:
+    what = f"model {'/'.join(Path(spec.path).parts[-2:])}"
+    if Path(spec.path).is_absolute():
+        try:
+            resolve.model(spec)
+        except ConfigError as error:
+            return Finding(what, False, str(error))
+        return Finding(what, True, "a local checkpoint")
+    if cached(spec.path, spec.revision, "model", "*.safetensors"):
+        return Finding(what, True, "in the local hub cache")
+    if not online:
+        return Finding(what, False, f"not in the local hub cache, and the hub cannot be asked. {_token()}")
+    return _access(what, spec.path, "model")
+
+
+def _rows(source: SourceSpec, online: bool) -> Finding:
+    if Path(source.path).is_absolute():
+        there = Path(source.path).is_file()
+        return Finding(f"data {Path(source.path).name}", there, "a local file" if there else f"no file {source.path}")
+    return _dataset(f"data {source.path}", source.path, source.revision, online)
+
+
+def _dataset(what: str, name: str, revision: str, online: bool) -> Finding:
+    if cached(name, revision, "dataset", "*"):
+        return Finding(what, True, "in the local hub cache")
+    if not online:
+        return Finding(what, False, "not in the local hub cache, and the hub cannot be asked")
+    return _access(what, name, "dataset")
+
+
+def cached(name: str, revision: str, kind: Kind, pattern: str) -> bool:
+    """Say whether the local hub cache holds files of the pattern at the revision."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    commit = resolve.cached_commit(name, revision, kind)
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots" / str(commit)
+    return any(path.is_file() for path in folder.rglob(pattern))
+
+
+def _access(what: str, name: str, kind: Kind) -> Finding:
+    """Ask the hub whether this account may read a repository."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.utils import httpx
+
+    try:
+        HfApi().auth_check(name, repo_type=kind)
+    except GatedRepoError:
+        return Finding(what, False, f"gated: ask for access at {constants.ENDPOINT}/{name}. {_token()}")
+    except RepositoryNotFoundError:
+        return Finding(what, False, f"the hub has no such {kind}, or it is private. {_token()}")
+    except (OSError, httpx.HTTPError) as error:
+        return Finding(what, False, f"the hub does not say: {resolve.first_line(error)}")
+    return Finding(what, True, "to be had from the hub")
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return "A token is set; its account needs to have been granted access."
+    return "No token: run `hf auth login`, or set HF_TOKEN."
+
+
+def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
+    """Check each benchmark: its task, metric and filter, its packages, its items, and the right to execute code."""
+    specs = list(dict.fromkeys(bench for setup in domains for bench in setup.benchmarks))
+    findings = [_local_benchmark(bench) for bench in specs if bench.path]
+    named = [bench for bench in specs if not bench.path]
+    if not named:
+        return findings
+    print("reading lm-eval's index of tasks (10 s) ...", file=sys.stderr, flush=True)
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    online = hub_finding().ok
+    for bench in named:
+        leaves = task_leaves(bench.task, index)
+        findings.append(task_finding(bench, leaves, index))
+        findings += [_dataset(f"items of {bench.name}: {name}", name, "main", online) for name in _repositories(leaves)]
+        findings += _fetched_by_code(bench, leaves, online)
+        if any(leaf.cfg.get("unsafe_code") for leaf in leaves):
+            findings.append(_code_execution(bench))
+    return findings
+
+
+def _local_benchmark(bench: BenchmarkSpec) -> Finding:
+    try:
+        resolve.benchmark_items(bench)
+    except ConfigError as error:
+        return Finding(f"benchmark {bench.name}", False, str(error))
+    return Finding(f"benchmark {bench.name}", True, f"local task {bench.task}")
+
+
+def task_leaves(task: str, index: dict[str, Any]) -> list[Any]:
+    """Return the index's entries of a task, or of all tasks of a group."""
+    entry = index.get(task)
+    if entry is None:
+        return []
+    children = (entry.cfg or {}).get("task")
+    if not isinstance(children, list):
+        return [entry]
+    return [leaf for child in children if isinstance(child, str) for leaf in task_leaves(child, index)]
+
+
+def _repositories(leaves: Iterable[Any]) -> list[str]:
+    return sorted({leaf.cfg["dataset_path"] for leaf in leaves if "/" in str(leaf.cfg.get("dataset_path"))})
+
+
+def task_finding(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, Any]) -> Finding:
+    """Check that lm-eval has the task, with the benchmark's filter and metric, and what its code imports."""
+    what = f"benchmark {bench.name}"
+    if not leaves:
+        return Finding(what, False, f"lm-eval has no task '{bench.task}'.{did_you_mean(bench.task, index)}")
+    for leaf in leaves:
+        filters = [entry["name"] for entry in leaf.cfg.get("filter_list", [])]
+        if bench.filter and bench.filter not in filters:
+            return Finding(what, False, f"task {leaf.name} has no filter '{bench.filter}'; valid: {', '.join(filters)}")
+        metrics = [str(entry["metric"]) for entry in leaf.cfg.get("metric_list", [])]
+        by_code = any(metric.endswith(".pass_at_k") for metric in metrics)  # its result is named pass@1
+        if bench.metric not in metrics and not (by_code and bench.metric.startswith("pass@")):
+            return Finding(what, False, f"task {leaf.name} has no metric '{bench.metric}'; valid: {', '.join(metrics)}")
+    missing = [name for name in sorted(_imports(leaves)) if name not in sys.modules and not find_spec(name)]
+    if missing:
+        advice = "install the extra of the paper's profiles: pip install -c constraints.txt -e '.[paper]'"
+        return Finding(what, False, f"task {bench.task} needs {', '.join(missing)}; {advice}")
+    return Finding(what, True, f"lm-eval task {bench.task}, metric {bench.metric}")
+
+
+def _imports(leaves: Iterable[Any]) -> set[str]:
+    """Return the packages that the Python files in the tasks' folders import."""
+    files = {path for leaf in leaves for path in Path(leaf.yaml_path).parent.glob("*.py")}
+    names: set[str] = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - {path.stem for path in files}
+
+
+def _fetched_by_code(bench: BenchmarkSpec, leaves: Iterable[Any], online: bool) -> list[Finding]:
+    """Look for what the code of lm-eval's tasks downloads when imported: nltk's punkt_tab, the metric code_eval."""
+    findings, imports = [], _imports(leaves)
+    if "nltk" in imports and find_spec("nltk"):
+        import nltk
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+            findings.append(Finding(f"nltk data of {bench.name}", True, "punkt_tab is installed"))
+        except LookupError:
+            advice = "punkt_tab is not installed: run `python -m nltk.downloader punkt_tab`"
+            findings.append(Finding(f"nltk data of {bench.name}", False, advice))
+    if "evaluate" in imports:
+        from evaluate import config
+
+        metric = Path(config.HF_MODULES_CACHE) / "evaluate_modules" / "metrics" / "evaluate-metric--code_eval"
+        detail = "in the local cache" if metric.is_dir() else "to be had from the hub" if online else "needs the hub"
+        findings.append(Finding(f"metric code_eval of {bench.name}", metric.is_dir() or online, detail))
+    return findings
+
+
+def _code_execution(bench: BenchmarkSpec) -> Finding:
+    allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
+    advice = "in a container or sandbox, allow it with HF_ALLOW_CODE_EVAL=1"
+    detail = "allowed by HF_ALLOW_CODE_EVAL=1" if allowed else f"it executes code that the model writes; {advice}"
+    return Finding(f"code execution for {bench.name}", allowed, detail)

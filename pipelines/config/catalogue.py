@@ -1,0 +1,255 @@
+"""Finds and reads profiles and studies: the YAML files shipped in this package, or a path of the user's own.
+
+A *profile* bundles model, data, training, mask and benchmarks of a backbone, with one section per domain. A *study*
+is a question with the grid that answers it; it composes with any profile.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from mft_core.errors import ConfigError, explain, unknown
+from mft_core.recipes import Recipe, Runtime
+from pipelines.config.setup import Layers, Method
+
+_HERE = Path(__file__).resolve().parents[1]
+_PATH_KEYS = {"path", "chat_template"}
+Model = TypeVar("Model", bound=Recipe)
+FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
+
+
+EACH_DOMAIN, EACH_LAYER_GROUP = "each domain", "each layer group"
+"""what a study writes for the values that only the profile knows"""
+MIXED = "mixed"
+"""the domain that is a mixture of the others, and so none of `each domain`"""
+Analysis = Literal["anatomy", "landscape", "predict-layers"]
+
+
+class VariantSpec(Recipe):
+    """One family of variants: a method, its domain, and the grid over which it is spread."""
+
+    method: Method
+    domain: str | None = Field(
+        None, description="null takes the study's, or the profile's default; 'each domain' is all but 'mixed'"
+    )
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each domain", "each layer group"]] = Field(
+        default_factory=dict, description="setup key: values; a value 'x0.3' is that many times the profile's own"
+    )
+
+    def points(self, profile: Profile) -> Iterator[dict[str, Any]]:
+        """Yield every combination of the grid's values as {setup key: value}."""
+        values = [profile.each(values) if isinstance(values, str) else values for values in self.grid.values()]
+        for point in itertools.product(*values):
+            yield dict(zip(self.grid, point, strict=True))
+
+
+_NOT_SEARCHED = {
+    "mask.training.epochs": "the rungs say how long a trial is trained",
+    "mask.training.max_steps": "trials would not cost the same",
+    "mask.training.batch_size": "trials would not cost the same",
+    "mask.fraction": "trials would not cost the same",
+    "mask.domain": "validation losses on different data cannot be compared",
+    "mask.data": "validation losses on different data cannot be compared",
+}
+
+
+class SearchSpec(Recipe):
+    """What an adaptive search looks for, and how far it goes; how it goes is told in `pipelines.search`."""
+
+    method: Literal["mft", "mft-soft"] = "mft"
+    space: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each layer group"]] = Field(
+        min_length=1, description="setup key of the mask: values as in a grid, in their order"
+    )
+    trials: int = Field(ge=2, description="points of the space that a seed tries, or all of them where there are fewer")
+    rungs: tuple[float, ...] = Field(
+        (0.25, 1.0), min_length=1, description="shares of mask.training.epochs that trials are trained for, rising to 1"
+    )
+    eta: int = Field(4, ge=2, description="one of so many trials goes on to the next rung")
+    batch: int = Field(2, ge=1, description="trials proposed at a time: more fill more slots, fewer learn more")
+
+    @model_validator(mode="after")
+    def _rungs_rise_to_the_whole(self) -> SearchSpec:
+        shares = (0.0, *self.rungs)
+        if shares[-1] != 1 or any(later <= earlier for earlier, later in itertools.pairwise(shares)):
+            raise ValueError(
+                f"rungs = {list(self.rungs)}: valid are rising shares of the epochs, above 0 and the last 1.0, "
+                "such as [0.25, 1.0]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _space_is_of_comparable_masks(self) -> SearchSpec:
+        for key in self.space:
+            why = next((why for name, why in _NOT_SEARCHED.items() if f"{key}.".startswith(f"{name}.")), None)
+            if not key.startswith("mask.") or why:
+                why = why or "a search varies the mask alone, that its trials start from one fine-tuned model"
+                raise ValueError(f"space: '{key}' cannot be searched: {why}; valid: keys such as mask.layers")
+        return self
+
+    @property
+    def family(self) -> VariantSpec:
+        """The whole space as a grid."""
+        return VariantSpec(method=self.method, grid=self.space)
+
+    def goes_on(self, points: int) -> list[int]:
+        """Return how many trials of a seed each rung trains, in a space of so many points."""
+        first = min(self.trials, points)
+        return [max(1, first // self.eta**rung) for rung in range(len(self.rungs))]
+
+
+class Study(Recipe):
+    """A question and the variants that answer it; or, in `studies`, the studies that it is made of."""
+
+    name: str
+    question: str
+    domain: str | None = None
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
+    variants: tuple[VariantSpec, ...] = ()
+    search: SearchSpec | None = Field(None, description="finds a further variant for each seed")
+    analyses: tuple[Analysis, ...] = ()
+    figure: Literal["gains", "methods", "matrix"] | None = Field(
+        None, description="what the report's main figure shows; null fits it to what varies"
+    )
+    studies: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_variants_or_parts(self) -> Study:
+        if bool(self.variants) == bool(self.studies):
+            raise ValueError("a study has either variants or studies that it is made of; give one of the two")
+        if self.search and self.studies:
+            raise ValueError("search: a study that is made of studies has none; give it to a study of its own")
+        return self
+
+    @property
+    def families(self) -> tuple[VariantSpec, ...]:
+        """Every family that the study takes variants from: its own, and the space of its search."""
+        return (*self.variants, self.search.family) if self.search else self.variants
+
+
+class Profile(Recipe):
+    """A backbone with its domains. `defaults` and each domain are partial setups."""
+
+    name: str
+    default_domain: str
+    defaults: dict[str, Any]
+    domains: dict[str, dict[str, Any]] = Field(min_length=1)
+    layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
+    runtime: Runtime = Runtime.model_validate({})
+
+    def each(self, what: str) -> list[str]:
+        """Return the values of `each domain` or `each layer group`.
+
+        Raises:
+            ConfigError: the profile has none.
+        """
+        values = [name for name in self.domains if name != MIXED] if what == EACH_DOMAIN else list(self.layer_groups)
+        if not values:
+            key = "domains" if what == EACH_DOMAIN else "layer_groups"
+            raise ConfigError(f"profile {self.name}: the study asks for {what}; list some under {key}.")
+        return values
+
+
+def names(kind: str) -> list[str]:
+    """List the profiles or studies shipped with the package."""
+    return sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
+
+
+def load_study(name: str) -> Study:
+    """Read a study by its name or by the path of a YAML file."""
+    path = _locate("study", name)
+    return _validate(Study, {"name": path.stem, **_read(path)}, f"study {path.name}")
+
+
+def load_studies(name: str) -> list[Study]:
+    """Read a study, or the studies that it is made of."""
+    study = load_study(name)
+    return [part for inner in study.studies for part in load_studies(inner)] or [study]
+
+
+def load_profile(name: str) -> Profile:
+    """Read a profile by its name or by the path of a YAML file."""
+    path = _locate("profile", name)
+    values = _anchored_profile(path)
+    return _validate(Profile, {"name": path.stem, **values}, f"profile {path.name}")
+
+
+def _anchored_profile(path: Path) -> dict[str, Any]:
+    """Read a profile over the one that it extends, with relative paths made absolute."""
+    values: dict[str, Any] = anchored(_read(path), path.parent)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    merged = _anchored_profile(_locate("profile", parent))
+    merge(merged, values)
+    return merged
+
+
+def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Lay the values of `layer` over `into`, mapping by mapping; lists are replaced whole."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)
+
+
+def anchored(layer: Any, folder: Path) -> Any:
+    """Make relative local paths absolute; what is neither there nor written as a path stays a hub name."""
+    if isinstance(layer, Mapping):
+        return {
+            key: _anchor(value, folder) if key in _PATH_KEYS and isinstance(value, str) else anchored(value, folder)
+            for key, value in layer.items()
+        }
+    if isinstance(layer, list):
+        return [anchored(item, folder) for item in layer]
+    return layer
+
+
+def _anchor(text: str, folder: Path) -> str:
+    path = Path(text).expanduser()
+    local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in (".jsonl", ".json", ".jinja")
+    return str((folder / path).resolve()) if local or path.is_absolute() else text
+
+
+def domain_of(profile: Profile, name: str | None, field: str = "domain") -> str:
+    """Return the named domain, or the profile's default one; `field` is where the name stands."""
+    domain = name or profile.default_domain
+    if domain not in profile.domains:
+        raise unknown(f"{field} of profile {profile.name}:", domain, profile.domains)
+    return domain
+
+
+def _locate(kind: str, name: str) -> Path:
+    own = Path(name)
+    if own.suffix in (".yaml", ".yml"):
+        if not own.is_file():
+            raise ConfigError(f"{kind} = {name}: no such file; give a YAML file or one of: {', '.join(names(kind))}.")
+        return own.resolve()
+    if name not in names(kind):
+        raise unknown(kind, name, names(kind))
+    return FOLDERS[kind] / f"{name}.yaml"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(loaded).__name__}.")
+    return dict(loaded)
+
+
+def _validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model, where) from error

@@ -1,0 +1,227 @@
+"""From study × profile × `--set` to the list of variants' setups; every mistake is found here, before any compute."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mft_core.errors import ConfigError, did_you_mean, explain
+from mft_core.recipes import Runtime
+from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, anchored, domain_of, merge
+from pipelines.config.setup import METHODS, OF_ANOTHER_DOMAIN, Setup, uses
+
+_ELSEWHERE = {
+    "backbone": "it is the profile: use --profile",
+    "domain": "it is a field of the study and of its variants: write `domain:` there",
+    "method": "it is a field of the study's variants: write `method:` there",
+}
+_FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
+_SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "lora", "mask", "benchmarks")
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Parse `a.b=c` texts; values are read as YAML, so numbers are numbers and lists are lists."""
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: give it as KEY=VALUE, for example --set mask.sparsity=0.2.")
+        try:
+            overrides[key.strip()] = _number(yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
+    return overrides
+
+
+def _number(value: Any) -> Any:
+    """Read '2e-5' as the number people mean; YAML 1.1 takes it for a string."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def runtime_of(profile: Profile, overrides: Mapping[str, Any]) -> Runtime:
+    """Return the profile's runtime with the `runtime.*` overrides applied."""
+    values = profile.runtime.model_dump()
+    for key, value in overrides.items():
+        if key.startswith("runtime."):
+            _put(values, key.removeprefix("runtime."), value, where=f"--set {key}")
+    try:
+        return Runtime.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, Runtime, "runtime") from error
+
+
+def setups(
+    study: Study, profile: Profile, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+) -> list[tuple[Setup, dict[str, Any]]]:
+    """Expand the study into the setups of its variants, in the study's order, without repeats.
+
+    Returns:
+        each setup with its point of the grid, {setup key: value}.
+
+    Raises:
+        ConfigError: an unknown key, an invalid value, or an override that no variant of the study uses.
+    """
+    settings = {key: value for key, value in overrides.items() if not key.startswith("runtime.")}
+    _refuse_misplaced(settings, study)
+    found: list[tuple[Setup, dict[str, Any]]] = []
+    for spec in study.variants:
+        domains = profile.each(EACH_DOMAIN) if spec.domain == EACH_DOMAIN else [spec.domain]
+        for domain, point in itertools.product(domains, spec.points(profile)):
+            for seed in _seeds(spec, point, seeds or study.seeds):
+                setup, meant = _compose(
+                    study, profile, spec.model_copy(update={"domain": domain}), settings, point, seed
+                )
+                if all(setup != other for other, _ in found):
+                    found.append((setup, meant))
+    _refuse_unused(settings, study, [setup for setup, _ in found])
+    return found
+
+
+def _seeds(spec: VariantSpec, point: Mapping[str, Any], seeds: Sequence[int]) -> Sequence[int]:
+    if "seed" in point:
+        return [point["seed"]]
+    return seeds if "seed" in METHODS[spec.method] else [0]
+
+
+def _compose(
+    study: Study,
+    profile: Profile,
+    spec: VariantSpec,
+    settings: Mapping[str, Any],
+    point: Mapping[str, Any],
+    seed: int,
+) -> tuple[Setup, dict[str, Any]]:
+    """Return one variant's setup, and its point of the grid with the values that are meant."""
+    domain = domain_of(profile, spec.domain or study.domain)
+    values = _of_domain(profile, domain)
+    meant: dict[str, Any] = {}
+    changes = {**settings, **point}
+    for key, value in changes.items():
+        where = f"study {study.name}, grid of {spec.method}" if key in point else f"--set {key}"
+        final = _change(values, key, value, where)
+        if key in point:
+            meant[key] = final
+    for name in OF_ANOTHER_DOMAIN:
+        section = values.get(name)
+        if isinstance(section, dict) and section.get("domain"):
+            if "data" in section:
+                raise ConfigError(f"{name}.data and {name}.domain both say what it is learned on; give one of them.")
+            other = _of_domain(profile, domain_of(profile, section["domain"], f"{name}.domain"))
+            for key, value in changes.items():
+                if key.startswith("data."):  # what holds for the fine-tuning's data holds for the section's
+                    _change(other, key, value, f"--set {key}")
+            section["data"] = other["data"]
+    everything = _every_benchmark(profile)
+    if study.benchmarks == "all":
+        own = values["benchmarks"]
+        values["benchmarks"] = own + [bench for bench in everything if bench not in own]
+    values |= {"held_out": everything, "backbone": profile.name, "domain": domain, "method": spec.method, "seed": seed}
+    try:
+        return Setup.model_validate(values), meant
+    except ValidationError as error:
+        raise explain(error, Setup, f"study {study.name} on profile {profile.name}") from error
+
+
+def _change(values: dict[str, Any], key: str, value: Any, where: str) -> Any:
+    """Set a key, and return the value that is meant."""
+    last = key.split(".")[-1]
+    final = _scaled(values, key, anchored({last: value}, Path.cwd())[last], where)
+    _put(values, key, final, where)
+    return final
+
+
+def _of_domain(profile: Profile, domain: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for layer in (profile.defaults, profile.domains[domain]):
+        merge(values, layer)
+    return values
+
+
+def _every_benchmark(profile: Profile) -> list[Any]:
+    """Return the benchmarks of all domains, each once."""
+    found: list[Any] = []
+    for domain in profile.domains:
+        found += [bench for bench in _of_domain(profile, domain).get("benchmarks", ()) if bench not in found]
+    return found
+
+
+def _scaled(values: Mapping[str, Any], key: str, value: Any, where: str) -> Any:
+    """Return the number that 'x0.3' means: that many times what is there; any other value as it is."""
+    found = _FACTOR.fullmatch(value) if isinstance(value, str) else None
+    if not found:
+        return value
+    base: Any = values
+    for name in key.split("."):
+        base = base.get(name) if isinstance(base, Mapping) else None
+    if not isinstance(base, int | float):
+        raise ConfigError(f"{where}: {key} = {value} is relative, and the profile has no number there; give a number.")
+    return float(f"{base * float(found[1]):.6g}")
+
+
+def _put(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    *parents, last = key.split(".")
+    target = values
+    for name in parents:
+        inner = target.get(name)
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{where}: unknown key '{key}'.{_hint(name, target)}")
+        target = inner
+    target[last] = value
+
+
+def _hint(name: str, target: Mapping[str, Any]) -> str:
+    valid = sorted(set(target) & set(_SETTABLE)) or sorted(target)
+    return f"{did_you_mean(name, valid)} Valid keys here: {', '.join(valid)}."
+
+
+def _refuse_misplaced(settings: Mapping[str, Any], study: Study) -> None:
+    """Refuse keys that have their place elsewhere, and grid keys that make no difference to their method."""
+    elsewhere = {**_ELSEWHERE, "seed": "use --seeds, or `seeds:` of the study"}
+    for key in settings:
+        if key in elsewhere:
+            raise ConfigError(f"--set {key}: {key} cannot be set; {elsewhere[key]}.")
+    for spec in study.variants:
+        for key in spec.grid:
+            where = f"study {study.name}, grid of {spec.method}: '{key}'"
+            if key in _ELSEWHERE:
+                raise ConfigError(f"{where} cannot be varied; {_ELSEWHERE[key]}.")
+            if key.split(".")[0] in Setup.model_fields and not uses(spec.method, key):
+                raise ConfigError(
+                    f"{where} makes no difference to {spec.method}: all its variants would be the same; leave it out."
+                )
+
+
+def concerns(study: Study, key: str) -> bool:
+    """Whether an override makes a difference to some variant of the study that does not vary the setting itself."""
+    if key.startswith("runtime."):
+        return True
+    varied = any(key in spec.grid for spec in study.families)
+    return not varied and any(uses(spec.method, key) for spec in study.families)
+
+
+def settings_of(part: Study, study: Study, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides for a part of a study's variants: without those that concern the others alone."""
+    return {key: value for key, value in settings.items() if concerns(part, key) or not concerns(study, key)}
+
+
+def _refuse_unused(settings: Mapping[str, Any], study: Study, found: Sequence[Setup]) -> None:
+    for key, value in settings.items():
+        if not any(uses(setup.method, key) for setup in found):
+            unused = key if any(uses(setup.method, key.split(".")[0]) for setup in found) else key.split(".")[0]
+            raise ConfigError(f"--set {key}={value}: no variant of study '{study.name}' uses '{unused}'.")
+        if any(key in spec.grid for spec in study.variants):
+            raise ConfigError(
+                f"--set {key}={value}: study '{study.name}' varies {key} itself; "
+                "leave the override out, or write a study of your own."
+            )

@@ -1,0 +1,231 @@
+"""One variant's complete settings, as a user can write and override them (`--set a.b=c`).
+
+A `Setup` is composed, later ones winning, from the profile, the profile's section for the domain, the study, the point
+of the study's grid and `--set`. Unlike recipes it holds names and paths; `pipelines.graph.variants` turns it into
+recipes and inputs, in which nothing is left but what the results depend on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mft_core.recipes import CALIBRATED, TRAINED, Lora, Modules, Recipe, Scope, ScoreInit, Selector, Sparsity, Training
+
+METHODS: dict[str, frozenset[str]] = {
+    # method: the sections of the setup that it uses, besides model and benchmarks
+    "base": frozenset(),
+    "fft": frozenset({"data", "fine_tune"}),
+    "continued-fft": frozenset({"data", "fine_tune", "continued", "seed"}),
+    "lora": frozenset(
+        {"data", "fine_tune", "lora", "seed"}
+    ),  # from the base model; fine_tune is what it is compared with
+    "continued-lora": frozenset({"data", "fine_tune", "lora", "seed"}),
+    "mft": frozenset({"data", "fine_tune", "mask", "seed"}),
+    "mft-soft": frozenset({"data", "fine_tune", "mask", "seed"}),
+    "random": frozenset({"data", "fine_tune", "mask", "seed"}),
+    "magnitude": frozenset({"data", "fine_tune", "mask"}),
+    "wanda": frozenset({"data", "fine_tune", "mask", "seed"}),
+    "movement": frozenset({"data", "fine_tune", "mask", "seed"}),
+}
+OF_ALL = frozenset({"precision", "model", "benchmarks"})
+"""the sections that every method uses"""
+SELECTORS: dict[str, Selector] = {
+    "mft": "learned",
+    "mft-soft": "soft",
+    "random": "random",
+    "magnitude": "magnitude",
+    "wanda": "wanda",
+    "movement": "movement",
+}
+"""methods that mask, and who chooses their masks"""
+_SOME_MASKS_ONLY: dict[str, frozenset[str]] = {
+    # setting: the selectors to which it makes a difference
+    "mask.training": TRAINED,
+    "mask.score_init": TRAINED,
+    "mask.domain": TRAINED | CALIBRATED,
+    "mask.data": TRAINED | CALIBRATED,
+    "mask.fraction": TRAINED | CALIBRATED,
+    "mask.calibration_rows": CALIBRATED,
+    "mask.scope": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
+    "mask.min_kept": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
+}
+
+OF_ANOTHER_DOMAIN = ("mask", "continued")
+"""sections that may name another domain, whose data they take"""
+
+Method = Literal[
+    "base",
+    "fft",
+    "continued-fft",
+    "lora",
+    "continued-lora",
+    "mft",
+    "mft-soft",
+    "random",
+    "magnitude",
+    "wanda",
+    "movement",
+]
+
+
+def uses(method: str, key: str) -> bool:
+    """Whether a setting, written as `section.name`, makes a difference to the variants of a method."""
+    for name, selectors in _SOME_MASKS_ONLY.items():
+        if method in SELECTORS and (key == name or key.startswith(f"{name}.")) and SELECTORS[method] not in selectors:
+            return False
+    return key.split(".")[0] in METHODS[method] | OF_ALL
+
+
+def _layers_text(value: Any) -> Any:
+    """Take a single layer as the number that it is."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("valid: a layer such as 2, a range such as 2-5, a list such as '0,3,8-11', last:N, middle:N, all")
+
+
+Layers = Annotated[str, BeforeValidator(_layers_text)]
+"""layers of a decoder, as people write them; see `mft_core.layers`"""
+
+
+class ModelSpec(Recipe):
+    """The base model."""
+
+    path: str = Field(description="a local checkpoint directory or a hub name")
+    revision: str = Field("main", description="of a hub repository; pinned to its commit when planned")
+    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's own template")
+
+
+class SourceSpec(Recipe):
+    """One source of training rows, each with `messages`."""
+
+    path: str = Field(description="a local JSONL file or a hub data set's name")
+    revision: str = "main"
+    rows: int | None = Field(None, gt=0, description="rows drawn; null takes all")
+
+
+class DataSpec(Recipe):
+    """The training mixture."""
+
+    mixture: tuple[SourceSpec, ...] = Field(min_length=1)
+    fraction: float = Field(1.0, gt=0, le=1)
+    max_length: int = Field(gt=1, description="tokens")
+    validation_rows: int = Field(0, ge=0)
+    seed: int = Field(42, ge=0)
+
+
+class MaskSpec(Recipe):
+    """Where and how much is masked, and how a learned mask is trained."""
+
+    sparsity: Sparsity = 0.1
+    layers: Layers
+    modules: Modules = "both"
+    scope: Scope = "local"
+    min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
+    score_init: ScoreInit = "normal"
+    training: Training
+    domain: str | None = Field(None, description="whose data the mask is learned on; null is the fine-tuning's own")
+    data: DataSpec | None = Field(None, description="the data of that domain; null is the fine-tuning's own")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the training data used for the mask")
+    calibration_rows: int = Field(128, gt=0, description="training sequences that wanda and movement look at")
+
+
+class ContinuedSpec(Training):
+    """Further full fine-tuning of the fine-tuned model."""
+
+    domain: str | None = Field(None, description="whose data it goes on with; null is the fine-tuning's own")
+    data: DataSpec | None = Field(None, description="the data of that domain; null is the fine-tuning's own")
+
+    @property
+    def training(self) -> Training:
+        """How it is trained, whatever the data."""
+        return Training.model_validate(self.model_dump(exclude={"domain", "data"}))
+
+
+class LoraSpec(Lora):
+    """Low-rank adapters and how they are trained."""
+
+    training: Training
+
+
+class BenchmarkSpec(Recipe):
+    """One benchmark: an lm-eval task, or a local-file task in a folder."""
+
+    name: str = Field(description="short name, used in tables and metrics")
+    task: str
+    path: str | None = Field(None, description="folder of a local-file task; null for lm-eval's own tasks")
+    num_fewshot: int | None = Field(None, ge=0)
+    metric: str = "exact_match"
+    filter: str | None = None
+    limit: int | None = Field(None, gt=0)
+    apply_chat_template: bool = True
+
+
+class Setup(Recipe):
+    """Everything that one variant depends on."""
+
+    backbone: str
+    domain: str
+    method: Method
+    seed: int = Field(0, ge=0, description="of the treatment: initial scores, random selection, order of its data")
+    model: ModelSpec
+    precision: Literal["float32", "bfloat16"] = "float32"
+    data: DataSpec
+    fine_tune: Training
+    continued: ContinuedSpec
+    lora: LoraSpec | None = None
+    mask: MaskSpec
+    benchmarks: tuple[BenchmarkSpec, ...] = Field(min_length=1)
+    held_out: tuple[BenchmarkSpec, ...] = Field(
+        (), description="benchmarks whose items are kept out of the training data, besides one's own"
+    )
+
+    @model_validator(mode="after")
+    def _benchmarks_are_told_apart(self) -> Setup:
+        names = [bench.name for bench in self.benchmarks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"benchmarks.name: {', '.join(twice)} is there twice; give each benchmark its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_is_described(self) -> Setup:
+        if "lora" in METHODS[self.method] and self.lora is None:
+            raise ValueError(f"method '{self.method}' needs the section lora; give lora.training, as for fine_tune")
+        return self
+
+    @model_validator(mode="after")
+    def _validations_have_rows(self) -> Setup:
+        for name, training in trainings(self).items():
+            data = other_data(self, name) or self.data
+            if training.validations and not data.validation_rows:
+                raise ValueError(
+                    f"{name}.validations = {training.validations}, but data.validation_rows = 0: there is nothing to "
+                    "validate on; set data.validation_rows, or validations to 0 and keep to 'last'"
+                )
+        return self
+
+
+def trainings(setup: Setup) -> dict[str, Training]:
+    """Return the trainings that the setup's method uses, by key."""
+    every = {
+        "fine_tune": setup.fine_tune,
+        "continued": setup.continued,
+        "lora.training": setup.lora and setup.lora.training,
+        "mask.training": setup.mask.training,
+    }
+    return {name: training for name, training in every.items() if training and uses(setup.method, name)}
+
+
+def other_data(setup: Setup, key: str) -> DataSpec | None:
+    """Return the data of another domain that a training, or the section of a mask, takes; None: the setup's own."""
+    return {"mask": setup.mask.data, "continued": setup.continued.data}.get(key.split(".")[0])
+
+
+def datas(setup: Setup) -> list[DataSpec]:
+    """Return the training data that the setup's method uses."""
+    others = [other_data(setup, name) for name in OF_ANOTHER_DOMAIN if uses(setup.method, f"{name}.data")]
+    return [setup.data, *(data for data in others if data)]

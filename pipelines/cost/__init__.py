@@ -1,0 +1,1 @@
+"""What stages cost: measured, read from manifests; and predicted, for what has not run."""

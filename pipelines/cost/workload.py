@@ -1,0 +1,163 @@
+"""How much there is to read and to answer: training sequences and benchmark items, in rows and tokens, for estimates.
+
+What `prepare-data` has counted is taken from its manifest. Before that, rows and text of local files are seen by their
+beginning, and hub data sets, of which planning fetches nothing, are assumed to have `TOKENS` tokens a row. Characters
+become tokens by the size of the vocabulary V: log2(V) / 4 characters a token, which is 3.7 for 32,000 and 4.2 for
+128,256 entries, as is usual of English text. Items and answers of the paper's benchmarks are those of lm-eval 0.4.13.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mft_core.errors import ConfigError
+from mft_core.evaluation.benchmarks import data_files, local_definition
+from mft_core.recipes import Evaluate, PrepareData
+from mft_core.store.sources import Source
+from pipelines.graph.nodes import Node
+from pipelines.plan.memory import ANSWER, EXAMPLE
+
+TOKENS = 500
+"""tokens that are assumed of a training row of a hub data set"""
+ROWS = 10_000
+"""rows that are assumed of a hub data set of which all are taken"""
+TURN = 4
+"""tokens of the chat template around a turn, assumed"""
+ITEMS = 1_000
+"""items that are assumed of an lm-eval task that is not listed"""
+PUBLISHED = {
+    "gsm8k_cot": (1_319, 256),
+    "minerva_math": (5_000, 256),
+    "humaneval": (164, 1_024),
+    "humaneval_plus": (164, 1_024),
+    "ifeval": (541, 1_280),
+}
+"""items of the paper's benchmarks, and the most tokens of an answer"""
+_SEEN = 200
+"""rows of a local file that are looked at"""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Training data: sequences, and tokens of them."""
+
+    train: float
+    validation: float
+    tokens: float
+    """of all training sequences together"""
+    validation_tokens: float
+
+    @property
+    def length(self) -> float:
+        """Mean tokens of a training sequence."""
+        return self.tokens / max(self.train, 1)
+
+
+@dataclass(frozen=True)
+class Items:
+    """A benchmark's items, with the tokens of a prompt and the most of an answer."""
+
+    count: float
+    prompt: float
+    answer: float
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A JSONL file by its beginning: rows in all, and of one row characters and turns."""
+
+    rows: float
+    characters: float
+    turns: float
+
+
+def sequences(node: Node, vocabulary: int, manifest: Mapping[str, Any] | None) -> Sequences:
+    """Return what a stage `prepare-data` makes.
+
+    Args:
+        manifest: of the finished stage; None: it is estimated.
+    """
+    if manifest is not None:
+        train, validation = manifest["summary"]["train"], manifest["summary"]["validation"]
+        return Sequences(train["examples"], validation["examples"], train["tokens"], validation["tokens"])
+    recipe = node.recipe
+    assert isinstance(recipe, PrepareData)
+    parts = [_part(node.inputs[f"source-{i}"], part.rows, vocabulary) for i, part in enumerate(recipe.mixture)]
+    rows = sum(count for count, _ in parts)
+    tokens = sum(count * min(length, recipe.max_length) for count, length in parts) / max(rows, 1)
+    train = max(rows - recipe.validation_rows, 1) * recipe.fraction
+    return Sequences(train, recipe.validation_rows, train * tokens, recipe.validation_rows * tokens)
+
+
+def _part(source: object, wanted: int | None, vocabulary: int) -> tuple[float, float]:
+    """Return rows and tokens of a row of one source."""
+    text = _beginning(Path(source.location)) if isinstance(source, Source) and source.revision is None else None
+    if text is None:
+        return wanted or ROWS, TOKENS
+    return wanted or text.rows, _tokens(text, vocabulary)
+
+
+def items(node: Node, vocabulary: int) -> Items:
+    """Return what a stage `evaluate` asks."""
+    recipe = node.recipe
+    assert isinstance(recipe, Evaluate)
+    benchmark = node.inputs.get("benchmark")
+    shots = recipe.num_fewshot or 0
+    count, answer = PUBLISHED.get(recipe.task, (ITEMS, ANSWER))
+    example: float = EXAMPLE
+    if isinstance(benchmark, Source):
+        definition, text = _local(Path(benchmark.location), recipe.task)
+        shots = recipe.num_fewshot if recipe.num_fewshot is not None else definition.get("num_fewshot") or 0
+        answer = (definition.get("generation_kwargs") or {}).get("max_gen_toks") or ANSWER
+        if text is not None:
+            count, example = round(text.rows), _tokens(text, vocabulary)
+    return Items(min(count, recipe.limit or math.inf), example * (1 + shots), answer)
+
+
+def _tokens(text: _Text, vocabulary: int) -> float:
+    return 4 * text.characters / math.log2(max(vocabulary, 2)) + TURN * text.turns
+
+
+@functools.cache
+def _local(folder: Path, task: str) -> tuple[dict[str, Any], _Text | None]:
+    """Return a local task's definition and its items; planning has found both to be there."""
+    definition = local_definition(folder, task)
+    files = data_files(folder, definition)
+    return definition, _beginning(files.get(definition.get("test_split") or "test", next(iter(files.values()))))
+
+
+@functools.cache
+def _beginning(path: Path) -> _Text | None:
+    """Look at the first rows of a file; None where they cannot be read (the preflight tells that)."""
+    try:
+        with path.open("rb") as lines:
+            seen = [line for _, line in zip(range(_SEEN), lines, strict=False)]
+            at_end = not lines.read(1)
+        parsed = [json.loads(line) for line in seen if line.strip()]
+    except (OSError, ValueError, ConfigError):
+        return None
+    if not parsed:
+        return None
+    rows = len(parsed) if at_end else path.stat().st_size / sum(map(len, seen)) * len(parsed)
+    texts = [list(_texts(row)) for row in parsed]
+    characters = sum(len(text) for row in texts for text in row)
+    return _Text(rows, characters / len(parsed), sum(map(len, texts)) / len(parsed))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a row: every string but the roles of turns."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "role":
+                yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)

@@ -1,0 +1,116 @@
+"""Which further stages a study asks for (`analyses:`), and which models, masks and data of its variants go into them.
+
+An analysis is an ordinary stage whose payload is a section of the report: `section.md`, figures, and every number in
+`rows.json`. Used by the flows and the report. A further analysis is a further function and a further row of
+`_ANALYSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from mft_core.errors import ConfigError
+from mft_core.recipes import Anatomy, Landscape, LearnMask, PredictLayers
+from mft_core.store.sources import Source
+from pipelines.graph.nodes import Edge, Node
+from pipelines.graph.variants import Variant
+from pipelines.plan.plan import Plan, comparison_node
+
+Inputs = dict[str, Source | Edge]
+
+
+def answers(plan: Plan) -> list[Node]:
+    """Return the nodes that answer the study: its comparison, then its analyses."""
+    return [comparison_node(plan), *analysis_nodes(plan).values()]
+
+
+def analysis_nodes(plan: Plan) -> dict[str, Node]:
+    """Return the study's analyses by name; one of several fine-tuned models is named with its domain.
+
+    Raises:
+        ConfigError: the study has not the variants, or the data not the validation rows, that an analysis needs.
+    """
+    found: dict[str, Node] = {}
+    for name in plan.study.analyses:
+        _check_validation_rows(name, plan)
+        nodes = list(_ANALYSES[name](plan))
+        if not nodes:
+            raise ConfigError(
+                f"study {plan.study.name}: analysis '{name}' needs {_NEEDS[name]}; add them to its variants."
+            )
+        several = len(nodes) > 1
+        found |= {f"{name} {label}" if several else name: node for label, node in nodes}
+    return found
+
+
+def _check_validation_rows(analysis: str, plan: Plan) -> None:
+    """Refuse here what the stage would find out only after everything else has run."""
+    lacking = [item.setup.domain for item in plan.variants if not item.setup.data.validation_rows]
+    if analysis in _MEASURE_LOSSES and lacking:
+        raise ConfigError(
+            f"study {plan.study.name}: analysis '{analysis}' measures losses on validation rows, and "
+            f"data.validation_rows = 0 in domain {lacking[0]}; set it, e.g. --set data.validation_rows=500."
+        )
+
+
+def _by_base(plan: Plan) -> dict[str, list[Variant]]:
+    """Return the masked variants by the fine-tuning that they start from, in the study's order."""
+    groups: dict[str, list[Variant]] = {}
+    for item in plan.variants:
+        if item.baseline and item.baseline.trained and item.trained and isinstance(item.trained.recipe, LearnMask):
+            groups.setdefault(item.baseline.trained.id, []).append(item)
+    return groups
+
+
+def _base(masks: Sequence[Variant]) -> tuple[Inputs, str]:
+    """Return the fine-tuned model and its data as inputs, and what the base is called."""
+    baseline = masks[0].baseline
+    assert baseline is not None  # they come from `_by_base`
+    assert baseline.trained is not None
+    return {"model": Edge(baseline.trained, "model"), "data": baseline.trained.inputs["data"]}, baseline.setup.domain
+
+
+def _anatomy(plan: Plan) -> Iterator[tuple[str, Node]]:
+    for masks in _by_base(plan).values():
+        inputs, domain = _base(masks)
+        inputs |= {f"mask-{index}": Edge(item.trained, "mask") for index, item in enumerate(masks) if item.trained}
+        recipe = Anatomy(masks=tuple(item.columns for item in masks))
+        yield domain, Node("anatomy", recipe, inputs, f"anatomy {plan.study.name} {domain}")
+
+
+def _landscape(plan: Plan) -> Iterator[tuple[str, Node]]:
+    bases = _by_base(plan)
+    for masks in bases.values():
+        for item in masks:
+            inputs, domain = _base(masks)
+            evaluation = next(iter(item.evaluations.values()))
+            recipe = Landscape(variant=item.name)
+            node = Node("landscape", recipe, inputs | {"masked": evaluation.inputs["model"]}, f"landscape {item.name}")
+            yield item.name if len(bases) == 1 else f"{domain} {item.name}", node
+
+
+def _predict_layers(plan: Plan) -> Iterator[tuple[str, Node]]:
+    for masks in _by_base(plan).values():
+        recipes = [item.trained.recipe for item in masks if item.setup.method == "mft" and item.trained]
+        sweep = [recipe for recipe in recipes if isinstance(recipe, LearnMask)]
+        groups = tuple(dict.fromkeys(recipe.layers for recipe in sweep))
+        if len(groups) < 3 or len({(recipe.modules, recipe.sparsity) for recipe in sweep}) > 1:
+            continue
+        inputs, domain = _base(masks)
+        first = sweep[0]
+        recipe = PredictLayers(groups=groups, modules=first.modules, sparsity=first.sparsity, domain=domain)
+        inputs["comparison"] = Edge(comparison_node(plan))
+        yield domain, Node("predict-layers", recipe, inputs, f"predict-layers {plan.study.name} {domain}")
+
+
+_ANALYSES: dict[str, Callable[[Plan], Iterator[tuple[str, Node]]]] = {
+    "anatomy": _anatomy,
+    "landscape": _landscape,
+    "predict-layers": _predict_layers,
+}
+_MEASURE_LOSSES = {"anatomy", "landscape"}
+_NEEDS = {
+    "anatomy": "masked variants",
+    "landscape": "masked variants",
+    "predict-layers": "mft variants of three layer groups or more, alike in modules and sparsity",
+}

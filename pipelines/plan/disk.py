@@ -1,0 +1,94 @@
+"""How much disk a plan needs, estimated from the models' configurations alone; used by the plan and by `mft doctor`.
+
+Two things take space: what stages leave for good (checkpoints above all), and the resumable state of the trainings
+that run at one time, which is several times as large as what they leave, and is gone when they have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mft_core.layers import parse_layers
+from mft_core.recipes import FineTune, LearnMask, Training
+from pipelines.config import resolve
+from pipelines.config.geometry import read_geometry
+from pipelines.config.setup import ModelSpec, Setup
+from pipelines.graph.nodes import Node, closure
+from pipelines.graph.variants import Variant
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+_SMALL = 1_000_000
+"""bytes that a stage without weights leaves: tokens, answers, tables"""
+MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adafactor": 0.0}
+"""bytes of state per trained number that an optimizer has: float32 moments; one byte each, and a float32 scale for each
+block of 256; rows and columns, which are next to nothing"""
+_NUMBER = 4
+"""bytes of a trained number itself"""
+
+
+def disk_needed(nodes: Sequence[Node], variants: Sequence[Variant], slots: int) -> int:
+    """Return the bytes that computing the nodes takes at its worst moment.
+
+    Args:
+        nodes: the stages to compute.
+        variants: of the study; every node belongs to one of them.
+        slots: trainings at one time (`runtime.heavy_slots`).
+    """
+    setups = setups_of(variants)
+    left = sum(_left(node, setups[node.id]) for node in nodes)
+    meanwhile = sorted((_meanwhile(node, setups[node.id].model) for node in nodes), reverse=True)
+    return left + sum(meanwhile[:slots])
+
+
+def setups_of(variants: Sequence[Variant]) -> dict[str, Setup]:
+    """Return for every node of the variants, by id, the settings of a variant that it belongs to."""
+    setups: dict[str, Setup] = {}
+    for item in variants:
+        for node in closure(item.evaluations.values()):
+            setups.setdefault(node.id, item.setup)
+    return setups
+
+
+def _left(node: Node, setup: Setup) -> int:
+    """Return the bytes of the payload."""
+    if node.stage in ("fine-tune", "merge-mask"):
+        return _SMALL + parameter_count(resolve.configuration(setup.model)) * _BYTES[_stored(node, setup)]
+    if isinstance(node.recipe, LearnMask):
+        return _SMALL + _masked(node.recipe, setup.model) // 8
+    return _SMALL
+
+
+def _stored(node: Node, setup: Setup) -> str:
+    return node.recipe.training.precision if isinstance(node.recipe, FineTune) else setup.fine_tune.precision
+
+
+def _meanwhile(node: Node, model: ModelSpec) -> int:
+    """Return the bytes of a training's state."""
+    training: Training | None = None
+    if isinstance(node.recipe, FineTune):
+        geometry = read_geometry(resolve.configuration(model))
+        lora = node.recipe.lora
+        training, trained = node.recipe.training, geometry.adapters(lora.rank) if lora else geometry.weights
+    elif isinstance(node.recipe, LearnMask) and node.recipe.training:
+        training, trained = node.recipe.training, _masked(node.recipe, model)
+    if training is None:
+        return 0
+    return state_bytes(training, trained)
+
+
+def state_bytes(training: Training, trained: int) -> int:
+    """Return the most that the resumable state of a training of so many numbers takes."""
+    states = 2 * (_NUMBER + MOMENTS[training.optimizer])  # the new one is written before the old one goes
+    return round(trained * (states + (_NUMBER if training.keep == "best" else 0)))
+
+
+def _masked(recipe: LearnMask, model: ModelSpec) -> int:
+    """Return the weights under a mask."""
+    geometry = read_geometry(resolve.configuration(model))
+    layers = parse_layers(recipe.layers, resolve.decoder_layers(model))
+    return sum(matrix.weights for matrix in geometry.masked(layers, recipe.modules))
+
+
+def parameter_count(config: Mapping[str, object]) -> int:
+    """Return the number of weights of a decoder, from the content of its config.json."""
+    return read_geometry(config).weights

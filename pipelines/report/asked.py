@@ -1,0 +1,39 @@
+"""What was asked for: study, profile, overrides and seeds, as the user wrote them. Makes the exact command again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mft_core.store.artifacts import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of a run or a report."""
+
+    study: str
+    """name or YAML file"""
+    profile: str
+    overrides: Sequence[str] = ()
+    seeds: Sequence[int] | None = None
+    started_by: str | None = None
+    """the command, where it is not `mft run`"""
+
+    @property
+    def command(self) -> str:
+        """The command line that answers the same question."""
+        if self.started_by:
+            return self.started_by
+        words = ["mft", "run", self.study, "--profile", self.profile]
+        for text in self.overrides:
+            words += ["--set", text]
+        if self.seeds is not None:
+            words += ["--seeds", ",".join(map(str, self.seeds))]
+        return shlex.join(words)
+
+    def directory(self, store: ArtifactStore) -> Path:
+        """Return where the pages lie unless the user says otherwise."""
+        return store.home / "reports" / f"{Path(self.study).stem}-{Path(self.profile).stem}"

@@ -1,0 +1,79 @@
+"""Writes a study's report: `report.md`, `report.html`, and every table as CSV and Parquet, into one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mft_core import figures
+from mft_core.figures import search as search_figure
+from pipelines.report import published, render, sections
+from pipelines.report.asked import Asked
+from pipelines.report.files import write_tables
+from pipelines.report.report import Report, slug
+from pipelines.report.search_section import FIGURE
+from pipelines.search.tables import TRIALS
+
+PAGE, TEXT = "report.html", "report.md"
+
+
+def write_report(report: Report, out: Path, asked: Asked) -> Path:
+    """Write a study's report over what is there; files of other names stay.
+
+    Args:
+        out: the folder.
+        asked: for the command and the overrides.
+
+    Returns:
+        the HTML page.
+    """
+    study, profile = report.plan.study, report.plan.profile
+    known = published.gains(profile.name)
+    with replacing(out) as folder:
+        if known or study.figure:
+            figures.gains(report.rows, study.question, folder / "figure.png", kind=study.figure, published=known)
+        else:
+            shutil.copyfile(report.directory / "figure.png", folder / "figure.png")  # the comparison's own is the same
+        for name, directory in report.analyses.items():
+            own = folder / slug(name)
+            own.mkdir()
+            for figure in directory.glob("*.png"):
+                shutil.copyfile(figure, own / figure.name)
+        tables = report.tables
+        if TRIALS in tables:
+            search_figure.trials(tables[TRIALS], folder / FIGURE)
+        write_tables({"rows": report.rows, **tables}, folder)
+        subtitle = f"Study {study.name} on profile {profile.name}"
+        write_pages(folder, study.question, subtitle, sections.of_study(report, asked))
+    return out / PAGE
+
+
+def write_pages(folder: Path, title: str, subtitle: str, parts: Sequence[render.Section]) -> None:
+    """Write sections as Markdown and as HTML; their images lie in the folder already."""
+    text = render.markdown(title, parts).replace(f"/{PAGE}>)", f"/{TEXT}>)")  # from Markdown to Markdown
+    (folder / TEXT).write_text(text, encoding="utf-8")
+    (folder / PAGE).write_text(render.html(title, subtitle, parts, folder), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Give a folder to write into, whose files then take their places in `out`, each whole.
+
+    Two reports of one study may be written at once, and people may have a page open.
+    """
+    folder = out / f".unfinished-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            target = out / path.relative_to(folder)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

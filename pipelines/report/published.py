@@ -1,0 +1,87 @@
+"""What the paper reports, from `published.yaml`, set beside what we find."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mft_core.statistics.tables import cell, pooled
+from pipelines.report.render import grid
+from pipelines.report.report import Report
+
+_BACKBONE = "llama2-7b"
+"""whose numbers are shown on a profile of which none are published"""
+Values = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""accuracy in % by domain, benchmark and method"""
+
+
+@functools.cache
+def _content() -> dict[str, Any]:
+    path = Path(__file__).parent / "published.yaml"
+    loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def gains(profile: str) -> dict[tuple[str, str], float]:
+    """Return the published gains of masks over FFT (shares) on a profile by (domain, benchmark); {} if none are."""
+    values: Values = _content()["values"].get(profile, {})
+    return {
+        (domain, benchmark): round((accuracy["mft"] - accuracy["fft"]) / 100, 6)
+        for domain, benchmarks in values.items()
+        for benchmark, accuracy in benchmarks.items()
+    }
+
+
+def finding(study: str) -> str | None:
+    """Return what the paper says about a study's question, or None."""
+    found = _content()["findings"].get(study)
+    return None if found is None else str(found)
+
+
+def side_by_side(reports: Sequence[Report], profile: str) -> str:
+    """Return Markdown: each row of the paper's main table, and ours in the same columns beside it."""
+    ours = _ours(reports)
+    backbone = profile if profile in _content()["values"] else _BACKBONE
+    values: Values = _content()["values"][backbone]
+    lines = []
+    for domain, benchmarks in values.items():
+        for benchmark, published in benchmarks.items():
+            own = ours.pop((domain, benchmark), {}) if backbone == profile else {}
+            lines.append([domain, benchmark, *_published(published), *_own(own)])
+    lines += [[domain, benchmark, *[None] * 4, *_own(own)] for (domain, benchmark), own in ours.items()]
+    header = ["domain", "benchmark", "paper: base", "paper: FFT", "paper: MFT", "paper: gain",
+              "ours: base", "ours: FFT", "ours: MFT (gain, interval, verdict)"]  # fmt: skip
+    note = f"Paper: {backbone}, {_content()['source']}. Accuracy in %, gains in percentage points."
+    if backbone != profile:
+        note += f" The paper has no numbers for {profile}; its benchmarks and ours are different ones."
+    return f"{note}\n\n{grid(header, lines)}"
+
+
+def _ours(reports: Sequence[Report]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return our rows of base, FFT and MFT by (domain, benchmark), of the first study that has all three settled.
+
+    Only studies in which a method has one variant: in a sweep there is no *the* mask.
+    """
+    for report in reports:
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        rows = [row for row in pooled(report.rows) if row["method"] in ("base", "fft", "mft")]
+        keys = [(row["domain"], row["benchmark"], row["method"]) for row in rows]
+        if len(set(keys)) == len(keys) and {"fft", "mft"} <= {row["method"] for row in rows}:
+            for row in rows:
+                found.setdefault((row["domain"], row["benchmark"]), {})[row["method"]] = row
+            return found
+    return {}
+
+
+def _published(values: Mapping[str, float]) -> list[str]:
+    gain = values["mft"] - values["fft"]
+    return [*(f"{values[method]:.1f}" for method in ("base", "fft", "mft")), f"{gain:+.1f}"]
+
+
+def _own(rows: Mapping[str, Any]) -> list[str | None]:
+    base, fft, mft = (rows.get(method) for method in ("base", "fft", "mft"))
+    return [f"{100 * row['accuracy']:.1f}" if row else None for row in (base, fft)] + [cell(mft) if mft else None]

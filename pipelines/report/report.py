@@ -1,0 +1,148 @@
+"""The answer of a study as rows and tables: read from the artifacts, so it needs neither Prefect nor MLflow.
+
+`pipelines.report_pages` makes pages of it, `pipelines.report.record` MLflow runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mft_core.errors import StageError
+from mft_core.stages import STAGES
+from mft_core.store.artifacts import ArtifactRef, ArtifactStore
+from mft_core.store.manifests import validation_loss
+from pipelines.cost import measured as costs
+from pipelines.graph.nodes import Edge, Node, closure
+from pipelines.plan.plan import Plan, comparison_node
+from pipelines.report.chosen import chosen
+from pipelines.search.tables import tables as search_tables
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished study."""
+
+    rows: list[Row]
+    """one per variant and benchmark, with the columns of `mft report --json`"""
+    table: str
+    """Markdown"""
+    directory: Path
+    """the comparison's artifact: where table and figure lie"""
+    plan: Plan
+    manifests: Mapping[str, dict[str, Any]]
+    """of every stage behind the answer, by node id"""
+    analyses: Mapping[str, Path] = field(default_factory=dict)
+    """directories of the study's analyses by name: `section.md`, figures, `rows.json`"""
+
+    @functools.cached_property
+    def tables(self) -> dict[str, list[Row]]:
+        """Every table of numbers besides `rows`, by name: choices, winners, costs, a search, each analysis."""
+        found = {
+            "chosen": chosen(self.rows),
+            "winners": _read_rows(self.directory / "winners.json"),
+            "cost": costs.by_stage(self.plan, self.manifests),
+            "cost-per-point": costs.per_point(self.plan, self.manifests, self.rows),
+        }
+        if self.plan.search:
+            found |= search_tables(self.plan.search, self.manifests)
+        found |= {slug(name): _read_rows(directory / "rows.json") for name, directory in self.analyses.items()}
+        return {name: rows for name, rows in found.items() if rows}
+
+
+def slug(name: str) -> str:
+    """Return an analysis' name for files, anchors and metrics: 'anatomy math' is 'anatomy-math'."""
+    return re.sub(r"[^\w.=-]+", "-", name)
+
+
+def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None) -> Report:
+    """Read the report of a study that has been run.
+
+    Args:
+        analyses: the study's further nodes by name.
+
+    Raises:
+        StageError: the study has not been run (whole) with these settings.
+    """
+    missing = [step.node.label for step in plan.to_compute]
+    named = {"its comparison": comparison_node(plan), **(analyses or {})}
+    manifests = _manifests(closure(named.values()), store)
+    found = {name: store.find(node.stage, manifests[node.id]["key"]) if node.id in manifests else None
+             for name, node in named.items()}  # fmt: skip
+    lacking = [name for name, ref in found.items() if ref is None]
+    if missing or lacking:
+        what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
+        raise StageError(
+            f"study {plan.study.name} on {plan.profile.name}: {what}. Run it (with the same settings): "
+            f"mft run {plan.study.name} --profile {plan.profile.name}"
+        )
+    comparison, *others = [ref for ref in found.values() if ref is not None]
+    directories = {name: ref.local_path(store) for name, ref in zip(analyses or {}, others, strict=True)}
+    return read_report(plan, store, comparison, dict.fromkeys(manifests, True), directories)
+
+
+def read_report(
+    plan: Plan,
+    store: ArtifactStore,
+    ref: ArtifactRef,
+    cached: Mapping[str, bool],
+    analyses: Mapping[str, Path] | None = None,
+) -> Report:
+    """Join the comparison's rows with study, profile, cost, validation loss, and whether the evaluation was cached.
+
+    Args:
+        ref: the comparison.
+        cached: by node id, for each evaluation, whether it was served from the cache in this run.
+        analyses: directories of the study's analyses by name.
+    """
+    directory = ref.local_path(store)
+    rows = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
+    trained = plan.search.nodes if plan.search else []
+    manifests = _manifests(closure([comparison_node(plan), *trained]), store)
+    evaluations = {(item.name, item.setup.domain, name): (item, node) for item in plan.variants
+                   for name, node in item.evaluations.items()}  # fmt: skip
+    for row in rows:
+        row |= {"study": plan.study.name, "profile": plan.profile.name}
+        row |= dict.fromkeys(("cached", "seconds", "validation_loss"))
+        found = evaluations.get((row["variant"], row["domain"], row["benchmark"]))
+        if found:
+            item, node = found
+            own = {n.id for n in (item.trained, node) if n is not None}
+            row["cached"] = cached.get(node.id, False)
+            row["seconds"] = round(sum(manifests[n]["provenance"]["seconds"] for n in own if n in manifests), 3)
+            if item.trained and item.trained.id in manifests:
+                row["validation_loss"] = validation_loss(manifests[item.trained.id])
+    table = (directory / "table.md").read_text(encoding="utf-8")
+    return Report(rows, table, directory, plan, manifests, analyses or {})
+
+
+def _manifests(nodes: Iterable[Node], store: ArtifactStore) -> dict[str, dict[str, Any]]:
+    """Look up the manifests of nodes, each after the ones that it needs; by node id, those that are there.
+
+    Payloads are not looked at: a large checkpoint takes minutes to verify, and the plan has done so.
+    """
+    found: dict[str, ArtifactRef] = {}
+    manifests: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        inputs = {name: found.get(given.node.id) if isinstance(given, Edge) else given
+                  for name, given in node.inputs.items()}  # fmt: skip
+        if None in inputs.values():
+            continue
+        key = store.key(STAGES[node.stage], node.recipe, inputs)  # type: ignore[arg-type]
+        manifest = store.manifest(node.stage, key)
+        if manifest:
+            found[node.id] = ArtifactRef(stage=node.stage, key=key, digest=manifest["digest"])
+            manifests[node.id] = manifest
+    return manifests
+
+
+def _read_rows(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return rows

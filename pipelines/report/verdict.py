@@ -1,0 +1,105 @@
+"""The answer in words: what is distinguishable from noise, in a sentence, in a few lines, and what they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mft_core.figures.quantities import Quantity, quantities
+from mft_core.statistics.tables import method_label
+from pipelines.report.report import Report
+
+Row = Mapping[str, Any]
+_NAMED = 6
+"""gains that are named one by one; of more, the largest"""
+_CONTROLS = {"random", "magnitude", "wanda", "movement"}
+
+
+def sentence(report: Report) -> str:
+    """Say in one line what the study shows."""
+    tests = _tests(report)
+    treatments = [row for row in tests if row["method"] not in _CONTROLS] or tests
+    if not tests:
+        return "No variant is compared with the fine-tuned model."
+    better = [row for row in treatments if row["verdict"] == "better"]
+    worse = [row for row in treatments if row["verdict"] == "worse"]
+    kind = "" if len(treatments) == len(tests) else " of trained treatments"
+    of = f"of {len(treatments)} comparisons{kind}"
+    if better:
+        names = ", ".join(dict.fromkeys(method_label(row["method"]) for row in better))
+        also = f"; {len(worse)} {_are(worse)} worse" if worse else ""
+        return f"{names}: better than FFT in {len(better)} {of}{also}."
+    if worse:
+        rest = "the others cannot be told from noise" if len(worse) < len(treatments) else "none is better"
+        return f"Nothing is better than FFT beyond noise; {len(worse)} {of} {_are(worse)} worse, {rest}."
+    return f"Nothing can be told from noise: none {of} is better or worse than FFT."
+
+
+def _are(rows: Sequence[Row]) -> str:
+    return "is" if len(rows) == 1 else "are"
+
+
+def answer(report: Report) -> str:
+    """Return the answer as Markdown: the sentence, the gains and losses that are real, and what all this rests on."""
+    tests = _tests(report)
+    varied = quantities([row for row in tests if row["gain"] is not None])
+    several = len({row["domain"] for row in tests}) > 1
+    parts = [f"**{sentence(report)}**"]
+    counts = [_count(method, tests) for method in dict.fromkeys(row["method"] for row in tests)]
+    if counts:
+        parts.append("\n".join(f"- {line}" for line in counts))
+    for word in ("better", "worse"):
+        found = sorted((row for row in tests if row["verdict"] == word), key=lambda row: -abs(row["gain"]))
+        if found:
+            named = "; ".join(_named(row, varied, several) for row in found[:_NAMED])
+            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            parts.append(f"{word.capitalize()} than FFT: {named}{more}.")
+    winners = [row for row in report.tables.get("winners", []) if row["method"] not in _CONTROLS]
+    if winners:
+        parts.append(_of_winners(winners))
+    parts.append(_rests_on(report))
+    return "\n\n".join(parts)
+
+
+def _tests(report: Report) -> list[Row]:
+    return [row for row in report.rows if row["family"] == "study"]
+
+
+def _count(method: str, tests: Sequence[Row]) -> str:
+    verdicts = [row["verdict"] for row in tests if row["method"] == method]
+    better, worse = verdicts.count("better"), verdicts.count("worse")
+    rest = len(verdicts) - better - worse
+    return f"{method_label(method)}: {better} better, {worse} worse, {rest} not distinguishable from noise."
+
+
+def _of_winners(winners: Sequence[Row]) -> str:
+    real = sum(row["verdict"] == "better" for row in winners)
+    if len(winners) == 1:
+        rest = "is better" if real else "cannot be told to be better"
+        return f"The best variant of the sweep, chosen on half of the items, {rest} than FFT on the other half."
+    return (
+        f"Of the {len(winners)} best variants of the sweeps, each chosen on half of the items, {real} can be told to "
+        "be better than FFT on the other half."
+    )
+
+
+def _named(row: Row, varied: Sequence[Quantity], several_domains: bool) -> str:
+    details = [quantity.described(quantity.of(row)) for quantity in varied if quantity.of(row) is not None]
+    where = f"{row['domain']}: {row['benchmark']}" if several_domains else row["benchmark"]
+    gain, low, high = (100 * row[key] for key in ("gain", "gain_low", "gain_high"))
+    return f"{', '.join([method_label(row['method']), *details])} on {where} {gain:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _rests_on(report: Report) -> str:
+    """Say how much stands behind the answer, and what its intervals do not cover."""
+    profile = report.plan.profile.name
+    seeds = max((row["seeds"] for row in report.rows), default=1)
+    sizes = sorted({row["n"] for row in report.rows})
+    items = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    of_seeds = f"{seeds} seeds of each trained or random treatment" if seeds > 1 else "one seed of each treatment"
+    covered = "items and treatment seeds" if seeds > 1 else "items, not other seeds"
+    return (
+        f"Profile {profile}; {items} items a benchmark, {of_seeds}, one fine-tuned checkpoint a domain and setting: "
+        f"intervals cover {covered}, and not other fine-tuned checkpoints. *Better* and *worse* are judged after "
+        "Holm's correction over all tests of this study."
+    )

@@ -1,0 +1,146 @@
+"""Runs a plan inside a Prefect flow: submits every stage once, waits, compares, and tells display and tracker.
+
+A failing stage does not stop the others: what they compute is kept, and the run ends with the list of failures. Called
+by the flows only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from prefect.utilities.annotations import quote
+
+from mft_core.errors import ConfigError, StageError
+from mft_core.stage import Progress
+from mft_core.store.artifacts import ArtifactRef, ArtifactStore
+from mft_core.store.sources import Source
+from pipelines.graph.nodes import Edge, Node
+from pipelines.plan.plan import Plan
+from pipelines.run import interrupt
+from pipelines.run.display import Display
+from tasks.stage_task import StageCall, Workplace, run_stage
+from tasks.workers import Workers
+
+log = logging.getLogger("mft")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one node."""
+
+    node: Node
+    artifact: ArtifactRef
+    cached: bool
+
+
+def call_of(node: Node, rerun: bool) -> StageCall:
+    """Describe a node's work to its task."""
+    return StageCall(
+        stage=node.stage,
+        recipe=node.recipe,
+        label=node.label,
+        sources={name: given for name, given in node.inputs.items() if isinstance(given, Source)},
+        parts={name: given.part for name, given in node.inputs.items() if isinstance(given, Edge)},
+        rerun=rerun,
+        node=node.id,
+    )
+
+
+def run_nodes(
+    nodes: Iterable[Node],
+    place: Workplace,
+    display: Display,
+    rerun: Sequence[str] = (),
+    done: Container[str] = (),
+) -> dict[str, Outcome]:
+    """Run the nodes (each after the ones that it needs) and return their outcomes by node id.
+
+    Args:
+        rerun: names of stages that are computed again even where they are cached.
+        done: ids of nodes that this run has seen to before, neither to be computed nor to be announced again.
+
+    Raises:
+        ConfigError, StageError: after everything that could run has run; the first names all failures.
+    """
+    futures: dict[str, PrefectFuture[ArtifactRef]] = {}
+    by_future: dict[PrefectFuture[ArtifactRef], Node] = {}
+    stage_task = run_stage.with_options(result_storage=place.results)
+    with contextlib.ExitStack() as stack:
+        if place.runtime.heavy_slots > 1 and place.workers is None:
+            place = replace(place, workers=stack.enter_context(Workers(place.store.home / "logs")))
+        for node in nodes:
+            made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
+            call = call_of(node, node.stage in rerun and node.id not in done)
+            # Prefect hands the task the artifacts in place of the futures; in the rest it need not look for any
+            future = stage_task.submit(node.label, quote(call), made, quote(place))  # type: ignore[call-overload]
+            if node.id not in done:
+                future.add_done_callback(functools.partial(_announce, display, node))
+            futures[node.id] = future
+            by_future[future] = node
+        wait(list(futures.values()))
+    outcomes: dict[str, Outcome] = {}
+    failures: list[tuple[Node, Any]] = []
+    for future, node in by_future.items():
+        if future.state.is_completed():
+            ref = ArtifactRef.model_validate(future.result())
+            outcomes[node.id] = Outcome(node, ref, future.state.name == "Cached")
+        elif not future.state.is_pending():  # pending: never started, for want of an input that failed
+            failures.append((node, future.result(raise_on_failure=False)))
+    _raise(failures)
+    return outcomes
+
+
+def _announce(display: Display, node: Node, future: PrefectFuture[ArtifactRef]) -> None:
+    future.wait()  # it is done: this takes its final state instead of asking the server
+    display.finished(node.label, _word(future))
+
+
+def _word(future: PrefectFuture[ArtifactRef]) -> str:
+    if future.state.name == "Cached":
+        return "cached"
+    if future.state.is_pending():  # for want of an input
+        return "not run"
+    if future.state.is_completed():
+        return "computed"
+    return "stopped" if interrupt.asked() else "failed"
+
+
+def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
+    """Raise one error that names every failure; a ConfigError if nothing but the configuration was at fault."""
+    if not failures:
+        return
+    for node, error in failures:
+        log.error("%s failed", node.label, exc_info=error)
+    lines = "\n".join(f"{node.label}: {_told(error)}" for node, error in failures)
+    if all(isinstance(error, ConfigError) for _, error in failures):
+        raise ConfigError(lines)
+    raise StageError(lines) from failures[0][1]
+
+
+def _told(error: BaseException) -> str:
+    """Put an error into words; one that is not ours is named by its type, its traceback is in the log."""
+    return str(error) if isinstance(error, ConfigError | StageError) else f"{type(error).__name__}: {error}"
+
+
+def workplace(
+    plan: Plan,
+    store: ArtifactStore,
+    display: Display,
+    record: Callable[[StageCall, Progress], None] = lambda call, progress: None,
+) -> Workplace:
+    """Build what the tasks of this flow run share: progress goes to the display and to `record`."""
+
+    def report(call: StageCall, progress: Progress) -> None:
+        interrupt.check()
+        display.update(call.label, progress)
+        record(call, progress)
+
+    run_id = getattr(flow_run, "id", None)
+    return Workplace(store=store, runtime=plan.runtime, report=report, notes={"prefect_flow_run": run_id})

@@ -1,0 +1,1 @@
+"""Servers beside a run: Prefect, MLflow, deployments, and the plugin that finds them."""

@@ -1,0 +1,149 @@
+"""Child processes that never outlive their parent: the ground under `pipelines.servers.services`.
+
+A `Family` starts servers, each in a process group of its own (a Ctrl-C in the terminal reaches the parent only, so a
+flow can still report to its server), with its output in a log file. They are stopped group by group, by id. A watchdog
+process holds the reading end of a pipe: when the parent dies in whatever way, SIGKILL included, the pipe closes and
+the watchdog ends the groups that are left. Standard library only; nothing here knows Prefect or MLflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GRACE_SECONDS = 8.0
+"""between SIGTERM and SIGKILL"""
+
+
+@dataclass(frozen=True)
+class Child:
+    """One running service: its process (leader of its group) and where its output goes."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def tail(self, lines: int = 15) -> str:
+        """Return the last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def obituary(self) -> str | None:
+        """Say how the service died and what it said last, or None while it lives."""
+        code = self.process.poll()
+        return None if code is None else f"{self.name} ended with code {code}; its log {self.log} ends:\n{self.tail()}"
+
+
+@dataclass
+class Family:
+    """Services that live and die together with this process."""
+
+    children: list[Child] = field(default_factory=list)
+    _watchdog: subprocess.Popen[bytes] | None = None
+
+    def start(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Child:
+        """Start a service in its own process group.
+
+        Args:
+            name: what people call it, in messages.
+            command: program and arguments; no shell.
+            log: file that its output is written to, anew.
+            environment: variables on top of this process's own.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        self._tell_watchdog(process.pid)
+        child = Child(name, process, log)
+        self.children.append(child)
+        return child
+
+    def stop(self) -> None:
+        """Stop all services, the youngest first, politely and then not; safe to call twice."""
+        for child in reversed(self.children):
+            end_groups([child.process.pid], child.process.poll)
+            child.process.wait()
+            self._tell_watchdog(-child.process.pid)
+        self.children.clear()
+        if self._watchdog and self._watchdog.stdin:
+            self._watchdog.stdin.close()
+            self._watchdog.wait()
+        self._watchdog = None
+
+    def _tell_watchdog(self, group: int) -> None:
+        if self._watchdog is None:
+            self._watchdog = subprocess.Popen(
+                [sys.executable, "-IS", str(Path(__file__).resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        assert self._watchdog.stdin
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the watchdog: the services still stop with us
+            self._watchdog.stdin.write(f"{group}\n".encode())
+            self._watchdog.stdin.flush()
+
+
+def end_groups(groups: list[int], reap: Callable[[], object] = lambda: None) -> None:
+    """Send SIGTERM to the process groups, then SIGKILL to what is left after the grace period."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for group in groups:
+        _signal_group(group, signal.SIGTERM)
+    while time.monotonic() < deadline:
+        reap()  # a zombie leader still counts as a member of its group
+        groups = [group for group in groups if _signal_group(group, 0)]
+        if not groups:
+            return
+        time.sleep(0.05)
+    for group in groups:
+        _signal_group(group, signal.SIGKILL)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send the signal; False when no process of the group is left."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that id exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def watch() -> None:
+    """Read group ids (negative: no longer ours) until the parent closes the pipe, then end those that are left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # lives as long as the pipe
+    groups: list[int] = []
+    for line in sys.stdin:
+        group = int(line)
+        if group > 0:
+            groups.append(group)
+        else:
+            groups.remove(-group)
+    end_groups(groups)
+
+
+if __name__ == "__main__":
+    watch()

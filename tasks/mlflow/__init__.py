@@ -1,0 +1,1 @@
+"""The record in MLflow: what is written, by whom, and how it is read back as tables and figures."""

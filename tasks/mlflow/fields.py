@@ -1,0 +1,138 @@
+"""What a study's numbers look like in MLflow, and who owns a run; pure functions for `tasks.mlflow.tracking`.
+
+Params are what a variant is, metrics what came out. A param that is a number for one variant is a number for all of
+them, or not there: MLflow's parallel-coordinates view takes a param for words as soon as one run has a word in it. So
+the pooled rows' seed ("all") is not a param (`seeds` counts them), and no param says "None".
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import psutil
+
+from mft_core.statistics.tables import settings
+
+LONGEST = {"param": 6000, "tag": 8000}
+Row = Mapping[str, Any]
+
+
+def variant_key(row: Row) -> str:
+    """Return the key of a report row's variant: rows of its benchmarks share it."""
+    return f"{row.get('domain')}/{row['variant']}"
+
+
+_IDENTITY = ("study", "profile", "variant", "method", "domain", "layers", "modules", "sparsity", "seed", "seeds")
+_OF_VARIANT = ("validation_loss",)
+"""numbers that are the same for every benchmark"""
+_WORDS = ("verdict", "metric", "family")
+
+
+def columns(row: Row) -> dict[str, Any]:
+    """Return what identifies the row's variant: its params; `first_layer` and `last_layer` are numbers to plot by."""
+    found = {name: row[name] for name in (*_IDENTITY, *settings([row])) if row.get(name) not in (None, "None")}
+    if found.get("seed") == "all":
+        del found["seed"]
+    layers = re.findall(r"\d+", str(found.get("layers", "")))
+    return found | ({"first_layer": int(layers[0]), "last_layer": int(layers[-1])} if layers else {})
+
+
+def numbers(row: Row) -> dict[str, Any]:
+    """Return the row's results as metrics by name, e.g. ``gain_low/gsm8k``, ``validation_loss``."""
+    params = columns(row)
+    return {
+        metric_name(name, row["benchmark"]): value
+        for name, value in row.items()
+        if name not in params and is_number(value)
+    }
+
+
+def metric_name(column: str, benchmark: str) -> str:
+    """Return the metric that holds a column of the report's rows for a benchmark."""
+    return column if column in _OF_VARIANT else clean(f"{column}/{benchmark}")
+
+
+def words(row: Row) -> dict[str, Any]:
+    """Return the row's results that are words as tags by name, e.g. ``verdict/gsm8k``."""
+    return {clean(f"{name}/{row['benchmark']}"): row.get(name) for name in _WORDS}
+
+
+def table_metrics(table: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Return the numbers of a table as metrics ``TABLE/ROW/COLUMN``, rows counted from 000.
+
+    Of an analysis those of its results (not what names its row) over all layers or all modules, and of seeds that a row
+    pools that row's: the others are in the logged table. An analysis of fifty masks has a hundred thousand numbers.
+    """
+    return {
+        clean(f"{table}/{index:03d}/{name}"): value
+        for index, row in enumerate(rows)
+        if not _is_detail(row)
+        for name, value in row.items()
+        if is_number(value) and not ("part" in row and name in _LABELS)
+    }
+
+
+_LABELS = {"sparsity", "seed", "seeds", "layer", "head", "decile", "other_seed", "confidence"}
+
+
+def _is_detail(row: Row) -> bool:
+    """Whether an analysis' row is one seed of several, or one module in one layer, or one decile of one module."""
+    if "part" not in row or row["part"] == "overlap":
+        return False
+    fine = sum(row.get(name) is not None for name in ("layer", "module", "head", "decile")) > 1
+    return row.get("pooled") is False or fine
+
+
+def clean(name: str) -> str:
+    """Return a name that MLflow takes for a metric or tag."""
+    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+
+
+def texts(kind: Literal["param", "tag"], values: Mapping[str, Any]) -> dict[str, str]:
+    """Turn values into the texts that MLflow keeps: numbers plain, None left out, too long ones cut and said so."""
+    texts = {name: str(value) for name, value in values.items() if value not in (None, "None")}
+    for name, text in texts.items():
+        if len(text) > LONGEST[kind]:
+            note = f" ... (cut, {len(text)} characters)"
+            texts[name] = text[: LONGEST[kind] - len(note)] + note
+    return texts
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value can be a metric; None and truth values cannot."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def owner() -> str:
+    """Name this process so that another one can tell whether it still lives."""
+    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the owner was a process of this machine that is gone; unknown owners are left alone."""
+    host, _, rest = owner.rpartition(":")[0].rpartition(":")
+    started = owner.rpartition(":")[2]
+    if host != platform.node() or not rest.isdigit():
+        return False
+    try:
+        return f"{psutil.Process(int(rest)).create_time():.2f}" != started
+    except psutil.NoSuchProcess:
+        return True
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow answered, but did not take this one record (or had not taken the run that it belongs to)."""
+    if isinstance(error, KeyError):
+        return True
+    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+
+
+def cause(error: BaseException) -> str:
+    """Say in one line what was at the bottom of an error: "Connection refused" and not the layers above it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,0 +1,333 @@
+"""Reads the results of studies back from MLflow as tables; what the notebooks stand on, and anybody's own questions.
+
+The reading side of `tasks.mlflow.tracking` (experiment = study, parent run = one execution, nested run = one variant).
+Every function speaks of the *newest finished execution* of a study on a profile, whatever settings it had, and asks the
+tracking store alone: no artifact under `$MFT_HOME` is opened, so a server elsewhere serves as well.
+
+    studies()        what has been executed                          rows(STUDY)      a row per variant and benchmark
+    tables(STUDY)    the names of the report's further tables        table(STUDY, NAME)       one of them
+    curves(STUDY)    the training curves                             records(FRAME)   a table as the figures take it
+
+The store is `MLFLOW_TRACKING_URI` if set; else `mlflow.db` in `$MFT_HOME` if set; else in the `.mft` of the working
+directory, or of the nearest directory above it that has one, so that a notebook may be started in `notebooks/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mft_core.errors import ConfigError, did_you_mean
+from tasks.mlflow.client import open_client
+from tasks.mlflow.fields import clean, metric_name
+
+Row = dict[str, Any]
+
+VARIANT = ("variant", "method", "domain", "layers", "modules", "sparsity", "seed")
+"""columns that say what a variant is, besides the settings that the study varies"""
+CURVE = ("step", "loss", "validation_loss", "learning_rate")
+"""columns of `curves` that vary along a curve"""
+_NUMBERS = (
+    "n", "accuracy", "commonest_target_share", "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins",
+    "losses", "seed_sd", "items_for_80_power", "seconds", "validation_loss",
+)  # fmt: skip
+_WORDS = ("metric", "family", "verdict")
+_TEXTS = {"variant", "method", "domain", "layers", "modules"}
+"""never taken for numbers: the layers '5' are words as '2-5' are"""
+_MOST = 1000
+"""runs that MLflow gives in one answer"""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A finished execution of a study."""
+
+    study: str
+    profile: str
+    question: str
+    finished: datetime
+    """UTC"""
+    commit: str | None
+    """of the code that made it"""
+    run_id: str
+    tables: tuple[str, ...] = field(repr=False)
+    """names for `table`"""
+
+
+def tracking_uri() -> str:
+    """Return where results are read from; the rule is in the module's docstring.
+
+    Raises:
+        ConfigError: there is no store.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
+    here = Path.cwd()
+    homes = [Path(home)] if (home := os.environ.get("MFT_HOME")) else [up / ".mft" for up in (here, *here.parents)]
+    for found in homes:
+        if (found / "mlflow.db").is_file():
+            return f"sqlite:///{found.absolute() / 'mlflow.db'}"
+    raise ConfigError(
+        f"no results to read: {homes[0].absolute() / 'mlflow.db'} does not exist. Run a study first, e.g. "
+        "`mft run sparsity`, and start in that directory (or below it), or set MFT_HOME or MLFLOW_TRACKING_URI."
+    )
+
+
+def studies(profile: str = "tiny") -> list[Execution]:
+    """Return the newest finished execution of every study that has one on the profile, by name.
+
+    Raises:
+        ConfigError: the store cannot be read.
+    """
+    return sorted(_ask(lambda client: _studies(client, profile)), key=lambda found: found.study)
+
+
+def execution(study: str, profile: str = "tiny") -> Execution:
+    """Return the newest finished execution of a study on a profile.
+
+    Raises:
+        ConfigError: there is none, or the store cannot be read.
+    """
+    return _ask(lambda client: _described(_newest(client, study, profile)))
+
+
+def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
+    """Return a row per variant and benchmark, with the columns of `mft report --json` but `cached`.
+
+    Columns: study, profile; `VARIANT`; seeds; what the study varies besides, by its setting (`mask.fraction`, ...);
+    benchmark; metric, family, verdict; n (items), accuracy, baseline and gain (shares, 0.01 is one point), and the
+    other numbers. A variant of several seeds has a row for each, and one with seed "all". What was not measured or
+    does not apply is missing (`pd.NA`). The study's question is in `attrs["question"]`.
+
+    Raises:
+        ConfigError: no finished execution, or the store cannot be read.
+    """
+    parent, variants = _ask(lambda client: _variants(client, study, profile))
+    settings = _settings(variants)
+    frame = _frame([row for run in variants for row in _rows(run, settings)])
+    frame.attrs["question"] = parent.data.params["question"]
+    return frame
+
+
+def tables(study: str, profile: str = "tiny") -> list[str]:
+    """Return the names of the tables that belong to a study's report, for `table`: "winners", "cost", "anatomy", ...
+
+    An analysis of several fine-tuned models has a table for each: "anatomy-DOMAIN".
+
+    Raises:
+        ConfigError: no finished execution, or the store cannot be read.
+    """
+    return list(execution(study, profile).tables)
+
+
+def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
+    """Return a table of a study's report; a number that is a metric too has all its digits, others ten decimals.
+
+    Raises:
+        ConfigError: no finished execution, no such table in it, or the store cannot be read.
+    """
+
+    def read(client: Any) -> pd.DataFrame:
+        import mlflow
+
+        run = _newest(client, study, profile)
+        names = _described(run).tables
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise ConfigError(
+                f"study '{study}' on profile '{profile}' has no table '{name}'.{did_you_mean(name, names)} It has: "
+                f"{known}. Analyses are asked for in a study's `analyses:`."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{run.info.artifact_uri}/tables/{name}.json", dst_path=folder, tracking_uri=tracking_uri()
+            )
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = [dict(zip(content["columns"], values, strict=True)) for values in content["data"]]
+        for index, row in enumerate(found):  # the file has ten decimals
+            row |= {
+                column: run.data.metrics.get(clean(f"{name}/{index:03d}/{column}"), value)
+                for column, value in row.items()
+                if isinstance(value, float)
+            }
+        return _frame(found)
+
+    return _ask(read)
+
+
+def curves(study: str, profile: str = "tiny") -> pd.DataFrame:
+    """Return the training curves, a row per variant and step: `VARIANT`, what the study varies, and `CURVE`.
+
+    Steps are the optimizer's, losses nats per token. Curves in MLflow are thinned; validations are all there.
+
+    Raises:
+        ConfigError: no finished execution, or the store cannot be read.
+    """
+
+    def read(client: Any) -> pd.DataFrame:
+        _, variants = _variants(client, study, profile)
+        settings = _settings(variants)
+        return _frame([row for run in variants for row in _curve(client, run, settings)])
+
+    return _ask(read)
+
+
+def records(frame: pd.DataFrame) -> list[Row]:
+    """Return a table's rows as plain dictionaries with None for what is missing, as `mft_core`'s figures take them."""
+    columns = [
+        [None if missing else value for value, missing in zip(column.tolist(), column.isna(), strict=True)]
+        for _, column in frame.items()
+    ]
+    return [dict(zip(frame.columns, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _ask(question: Callable[[Any], Any]) -> Any:
+    """Put a question to the store; what goes wrong there is told in one line."""
+    uri = tracking_uri()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # of a progress bar that is not shown
+        from mlflow.exceptions import MlflowException
+
+    try:
+        return question(open_client(uri))
+    except MlflowException as error:
+        raise ConfigError(
+            f"MLflow at {uri} cannot be read: {str(error).splitlines()[0]}. Start its server, or set "
+            "MLFLOW_TRACKING_URI to a store that is there."
+        ) from error
+
+
+def _studies(client: Any, profile: str) -> list[Execution]:
+    experiments = client.search_experiments()
+    found = (_finished(client, experiment.experiment_id, profile) for experiment in experiments)
+    return [_described(run) for run in found if run is not None]
+
+
+def _finished(client: Any, experiment_id: str, profile: str) -> Any:
+    """Return the parent run of the newest finished execution, or None; only parents have a question."""
+    wanted = f"attributes.status = 'FINISHED' and params.profile = '{profile}' and params.question != ''"
+    runs = client.search_runs([experiment_id], wanted, max_results=1, order_by=["attributes.start_time DESC"])
+    return runs[0] if runs else None
+
+
+def _newest(client: Any, study: str, profile: str) -> Any:
+    experiment = client.get_experiment_by_name(study)
+    run = _finished(client, experiment.experiment_id, profile) if experiment else None
+    if run is None:
+        names = sorted(found.study for found in _studies(client, profile))
+        raise ConfigError(
+            f"study '{study}' has no finished execution on profile '{profile}' in {tracking_uri()}."
+            f"{did_you_mean(study, names)} Finished there: {', '.join(names) or 'none'}. "
+            f"Run it: mft run {study} --profile {profile}"
+        )
+    return run
+
+
+def _described(run: Any) -> Execution:
+    logged = json.loads(run.data.tags.get("mlflow.loggedArtifacts", "[]"))
+    paths = [Path(one["path"]) for one in logged]
+    return Execution(
+        study=run.data.params["study"],
+        profile=run.data.params["profile"],
+        question=run.data.params["question"],
+        finished=datetime.fromtimestamp(run.info.end_time / 1000, UTC).replace(microsecond=0),
+        commit=run.data.tags.get("mlflow.source.git.commit"),
+        run_id=run.info.run_id,
+        tables=tuple(path.stem for path in paths if path.parent.name == "tables"),
+    )
+
+
+def _variants(client: Any, study: str, profile: str) -> tuple[Any, list[Any]]:
+    """Return the execution's run and the nested ones, in the order of the study."""
+    parent = _newest(client, study, profile)
+    wanted, order = f"tags.mlflow.parentRunId = '{parent.info.run_id}'", ["attributes.start_time ASC"]
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([parent.info.experiment_id], wanted, max_results=_MOST, order_by=order,
+                                  page_token=token)  # fmt: skip
+        found += page
+        token = page.token
+        if not token:
+            break
+    return parent, found
+
+
+def _settings(variants: Sequence[Any]) -> list[str]:
+    """Return the params that hold what the study varies besides the columns of every study.
+
+    They are setup keys (`mask.fraction`) that differ within a method, by value or by being there. (`training.*` says
+    again what a variant's training was; the runs over all seeds have only what their seeds share.)
+    """
+    found: dict[str, dict[str, set[str | None]]] = {}
+    single = [run.data.params for run in variants if _seed(run.data.params) != "all"]
+    names = dict.fromkeys(name for params in single for name in params if "." in name)
+    for name in names:
+        for params in single:
+            found.setdefault(name, {}).setdefault(params["method"], set()).add(params.get(name))
+    return [
+        name
+        for name, values in found.items()
+        if not name.startswith("training.") and any(len(of_method) > 1 for of_method in values.values())
+    ]
+
+
+def _seed(params: dict[str, str]) -> str | None:
+    """Return the seed, "all" for a run over several."""
+    return params.get("seed") or ("all" if int(params.get("seeds", 1)) > 1 else None)
+
+
+def _columns(run: Any, settings: Sequence[str]) -> Row:
+    params = run.data.params | {"seed": _seed(run.data.params)}
+    return {name: _value(name, params.get(name)) for name in ("study", "profile", *VARIANT, "seeds", *settings)}
+
+
+def _rows(run: Any, settings: Sequence[str]) -> Iterator[Row]:
+    metrics, tags = run.data.metrics, run.data.tags
+    for benchmark in sorted(name.removeprefix("accuracy/") for name in metrics if name.startswith("accuracy/")):
+        yield {
+            **_columns(run, settings),
+            "benchmark": benchmark,
+            **{name: _value(name, tags.get(metric_name(name, benchmark)), words=True) for name in _WORDS},
+            **{name: metrics.get(metric_name(name, benchmark)) for name in _NUMBERS},
+        }
+
+
+def _curve(client: Any, run: Any, settings: Sequence[str]) -> list[Row]:
+    steps: dict[int, Row] = {}
+    for name in CURVE[1:]:
+        metric = f"train/{name}"
+        points = client.get_metric_history(run.info.run_id, metric) if metric in run.data.metrics else []
+        for point in points:
+            steps.setdefault(point.step, dict.fromkeys(CURVE[1:]))[name] = point.value
+    columns = _columns(run, settings)
+    return [{**columns, "step": step, **steps[step]} for step in sorted(steps)]
+
+
+def _value(name: str, text: str | None, *, words: bool = False) -> Any:
+    """Return a param or tag with its type: numbers as numbers."""
+    if text in (None, "None"):
+        return None
+    if words or name in _TEXTS:
+        return text
+    if re.fullmatch(r"-?\d+", str(text)):
+        return int(str(text))
+    try:
+        return float(str(text))
+    except ValueError:
+        return text
+
+
+def _frame(found: Sequence[Row]) -> pd.DataFrame:
+    """Return a table in which whole numbers are integers, though some are missing."""
+    return pd.DataFrame(found).convert_dtypes()

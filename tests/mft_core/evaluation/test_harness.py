@@ -1,0 +1,366 @@
+"""Evaluation on a random tiny model: equal to stock lm-eval, one row per item, and mistakes found before compute."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from mft_core.errors import ConfigError, StageError
+from mft_core.evaluation import harness as evaluation
+from mft_core.evaluation.benchmarks import read_items
+from mft_core.evaluation.harness import Evaluation, check_task, evaluate
+from mft_core.recipes import Evaluate, Runtime
+from mft_core.stage import Progress, StageContext
+from mft_core.stages import get_stage
+from tests.mft_core.training.test_threads import free_for_others
+from tests.support.tiny import make_tokenizer, save_checkpoint
+
+QUESTIONS = [f"What is {left} plus {right}?" for left in range(6) for right in (3, 50, 700, 12_000)]
+RECIPE = Evaluate(task="tiny_sums")
+
+
+def write_task(folder: Path, name: str, answers: list[str], **changes: object) -> Path:
+    """Write a local-file task that asks `QUESTIONS`."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"question": q, "answer": a} for q, a in zip(QUESTIONS, answers, strict=True)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    definition = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 6, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        **changes,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def benchmark(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task whose answer is what the model says on every third question, so that its accuracy is not zero."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    write_task(folder, "tiny_sums", ["?"] * len(QUESTIONS))
+    said = [row["response"] for row in evaluate(RECIPE, model, folder).items]
+    return write_task(folder, "tiny_sums", [a if i % 3 == 0 else "no" for i, a in enumerate(said)])
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, benchmark: Path) -> Evaluation:
+    return evaluate(RECIPE, model, benchmark)
+
+
+def stock_lm_eval(model: Path, folder: Path, cache: Path) -> float:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    task = yaml.safe_load((folder / "tiny_sums.yaml").read_text())
+    files = {"test": str(folder / "tiny_sums.jsonl")}
+    task["dataset_kwargs"] = {"data_files": files, "cache_dir": str(cache)}
+    results = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(model), "dtype": "float32"},
+        device="cpu",
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    return results["results"]["tiny_sums"]["exact_match,none"]
+
+
+def test_the_accuracy_is_that_of_stock_lm_eval(model: Path, benchmark: Path, result: Evaluation, tmp_path: Path):
+    assert 0.3 < result.summary["accuracy"] < 1
+    assert result.summary["accuracy"] == pytest.approx(stock_lm_eval(model, benchmark, tmp_path), abs=1e-12)
+
+
+def test_every_item_keeps_its_outcome_target_and_response(result: Evaluation):
+    assert [row["doc_id"] for row in result.items] == list(range(len(QUESTIONS)))
+    assert len({row["item"] for row in result.items}) == len(QUESTIONS)
+    for row in result.items:
+        assert row["outcome"] == int(row["target"] == row["response"])
+    outcomes = [row["outcome"] for row in result.items]
+    assert result.summary["accuracy"] == sum(outcomes) / len(outcomes)
+    assert result.summary["n"] == len(outcomes)
+
+
+def test_the_summary_names_the_score_of_always_giving_the_commonest_answer(result: Evaluation):
+    answers = [row["target"] for row in result.items]
+    assert result.summary["commonest_target_share"] == answers.count("no") / len(answers)
+
+
+def test_the_batch_size_changes_no_outcome_in_float32(model: Path, benchmark: Path, result: Evaluation):
+    small = evaluate(RECIPE, model, benchmark, Runtime(eval_batch_size=5))
+    assert small == result
+
+
+def test_a_local_task_needs_no_network_and_writes_nothing_outside(
+    model: Path, benchmark: Path, result: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise AssertionError("network used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(RECIPE, model, benchmark) == result
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_ends_at_the_number_of_items(model: Path, benchmark: Path):
+    seen: list[Progress] = []
+    evaluate(RECIPE, model, benchmark, Runtime(eval_batch_size=10), seen.append)
+    assert [(p.step, p.total) for p in seen] == [(10, 24), (20, 24), (24, 24)]
+
+
+def test_the_same_question_in_another_prompt_is_another_item(model: Path, benchmark: Path, result: Evaluation):
+    plain = evaluate(Evaluate(task="tiny_sums", apply_chat_template=False), model, benchmark)
+    assert not {row["item"] for row in plain.items} & {row["item"] for row in result.items}
+
+
+def test_the_few_shot_draw_follows_its_seed_and_belongs_to_the_item(model: Path, tmp_path: Path):
+    folder = write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS), fewshot_split="test")
+
+    def items(**settings: int) -> set[str]:
+        recipe = Evaluate(task="tiny_sums", limit=4, **settings)
+        return {row["item"] for row in evaluate(recipe, model, folder).items}
+
+    assert items(num_fewshot=2, seed=1) == items(num_fewshot=2, seed=1)
+    assert not items(num_fewshot=2, seed=1) & items(num_fewshot=2, seed=2)
+    assert not items(num_fewshot=2, seed=1) & items()
+
+
+def test_the_chosen_filter_alone_gives_the_outcomes(model: Path, tmp_path: Path):
+    filters = [
+        {"name": "raw", "filter": [{"function": "take_first"}]},
+        {"name": "nothing", "filter": [{"function": "regex", "regex_pattern": "(@@@)"}, {"function": "take_first"}]},
+    ]
+    folder = write_task(tmp_path, "tiny_sums", ["[invalid]"] * len(QUESTIONS), filter_list=filters)
+    first = evaluate(RECIPE, model, folder).summary
+    second = evaluate(Evaluate(task="tiny_sums", filter="nothing"), model, folder).summary
+    assert (first["filter"], first["n"], first["accuracy"]) == ("raw", len(QUESTIONS), 0)
+    assert (second["filter"], second["n"], second["accuracy"]) == ("nothing", len(QUESTIONS), 1)
+    with pytest.raises(StageError, match=r"unknown filter of task 'tiny_sums' 'nothin'.*'nothing'"):
+        evaluate(Evaluate(task="tiny_sums", filter="nothin"), model, folder)
+
+
+def test_a_metric_the_task_does_not_have_is_refused_and_the_others_are_listed(model: Path, benchmark: Path):
+    recipe = Evaluate(task="tiny_sums", metric="exact_mach")
+    with pytest.raises(ConfigError, match=r"'exact_mach'.*Did you mean 'exact_match'"):
+        check_task(recipe, benchmark)
+    with pytest.raises(StageError, match=r"'exact_mach'.*Valid: exact_match"):
+        evaluate(recipe, model, benchmark)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(model: Path, benchmark: Path, tmp_path: Path):
+    bare = save_checkpoint(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(StageError, match="no chat template"):
+        evaluate(RECIPE, bare, benchmark)
+
+
+def test_a_given_chat_template_replaces_the_tokenizers(
+    model: Path, benchmark: Path, result: Evaluation, tmp_path: Path
+):
+    bare = save_checkpoint(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    template = tmp_path / "template.jinja"
+    template.write_text(make_tokenizer().chat_template)
+    assert evaluate(RECIPE, bare, benchmark, chat_template=template) == result
+
+
+def test_examples_are_refused_where_the_task_is_defined_for_none(model: Path, tmp_path: Path):
+    folder = write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS), num_fewshot=0)
+    with pytest.raises(ConfigError, match="num_fewshot = 3"):
+        evaluate(Evaluate(task="tiny_sums", num_fewshot=3), model, folder)
+
+
+def test_an_unknown_local_task_is_refused_with_the_nearest_one(benchmark: Path):
+    with pytest.raises(ConfigError, match=r"'tiny_sum'.*Did you mean 'tiny_sums'"):
+        check_task(Evaluate(task="tiny_sum"), benchmark)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "a", "answer": "b"}\n{"question": \n', "line 2: not JSON"),
+        ("[1]\n", "line 1: an object is expected, found list"),
+        ("", "no items"),
+        (None, "no such file"),
+    ],
+)
+def test_unreadable_items_are_refused_when_planned(tmp_path: Path, content: str | None, message: str):
+    folder = write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS))
+    if content is None:
+        (folder / "tiny_sums.jsonl").unlink()
+    else:
+        (folder / "tiny_sums.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        check_task(RECIPE, folder)
+
+
+def test_planning_a_local_task_imports_neither_torch_nor_lm_eval(benchmark: Path):
+    code = (
+        "import sys, pathlib\n"
+        "from mft_core.evaluation.harness import check_task\nfrom mft_core.recipes import Evaluate\n"
+        "check_task(Evaluate(task='tiny_sums'), pathlib.Path(sys.argv[1]))\n"
+        "assert not {'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(benchmark)], check=True)
+
+
+@pytest.fixture
+def named_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two named tasks, their group, and one that executes code, in place of lm-eval's own index (10-20 s to build)."""
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path / "named"
+    for name, answer in (("sums_one", "a"), ("sums_two", "b")):
+        files = {"test": str(folder / f"{name}.jsonl")}
+        kwargs = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
+        write_task(folder, name, [answer] * len(QUESTIONS), dataset_kwargs=kwargs)
+    write_task(folder, "writes_code", ["a"] * len(QUESTIONS), unsafe_code=True)
+    (folder / "group.yaml").write_text(yaml.safe_dump({"group": "sums", "task": ["sums_one", "sums_two"]}))
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(evaluation, "_task_manager", lambda: manager)
+    return folder
+
+
+def test_a_groups_items_are_told_apart_by_their_task(model: Path, named_tasks: Path):
+    result = evaluate(Evaluate(task="sums"), model)
+    assert result.summary["n"] == 2 * len(QUESTIONS)
+    assert [row["item"].split("/")[0] for row in result.items] == ["sums_one"] * 24 + ["sums_two"] * 24
+    assert len({row["item"] for row in result.items}) == 2 * len(QUESTIONS)
+
+
+def test_what_an_lm_eval_task_draws_follows_the_recipes_seed(model: Path, named_tasks: Path):
+    code = "import random\n\ndef drawn(rows):\n    return rows.select(random.sample(range(len(rows)), 6))\n"
+    (named_tasks / "draws.py").write_text(code)
+    with (named_tasks / "sums_one.yaml").open("a") as handle:
+        handle.write("process_docs: !function draws.drawn\n")
+
+    def items(seed: int) -> list[str]:
+        return [row["item"] for row in evaluate(Evaluate(task="sums_one", seed=seed), model).items]
+
+    first = items(1)
+    assert len(first) == 6
+    assert items(1) == first
+    assert items(2) != first
+
+
+def test_an_unknown_lm_eval_task_is_refused_with_the_nearest_one(named_tasks: Path):
+    check_task(Evaluate(task="sums"))
+    with pytest.raises(ConfigError, match=r"unknown lm-eval task 'sums_ones'. Did you mean 'sums_one'"):
+        check_task(Evaluate(task="sums_ones"))
+
+
+def test_a_benchmark_that_executes_code_must_be_allowed(named_tasks: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(ConfigError, match=r"writes_code.*HF_ALLOW_CODE_EVAL=1"):
+        check_task(Evaluate(task="writes_code"))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    check_task(Evaluate(task="writes_code"))
+
+
+@pytest.mark.slow
+def test_lm_evals_own_tasks_are_found_by_name():
+    check_task(Evaluate(task="gsm8k"))
+    check_task(Evaluate(task="minerva_math"))
+    with pytest.raises(ConfigError, match="Did you mean 'gsm8k'"):
+        check_task(Evaluate(task="gsm8kk"))
+
+
+def test_the_stage_writes_the_same_bytes_each_time(model: Path, benchmark: Path, result: Evaluation, tmp_path: Path):
+    payloads = []
+    for name in ("one", "two"):
+        out = tmp_path / name
+        out.mkdir()
+        context = StageContext(Runtime(), tmp_path)
+        summary = get_stage("evaluate").run(RECIPE, {"model": model, "benchmark": benchmark}, out, context)
+        assert summary == result.summary == json.loads((out / "summary.json").read_text())
+        payloads.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert payloads[0] == payloads[1]
+    assert set(payloads[0]) == {"items.jsonl", "summary.json"}
+    assert [json.loads(line) for line in payloads[0]["items.jsonl"].splitlines()] == result.items
+
+
+SAMPLED = {"generation_kwargs": {"until": ["</s>"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}}
+
+
+def test_sampled_answers_follow_the_recipes_seed_and_disturb_no_generator(model: Path, tmp_path: Path):
+    folder = write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS), **SAMPLED)
+
+    def responses(seed: int) -> list[str]:
+        recipe = Evaluate(task="tiny_sums", limit=4, seed=seed)
+        return [row["response"] for row in evaluate(recipe, model, folder).items]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    first = responses(1)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    torch.manual_seed(1)
+    assert responses(1) == first
+    assert responses(2) != first
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        ({"do_sample": True, "temperature": 1.0}, True),
+        ({"temperature": 0.5}, True),
+        ({"do_sample": False}, False),
+        ({}, False),
+    ],
+)
+def test_only_an_evaluation_that_samples_holds_the_generators_alone(
+    model: Path, tmp_path: Path, settings: dict[str, object], alone: bool
+):
+    folder = write_task(
+        tmp_path,
+        "tiny_sums",
+        ["no"] * len(QUESTIONS),
+        generation_kwargs={"max_gen_toks": 2, "until": ["x"], **settings},
+    )
+    free: list[bool] = []
+    evaluate(Evaluate(task="tiny_sums", limit=2), model, folder, report=lambda progress: free.append(free_for_others()))
+    assert set(free) == {not alone}
+
+
+def test_the_model_is_loaded_while_no_other_thread_loads_one(
+    model: Path, benchmark: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from lm_eval.models.huggingface import HFLM
+
+    free, original = [], HFLM.__init__
+
+    def watched(self, *arguments: object, **options: object) -> None:
+        free.append(free_for_others())
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(HFLM, "__init__", watched)
+    evaluate(Evaluate(task="tiny_sums", limit=1), model, benchmark)
+    assert free == [False]
+
+
+def test_items_may_hold_any_line_separator_of_unicode_and_end_in_blank_lines(tmp_path: Path):
+    rows = [{"question": "a\u2028b\u2029c\u0085d", "answer": "\u2028"}, {"question": "e", "answer": "f"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n  \n"
+    (tmp_path / "items.jsonl").write_text(text, encoding="utf-8")
+    assert read_items(tmp_path / "items.jsonl") == rows

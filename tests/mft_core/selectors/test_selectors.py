@@ -1,0 +1,187 @@
+"""Every selector through its one interface, against its definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from mft_core.checkpoints.files import load_model
+from mft_core.data.tokens import TokenDataset
+from mft_core.draws import seeded_generator
+from mft_core.errors import ConfigError
+from mft_core.masks.masking import initial_scores
+from mft_core.masks.selection import remove_least, select
+from mft_core.masks.sites import choose_sites, find_sites
+from mft_core.recipes import CALIBRATED, TRAINED, Selector
+from mft_core.selectors import SELECTORS
+from mft_core.selectors.soft import SoftMaskOptimizer
+from mft_core.training.loss import LossHead
+from tests.support.small_training import make_job, make_recipe, save_data
+from tests.support.tiny import make_model, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("selectors") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_data(tmp_path_factory.mktemp("selectors") / "data")
+
+
+def _settings(selector: str) -> dict[str, Any]:
+    trained = {"training": make_recipe(max_steps=3), "score_init": "normal"} if selector in TRAINED else {}
+    return {"selector": selector, **trained, **({"calibration_rows": 9} if selector in CALIBRATED else {})}
+
+
+@pytest.mark.parametrize("selector", get_args(Selector))
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_every_selector_removes_the_exact_count_in_every_scope(
+    selector: Selector, scope: str, checkpoint: Path, data: Path
+) -> None:
+    if (selector, scope) == ("wanda", "global"):
+        with pytest.raises(ValueError, match="ranks within output rows"):
+            make_job(checkpoint, data, scope=scope, **_settings(selector))
+        return
+    job = make_job(checkpoint, data, scope=scope, **_settings(selector))
+    kept = SELECTORS[selector](job).kept
+    assert list(kept) == [site.name for site in job.sites]
+    zeros = [int((~mask).sum()) for mask in kept.values()]
+    if scope == "local":
+        assert zeros == [int(0.3 * mask.numel()) for mask in kept.values()]
+    else:
+        assert sum(zeros) == int(0.3 * sum(mask.numel() for mask in kept.values()))
+    again = SELECTORS[selector](job).kept
+    assert all(torch.equal(again[name], mask) for name, mask in kept.items())
+
+
+def test_magnitude_masks_the_smallest_weights(checkpoint: Path) -> None:
+    job = make_job(checkpoint, selector="magnitude")
+    kept = SELECTORS["magnitude"](job).kept
+    for site, weight in job.weights():
+        assert torch.equal(kept[site.name], select(weight, 0.3))
+
+
+@pytest.mark.parametrize("selector", ["random", "wanda", "movement"])
+def test_a_seed_draws_its_own_mask(selector: Selector, checkpoint: Path, data: Path) -> None:
+    one, two = (
+        SELECTORS[selector](make_job(checkpoint, data, **{**_settings(selector), "seed": seed})).kept for seed in (1, 2)
+    )
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def _everything(data: Path) -> dict[str, Any]:
+    return {"calibration_rows": len(TokenDataset.load(data / "train.safetensors"))}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_wanda_weighs_magnitudes_by_the_norm_of_their_input(family: str, data: Path, tmp_path: Path) -> None:
+    directory = save_checkpoint(tmp_path / "model", family)
+    job = make_job(directory, data, selector="wanda", **_everything(data))
+    kept = SELECTORS["wanda"](job).kept
+    model = load_model(directory, torch.float32, torch.device("cpu")).eval()
+    site = next(site for site in job.sites if site.role == "up")
+    seen: list[Tensor] = []
+    module = model.get_submodule(site.parameter.removesuffix(".weight"))
+    module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()[0]))
+    train = TokenDataset.load(data / "train.safetensors")
+    for index in range(len(train)):  # one sequence at a time: no padding anywhere
+        model(input_ids=torch.from_numpy(train.example(index)[0]).long().unsqueeze(0))
+    norms = torch.cat(seen).square().sum(0).sqrt()
+    weight = module.weight.detach().t() if site.transposed else module.weight.detach()
+    scores = weight.abs() * norms
+    mask = kept[site.name].t() if site.transposed else kept[site.name]
+    for row, row_kept in zip(scores, mask, strict=True):
+        assert torch.equal(row_kept, remove_least(row, int((~row_kept).sum())))
+
+
+def test_movement_removes_what_the_gradient_moves_towards_zero(checkpoint: Path, data: Path) -> None:
+    job = make_job(checkpoint, data, selector="movement", **_everything(data))
+    kept = SELECTORS["movement"](job).kept
+    model = load_model(checkpoint, torch.float32, torch.device("cpu")).eval()
+    batches = job.calibration()
+    with LossHead(model) as head:
+        sum(head.summed_loss(batch, model.device) for batch in batches.batches).backward()
+    for site in job.sites:
+        weight = model.get_parameter(site.parameter)
+        assert weight.grad is not None
+        scores = (-weight * weight.grad).detach()
+        mask = kept[site.name]
+        agreed = (mask == remove_least(scores, int(0.3 * scores.numel()))).float().mean()
+        assert agreed > 0.999  # sums in another order may swap neighbours
+
+
+def test_more_calibration_rows_than_there_are_is_an_error(checkpoint: Path, data: Path) -> None:
+    job = make_job(checkpoint, data, selector="movement", calibration_rows=1000)
+    with pytest.raises(ConfigError, match="calibration_rows = 1000: the training data have 40 sequences"):
+        SELECTORS["movement"](job)
+
+
+def _soft(model: Any, steps: int = 4) -> SoftMaskOptimizer:
+    sites = choose_sites(find_sites(model), (1, 2), "both")
+    return SoftMaskOptimizer(
+        model,
+        sites,
+        sparsity=0.3,
+        init="normal",
+        seed=5,
+        optimizer=lambda scores: torch.optim.SGD(scores, lr=1e-3),
+        steps=steps,
+    )
+
+
+def test_the_soft_gradient_is_the_derivative_of_what_is_computed() -> None:
+    model, name = make_model(), "model.layers.1.mlp.up_proj.weight"
+    weight = model.get_parameter(name).detach().clone()
+    soft = _soft(model)
+    score = soft.state_dict()["scores"][name]
+    mask = soft.masks()[name]
+    (3.0 * model.get_parameter(name)).sum().backward()
+    soft.trained()
+    free = score.clone().requires_grad_(True)
+    cut = score[~mask].max()
+    (3.0 * weight * torch.sigmoid(10.0 / score.std() * (free - cut))).sum().backward()
+    torch.testing.assert_close(score.grad, free.grad)
+
+
+def test_soft_gates_harden_into_the_mask_and_validations_see_the_mask() -> None:
+    model, name = make_model(), "model.layers.2.mlp.down_proj.weight"
+    weight = model.get_parameter(name).detach().clone()
+    soft = _soft(model)
+    between: list[int] = []
+    for _ in range(4):
+        held = model.get_parameter(name)
+        share = (held / weight).detach()
+        between.append(int(((share > 0.01) & (share < 0.99)).sum()))
+        with soft.evaluating():
+            assert torch.equal(held, weight.masked_fill(~soft.masks()[name], 0))
+        held.sum().backward()
+        soft.step()
+    assert between[0] > 100
+    assert between[-1] < 10
+    assert between == sorted(between, reverse=True)
+
+
+@pytest.mark.parametrize("init", ["normal", "kaiming-uniform"])
+def test_a_random_mask_is_no_more_alike_to_the_learned_one_of_its_seed_than_chance(init: str, checkpoint: Path) -> None:
+    job = make_job(checkpoint, selector="random")
+    random = SELECTORS["random"](job).kept
+    both = either = 0
+    for site, weight in job.weights():
+        first = select(initial_scores(weight, init, seeded_generator(job.recipe.seed, site.name)), 0.3)  # type: ignore[arg-type]
+        both += int((~first & ~random[site.name]).sum())
+        either += int((~first | ~random[site.name]).sum())
+    assert both / either == pytest.approx(0.3 / 1.7, abs=0.02)  # independent masks; about 19,000 weights
+
+
+def test_the_selectors_settings_reach_what_learns(checkpoint: Path, data: Path) -> None:
+    floored = make_job(checkpoint, data, scope="global", min_kept=0.65, **_settings("learned"))
+    assert all(mask.float().mean() >= 0.649 for mask in SELECTORS["learned"](floored).kept.values())
+    choice = SELECTORS["learned"](make_job(checkpoint, data, scope="global-threshold", **_settings("learned")))
+    assert choice.thresholds is not None
+    assert set(choice.thresholds) == {"attention", "mlp"}

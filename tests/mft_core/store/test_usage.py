@@ -1,0 +1,86 @@
+"""What a stage is said to have used: its growth in memory, all of its attempts, energy over the counter's wraps."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from mft_core.store import energy, usage
+from mft_core.store.usage import KEPT, Meter
+
+
+def test_memory_is_what_was_added_while_the_work_ran(tmp_path, monkeypatch):
+    monkeypatch.setattr(usage, "SAMPLE_SECONDS", 0.01)
+    with Meter(tmp_path) as meter:
+        held = bytearray(b"1") * 80_000_000
+        time.sleep(0.1)
+        del held
+    used = meter.used
+    assert 70e6 < used["peak_memory_bytes"] < 200e6
+    assert used["alone"]
+    assert "cores" in used["device"]
+
+
+def test_an_attempt_that_failed_counts_too(tmp_path):
+    (tmp_path / KEPT).write_text(
+        json.dumps({"seconds": 100.0, "peak_memory_bytes": 10**12, "energy_joules": None, "alone": True})
+    )
+
+    def fail():
+        with Meter(tmp_path):
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    with Meter(tmp_path) as meter:
+        pass
+    used = meter.used
+    assert 100 < used["seconds"] < 130
+    assert used["peak_memory_bytes"] == 10**12
+    assert used["energy_joules"] is None, "of an attempt without a counter nothing is known of the whole"
+
+
+def test_work_beside_other_work_is_not_alone(tmp_path):
+    inside, leave = threading.Event(), threading.Event()
+    others = []
+
+    def other():
+        (tmp_path / "other").mkdir()
+        with Meter(tmp_path / "other") as meter:
+            inside.set()
+            leave.wait(10)
+        others.append(meter)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    with Meter(tmp_path) as meter:
+        leave.set()
+        thread.join()
+    with Meter(tmp_path / "other") as later:
+        pass
+    assert not meter.used["alone"]
+    assert not others[0].used["alone"]
+    assert not later.used["alone"], "its first attempt was not"
+
+
+def test_a_counter_that_wraps_goes_on_counting(tmp_path, monkeypatch):
+    package = tmp_path / "intel-rapl:0"
+    for folder in (package, tmp_path / "intel-rapl:0:0"):
+        folder.mkdir()
+        (folder / "max_energy_range_uj").write_text("10000000\n")
+        (folder / "energy_uj").write_text("9000000\n")
+    monkeypatch.setattr(energy, "_RAPL", tmp_path)
+    (counter,) = energy.cpu_counters()
+    for microjoules in (9_500_000, 250_000, 1_000_000):
+        (package / "energy_uj").write_text(f"{microjoules}\n")
+        counter.sample()
+    assert counter.joules == pytest.approx(2.0)
+
+
+def test_where_nothing_can_be_read_there_is_no_energy(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "_RAPL", tmp_path / "nothing")
+    with Meter(tmp_path) as meter:
+        pass
+    assert meter.used["energy_joules"] is None

@@ -1,0 +1,239 @@
+"""Each mistake: one clear message, exit code 2 before any compute, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from pipelines.cli import main
+from tests.support.mini import row, write_profile, write_study
+
+
+@pytest.fixture
+def mft(monkeypatch, capsys):
+    """Run the command line in this process: what is refused never gets as far as starting servers or threads."""
+
+    def call(*arguments, home):
+        monkeypatch.setenv("MFT_HOME", str(home))
+        monkeypatch.setattr(sys, "argv", ["mft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return Done(exit_.value.code, capsys.readouterr().err)
+
+    return call
+
+
+class Done(NamedTuple):
+    """How a command ended and what it wrote to stderr."""
+
+    returncode: int
+    stderr: str
+
+
+def refused(done, home, *words):
+    """Check that a command ended with 2, said one thing without a traceback, and computed nothing."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (home / "artifacts").exists()
+    assert not (home / "work").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    write_profile(path)
+    write_study(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "sparsty"], ["unknown study 'sparsty'", "Did you mean 'sparsity'"]),
+        (["run", "nothing.yaml"], ["study = nothing.yaml", "no such file"]),
+        (["run", "sparsity", "--profile", "tiney"], ["unknown profile 'tiney'", "Did you mean 'tiny'"]),
+        (["stage", "learn-masks", "sparsity"], ["unknown stage 'learn-masks'", "Did you mean 'learn-mask'"]),
+        (["run", "sparsity", "--rerun", "evalute"], ["unknown stage 'evalute'", "Did you mean 'evaluate'"]),
+        (["run", "sparsity", "--seeds", "a"], ["--seeds 'a'", "whole numbers"]),
+        (
+            ["run", "main", "--set", "continued.domain=nowhere"],
+            ["continued.domain of", "'nowhere'", "symbols"],
+        ),
+        (["run", "sparsity", "--seeds", "1,1"], ["--seeds '1,1'", "different"]),
+    ],
+)
+def test_an_unknown_name_is_refused(mft, arguments, words, tmp_path):
+    refused(mft(*arguments, home=tmp_path / "home"), tmp_path / "home", *words)
+
+
+GOOD = json.dumps(row("1 + 1 =", "2"))
+DATA = [
+    ("", ["empty"]),
+    ("{broken\n", ["line 1", "JSON"]),
+    (GOOD + "\n{broken\n", ["line 2", "JSON"]),
+    ('{"text": "hello"}\n', ["line 1", "messages"]),
+    ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot", "assistant"]),
+    ('{"messages": [{"role": "user", "content": "x"}]}\n', ["line 1", "assistant"]),
+    ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "x"}]}\n', ["line 1", "content"]),
+    (None, ["no such file"]),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), DATA)
+def test_a_bad_data_file_is_refused_with_file_and_line(mft, folder, tmp_path, content, words):
+    data = tmp_path / "rows.jsonl"
+    if content is not None:
+        data.write_text(content)
+    done = mft(
+        "run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml",
+        "--set", f"data.mixture=[{{path: {data}}}]", home=tmp_path / "home",
+    )  # fmt: skip
+    refused(done, tmp_path / "home", "rows.jsonl", *words)
+
+
+def altered(tmp_path, **changes):
+    write_profile(tmp_path, **changes)
+    return tmp_path / "mini.yaml"
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "chat template", "model.chat_template")
+
+
+def test_a_model_that_is_not_a_decoder_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "not a decoder", "BertForMaskedLM")
+
+
+def test_an_unknown_benchmark_of_lm_eval_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path, benchmarks=[{"name": "x", "task": "gsm8kk"}])
+    done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "gsm8kk", "gsm8k")
+
+
+def test_an_unknown_local_benchmark_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path, benchmarks=[{"name": "x", "task": "mini_sum", "path": "benchmarks"}])
+    done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "mini_sum", "mini_sums")
+
+
+def test_a_missing_model_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path, model={"path": "./elsewhere"})
+    done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "elsewhere", "no such directory")
+
+
+def planned(mft, profile, folder, home, *more):
+    return mft("run", folder / "mini-study.yaml", "--profile", profile, *more, home=home)
+
+
+def test_a_length_that_no_example_fits_is_refused(mft, tmp_path, folder):
+    done = planned(mft, folder / "mini.yaml", folder, tmp_path / "home", "--set", "data.max_length=2")
+    refused(done, tmp_path / "home", "data.max_length = 2", "too long")
+
+
+def test_weights_to_be_divided_among_one_process_are_refused(mft, tmp_path, folder):
+    done = planned(mft, folder / "mini.yaml", folder, tmp_path / "home", "--set", "runtime.shard=true")
+    refused(done, tmp_path / "home", "runtime.shard = true", "there is one process")
+
+
+def test_more_rows_than_a_file_holds_are_refused(mft, tmp_path, folder):
+    profile = altered(
+        tmp_path,
+        data={"max_length": 64, "validation_rows": 8, "mixture": [{"path": "data/sums.jsonl", "rows": 61}]},
+    )
+    done = planned(mft, profile, folder, tmp_path / "home")
+    refused(done, tmp_path / "home", "rows = 61", "holds only 60", "sums.jsonl")
+
+
+def test_a_model_without_weights_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "no weight files", "model.path")
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [('{"weight_map": {"a": "model-2.safetensors"}}', ["model-2.safetensors", "missing"]), ("[]", ["no index"])],
+)
+def test_a_model_with_a_part_of_its_weights_is_refused(mft, tmp_path, folder, index, words):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", *words)
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]"])
+def test_a_broken_configuration_of_the_model_is_refused(mft, tmp_path, folder, content):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "config.json").write_text(content)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "config.json")
+
+
+def test_an_unknown_filter_of_a_local_benchmark_is_refused(mft, tmp_path, folder):
+    profile = altered(
+        tmp_path, benchmarks=[{"name": "x", "task": "mini_sums", "path": "benchmarks", "filter": "strict"}]
+    )
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "filter", "'strict'", "none")
+
+
+def test_a_benchmark_without_its_items_is_refused(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    (tmp_path / "benchmarks" / "sums.jsonl").unlink()
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "sums.jsonl", "no such file")
+
+
+@pytest.mark.parametrize("content", ["task: other\nprocess_results: !function utils.f\n", "task: [\n"])
+def test_a_definition_that_is_no_plain_yaml_is_refused(mft, tmp_path, folder, content):
+    profile = altered(tmp_path)
+    (tmp_path / "benchmarks" / "other.yaml").write_text(content)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "other.yaml", "YAML")
+
+
+def test_an_unwritable_home_is_refused(mft, folder):
+    done = mft("run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml", home="/proc/nowhere")
+    assert done.returncode == 2
+    assert "MFT_HOME = /proc/nowhere" in done.stderr
+
+
+def test_a_misspelt_key_of_a_profile_is_refused_with_the_valid_ones(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    values = yaml.safe_load(profile.read_text())
+    values["defaults"]["fine_tune"]["learning_rat"] = 1
+    profile.write_text(yaml.safe_dump(values))
+    done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "fine_tune.learning_rat", "Did you mean 'learning_rate'")
+
+
+def test_too_little_disk_is_said_with_the_number_needed(folder, tmp_path, monkeypatch):
+    import shutil
+
+    from mft_core.errors import ConfigError
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.config.catalogue import load_profile, load_study
+    from pipelines.plan.plan import check_disk, make_plan
+
+    plan = make_plan(
+        load_study(str(folder / "mini-study.yaml")), load_profile(str(folder / "mini.yaml")),
+        ArtifactStore(tmp_path / "home"),
+    )  # fmt: skip
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ConfigError, match=r"the plan needs about 0\.0\d GB, 0\.00 GB are free"):
+        check_disk(plan, tmp_path)
+
+
+def test_help_answers_without_heavy_imports():
+    code = "import sys, pipelines.cli; print([m for m in ('torch','prefect','mlflow','pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,367 @@
+"""What a study varies: each variant meets its own baseline, is there once, and is called by a name of its own."""
+
+import pytest
+import yaml
+
+from mft_core.errors import ConfigError
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.config.catalogue import load_profile, load_study
+from pipelines.plan.plan import make_plan
+from tests.support.mini import TRAINING, write_profile, write_study
+
+BENCH = {"name": "sums", "task": "mini_sums", "path": "benchmarks"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mini")
+    write_profile(path)
+    return path
+
+
+@pytest.fixture
+def plan(folder, tmp_path):
+    """Plan a study of the given variants on the mini profile."""
+
+    def make(*variants, overrides=(), seeds=(0,), profile=folder / "mini.yaml"):
+        study = load_study(str(write_study(tmp_path, list(variants), seeds)))
+        return make_plan(study, load_profile(str(profile)), ArtifactStore(tmp_path / "home"), overrides)
+
+    return make
+
+
+def baselines(the_plan):
+    """Return {variant: its baseline} by name."""
+    rows = the_plan.comparison()[0].variants
+    names = [row["variant"] for row in rows]
+    return {row["variant"]: None if row["baseline"] is None else names[row["baseline"]] for row in rows}
+
+
+def parent(node):
+    """Return the id of the fine-tuning that an evaluation's model comes from."""
+    merged = node.inputs["model"].node
+    return merged.inputs["model"].node.id if merged.stage == "merge-mask" else merged.id
+
+
+def test_each_variant_is_compared_with_the_fine_tuning_that_it_starts_from(plan):
+    grid = {"data.fraction": [0.5, 1.0]}
+    the_plan = plan({"method": "fft", "grid": grid}, {"method": "mft", "grid": grid})
+    mask = "mft sparsity=0.1 layers=1-2 seed=0"
+    assert baselines(the_plan) == {
+        "fft fraction=0.5": None,
+        "fft fraction=1.0": None,
+        f"{mask} fraction=0.5": "fft fraction=0.5",
+        f"{mask} fraction=1.0": "fft fraction=1.0",
+    }
+    recipe, nodes = the_plan.comparison()
+    for row, node in zip(recipe.variants, nodes, strict=True):
+        if row["baseline"] is not None:
+            assert parent(node) == parent(nodes[row["baseline"]])
+
+
+def test_a_baseline_that_the_study_lacks_is_added_to_it(plan):
+    the_plan = plan({"method": "mft", "grid": {"fine_tune.learning_rate": [0.01, 0.02]}})
+    mask = "mft sparsity=0.1 layers=1-2 seed=0"
+    assert baselines(the_plan) == {
+        "fft learning_rate=0.01": None,
+        f"{mask} learning_rate=0.01": "fft learning_rate=0.01",
+        "fft learning_rate=0.02": None,
+        f"{mask} learning_rate=0.02": "fft learning_rate=0.02",
+    }
+    row = the_plan.comparison()[0].variants[0]
+    assert (row["method"], row["fine_tune.learning_rate"]) == ("fft", 0.01)
+    labels = [step.node.label for step in the_plan.steps if step.node.stage == "fine-tune"]
+    assert labels == ["fine-tune sums learning_rate=0.01", "fine-tune sums learning_rate=0.02"]
+
+
+def test_a_mask_is_never_compared_with_answers_to_another_recipe_of_the_benchmark(plan, folder):
+    few = [{**BENCH, "path": str(folder / "benchmarks"), "limit": 3}]
+    the_plan = plan({"method": "base"}, {"method": "fft"}, {"method": "mft", "grid": {"benchmarks": [few]}})
+    recipe, nodes = the_plan.comparison()
+    for row, node in zip(recipe.variants, nodes, strict=True):
+        if row["baseline"] is not None:
+            assert nodes[row["baseline"]].recipe == node.recipe
+    assert [row["method"] for row in recipe.variants] == ["base", "fft", "fft", "mft"]
+    assert [row["baseline"] for row in recipe.variants] == [1, None, None, 2]
+
+
+def test_the_base_is_compared_where_there_is_exactly_one_fine_tuning(plan):
+    assert baselines(plan({"method": "base"}, {"method": "fft"}))["base"] == "fft"
+    assert baselines(plan({"method": "base"}, {"method": "mft"}))["base"] == "fft"
+    two = {"method": "fft", "grid": {"data.fraction": [0.5, 1.0]}}
+    assert baselines(plan({"method": "base"}, two))["base"] is None
+
+
+def test_the_same_work_written_in_two_ways_is_one_variant(plan):
+    the_plan = plan({"method": "fft"}, {"method": "random", "grid": {"mask.layers": ["1-2", "1,2", "middle:2"]}})
+    assert [item.name for item in the_plan.variants] == ["fft", "random sparsity=0.1 layers=1-2 seed=0"]
+
+
+def test_two_variants_of_one_name_are_refused_before_any_compute(plan, monkeypatch):
+    monkeypatch.setattr("pipelines.graph.variants._name", lambda setup: setup.method)
+    with pytest.raises(ConfigError, match="two different variants of domain sums are both called 'random'"):
+        plan({"method": "random", "grid": {"mask.sparsity": [0.1, 0.2]}})
+
+
+def test_names_hold_the_whole_key_where_its_last_part_is_not_clear(plan):
+    the_plan = plan(
+        {"method": "mft", "grid": {"mask.training.learning_rate": [0.1], "fine_tune.learning_rate": [0.2]}},
+        {"method": "fft", "grid": {"data.seed": [3]}},
+    )
+    assert [item.name for item in the_plan.variants] == [
+        "fft fine_tune.learning_rate=0.2",
+        "mft sparsity=0.1 layers=1-2 seed=0 fine_tune.learning_rate=0.2 mask.training.learning_rate=0.1",
+        "fft data.seed=3",
+    ]
+
+
+def test_names_and_labels_tell_modules_and_close_sparsities_apart(plan):
+    grid = {"mask.modules": ["both", "mlp"], "mask.sparsity": [0.1, 0.10000001]}
+    the_plan = plan({"method": "fft"}, {"method": "random", "grid": grid})
+    names = [item.name for item in the_plan.variants]
+    labels = [step.node.label for step in the_plan.steps]
+    assert len(set(names)) == len(names) == 5
+    assert len(set(labels)) == len(labels)
+    assert "learn-mask sparsity=0.1 layers=1-2 modules=mlp seed=0 (random)" in labels
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "words"),
+    [
+        ("mft", "backbone", "--profile"),
+        ("mft", "domain", "`domain:`"),
+        ("fft", "method", "`method:`"),
+        ("fft", "mask.sparsity", "makes no difference to fft"),
+        ("fft", "seed", "makes no difference to fft"),
+        ("continued-fft", "mask.layers", "makes no difference to continued-fft"),
+        ("mft", "continued.epochs", "makes no difference to mft"),
+        ("random", "mask.training.learning_rate", "makes no difference to random"),
+        ("magnitude", "mask.score_init", "makes no difference to magnitude"),
+        ("random", "mask.fraction", "makes no difference to random"),
+        ("mft", "mask.sparsty", "Did you mean 'sparsity'"),
+        ("mft", "maks.sparsity", "Did you mean 'mask'"),
+        ("mft", "nothing", "unknown key 'nothing'"),
+    ],
+)
+def test_a_grid_key_that_varies_nothing_is_refused(plan, method, key, words):
+    with pytest.raises(ConfigError, match=words) as refusal:
+        plan({"method": method, "grid": {key: [1, 2]}})
+    assert key in str(refusal.value)
+    assert "--set" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("backbone=x", "use --profile"),
+        ("domain=x", "`domain:`"),
+        ("method=mft", "`method:`"),
+        ("seed=3", "use --seeds"),
+    ],
+)
+def test_what_has_its_own_place_cannot_be_set(plan, override, words):
+    with pytest.raises(ConfigError, match=words):
+        plan({"method": "mft"}, overrides=[override])
+
+
+def test_an_override_of_how_masks_are_learned_is_refused_where_none_is_learned(plan):
+    with pytest.raises(ConfigError, match=r"uses 'mask\.training\.epochs'"):
+        plan({"method": "random"}, overrides=["mask.training.epochs=1"])
+
+
+def test_a_seed_may_be_varied_where_there_is_one(plan):
+    the_plan = plan({"method": "random", "grid": {"seed": [3, 4]}})
+    assert [item.setup.seed for item in the_plan.variants if item.setup.method == "random"] == [3, 4]
+
+
+def test_an_empty_list_in_a_grid_is_refused(plan):
+    with pytest.raises(ConfigError, match=r"grid\.mask\.sparsity"):
+        plan({"method": "mft", "grid": {"mask.sparsity": []}})
+
+
+def test_two_benchmarks_of_one_name_are_refused(plan, tmp_path):
+    profile = write_profile(tmp_path / "two", benchmarks=[BENCH, {**BENCH, "limit": 3}])
+    with pytest.raises(ConfigError, match=r"benchmarks\.name: sums is there twice") as refusal:
+        plan({"method": "fft"}, profile=profile)
+    assert len(str(refusal.value)) < 200
+
+
+def test_validations_without_rows_to_validate_on_are_refused_where_they_would_run(plan):
+    with pytest.raises(ConfigError, match=r"fine_tune\.validations = 2, but data\.validation_rows = 0"):
+        plan({"method": "fft"}, overrides=["data.validation_rows=0"])
+    assert plan({"method": "base"}).variants  # which trains nothing
+
+
+def test_validations_of_a_method_that_is_not_there_do_not_matter(plan, tmp_path):
+    none = {**TRAINING, "validations": 0, "keep": "last"}
+    rows = {"max_length": 64, "mixture": [{"path": "data/sums.jsonl"}]}
+    profile = write_profile(tmp_path / "none", fine_tune=none, data=rows)
+    assert plan({"method": "fft"}, profile=profile).variants
+    with pytest.raises(ConfigError, match=r"continued\.validations = 2"):
+        plan({"method": "continued-fft"}, profile=profile)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("2", "2"), ("1-2", "1-2"), ("1,3", "1,3")])
+def test_layers_are_taken_as_people_write_them(plan, given, meant):
+    the_plan = plan({"method": "magnitude"}, overrides=[f"mask.layers={given}"])
+    assert the_plan.variants[-1].columns["layers"] == meant
+
+
+@pytest.mark.parametrize("given", ["[1, 2]", "true", "1.5"])
+def test_layers_that_are_no_text_are_refused_with_the_valid_forms(plan, given):
+    with pytest.raises(ConfigError, match=r"mask\.layers = .*valid: a layer such as 2, a range such as 2-5"):
+        plan({"method": "magnitude"}, overrides=[f"mask.layers={given}"])
+
+
+def test_the_order_of_the_benchmarks_does_not_change_the_data(plan, tmp_path):
+    profile = write_profile(tmp_path / "two")
+    folder = profile.parent / "benchmarks"
+    task = (folder / "sums.yaml").read_text().replace("mini_sums", "mini_more").replace("sums.jsonl", "more.jsonl")
+    (folder / "more.yaml").write_text(task)
+    (folder / "more.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n')
+    more = {**BENCH, "name": "more", "task": "mini_more", "path": str(folder)}
+    both = [{**BENCH, "path": str(folder)}, more]
+    plans = [
+        plan({"method": "fft", "grid": {"benchmarks": [benchmarks]}}, profile=profile)
+        for benchmarks in (both, both[::-1])
+    ]
+    data = [{step.node.id for step in one.steps if step.node.stage == "prepare-data"} for one in plans]
+    assert data[0] == data[1]
+
+
+def test_adapters_start_from_the_base_or_from_the_fine_tuned_model(plan):
+    the_plan = plan({"method": "fft"}, {"method": "lora"}, {"method": "continued-lora"})
+    fft, lora, continued = the_plan.variants
+    assert lora.trained.inputs["model"] == fft.trained.inputs["model"]
+    assert continued.trained.inputs["model"].node.id == fft.trained.id
+    assert lora.trained.recipe.lora == continued.trained.recipe.lora
+    assert baselines(the_plan) == {"fft": None, "lora seed=0": "fft", "continued-lora seed=0": "fft"}
+
+
+def test_adapters_without_their_section_are_refused(plan, tmp_path):
+    profile = write_profile(tmp_path / "bare", lora=None)
+    with pytest.raises(ConfigError, match=r"method 'lora' needs the section lora; give lora\.training"):
+        plan({"method": "lora"}, profile=profile)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "message"),
+    [
+        ("wanda", "mask.scope", "global", "makes no difference to wanda"),
+        ("random", "mask.calibration_rows", 4, "makes no difference to random"),
+        ("movement", "mask.score_init", "magnitude", "makes no difference to movement"),
+        ("mft-soft", "mask.scope", "global-threshold", "belongs to selector 'learned'"),
+        ("mft", "mask.min_kept", 0.2, "min_kept belongs to scope 'global'"),
+        ("mft", "mask.modules", "attention,q_proj", "valid: attention, mlp, both, or names"),
+    ],
+)
+def test_settings_of_masks_that_do_not_go_together_are_refused(plan, method, key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        plan({"method": method, "grid": {key: [value]}})
+
+
+def test_only_selectors_that_look_at_data_need_them(plan):
+    the_plan = plan(*({"method": method} for method in ("mft", "mft-soft", "random", "magnitude", "wanda", "movement")))
+    masks = [item for item in the_plan.variants if item.setup.method != "fft"]
+    assert {item.setup.method: "data" in item.trained.inputs for item in masks} == {
+        "mft": True, "mft-soft": True, "random": False, "magnitude": False, "wanda": True, "movement": True
+    }  # fmt: skip
+
+
+def test_a_wanda_mask_can_stand_beside_a_global_scope(plan):
+    the_plan = plan({"method": "mft"}, {"method": "wanda"}, overrides=["mask.scope=global"])
+    scopes = {item.setup.method: item.trained.recipe.scope for item in the_plan.variants if item.setup.method != "fft"}
+    assert scopes == {"mft": "global", "wanda": "local"}
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """A profile of two domains and their mixture, each with a benchmark of its own name."""
+    folder = tmp_path_factory.mktemp("domains")
+    path = write_profile(folder)
+    profile = yaml.safe_load(path.read_text())
+    rows = profile["defaults"].pop("data")
+    bench = profile["defaults"].pop("benchmarks")[0]
+    (folder / "data" / "half.jsonl").write_text("".join((folder / "data" / "sums.jsonl").open().readlines()[:40]))
+    half = {**rows, "mixture": [{"path": "data/half.jsonl"}]}
+    both = {**rows, "mixture": [*rows["mixture"], *half["mixture"]]}
+    named = {name: [{**bench, "name": name}] for name in ("sums", "half")}
+    profile["domains"] = {
+        "mixed": {"data": both, "benchmarks": named["sums"]},
+        "sums": {"data": rows, "benchmarks": named["sums"]},
+        "half": {"data": half, "benchmarks": named["half"]},
+    }
+    profile["layer_groups"] = ["0-1", "2-3"]
+    path.write_text(yaml.safe_dump(profile, sort_keys=False))
+    return path
+
+
+def test_each_domain_is_every_domain_but_the_mixture(plan, domains):
+    the_plan = plan({"method": "mft", "domain": "each domain"}, profile=domains)
+    assert [(item.setup.domain, item.setup.method) for item in the_plan.variants] == [
+        ("sums", "fft"), ("sums", "mft"), ("half", "fft"), ("half", "mft")
+    ]  # fmt: skip
+
+
+def test_each_layer_group_is_what_the_profile_lists(plan, domains, folder):
+    the_plan = plan({"method": "magnitude", "grid": {"mask.layers": "each layer group"}}, profile=domains)
+    assert [item.columns["layers"] for item in the_plan.variants if item.baseline] == ["0-1", "2-3"]
+    with pytest.raises(ConfigError, match="profile mini: the study asks for each layer group; list some"):
+        plan({"method": "magnitude", "grid": {"mask.layers": "each layer group"}})
+
+
+def test_a_mask_can_be_learned_on_the_data_of_another_domain(plan, domains):
+    the_plan = plan({"method": "mft", "domain": "mixed", "grid": {"mask.domain": "each domain"}}, profile=domains)
+    fft, *masks = the_plan.variants
+    sums, half = (item.trained.inputs["data"].node for item in masks)
+    assert sums.id != half.id
+    assert fft.trained.inputs["data"].node.id not in (sums.id, half.id)
+    assert all(item.trained.inputs["model"].node.id == fft.trained.id for item in masks)
+    assert [item.columns["mask.domain"] for item in masks] == ["sums", "half"]
+
+
+def test_fine_tuning_can_go_on_with_the_data_of_another_domain(plan, domains):
+    variants = [{"method": method, "domain": "mixed", "grid": {f"{section}.domain": "each domain"}}
+                for method, section in (("mft", "mask"), ("continued-fft", "continued"))]  # fmt: skip
+    fft, *others = plan(*variants, profile=domains).variants
+    masks, continued = others[:2], others[2:]
+    assert [item.name for item in continued] == [
+        "continued-fft seed=0 continued.domain=sums", "continued-fft seed=0 continued.domain=half",
+    ]  # fmt: skip
+    for mask, control in zip(masks, continued, strict=True):
+        assert control.trained.inputs["data"].node.id == mask.trained.inputs["data"].node.id
+        assert control.trained.inputs["model"].node.id == fft.trained.id
+        assert control.baseline.evaluations["sums"].id == fft.evaluations["sums"].id
+    own = plan({"method": "continued-fft", "domain": "mixed"}, profile=domains).variants[1]
+    assert own.trained.inputs["data"].node.id == fft.trained.inputs["data"].node.id
+    assert own.trained.recipe == continued[0].trained.recipe, "the data are an input, and no part of the recipe"
+
+
+@pytest.mark.parametrize(("method", "section"), [("mft", "mask"), ("continued-fft", "continued")])
+def test_data_and_domain_of_a_section_are_not_given_both(plan, domains, tmp_path, method, section):
+    profile = yaml.safe_load(domains.read_text())
+    profile["defaults"][section]["data"] = profile["domains"]["half"]["data"]
+    both = domains.with_name(f"both-{section}.yaml")
+    both.write_text(yaml.safe_dump(profile))
+    with pytest.raises(ConfigError, match=rf"{section}\.data and {section}\.domain"):
+        plan({"method": method, "domain": "mixed", "grid": {f"{section}.domain": ["sums"]}}, profile=both)
+
+
+def test_a_study_can_ask_for_the_benchmarks_of_all_domains(plan, domains, tmp_path):
+    study = load_study(str(write_study(tmp_path, [{"method": "mft", "domain": "half"}])))
+    own, every = (
+        make_plan(asked, load_profile(str(domains)), ArtifactStore(tmp_path / "home"))
+        for asked in (study, study.model_copy(update={"benchmarks": "all"}))
+    )
+    assert [list(item.evaluations) for item in own.variants] == [["half"], ["half"]]
+    assert [list(item.evaluations) for item in every.variants] == [["half", "sums"], ["half", "sums"]]
+    assert own.variants[1].trained.id == every.variants[1].trained.id  # what is trained does not depend on it
+
+
+def test_a_relative_value_is_that_many_times_the_profiles(plan):
+    the_plan = plan({"method": "mft", "grid": {"mask.training.learning_rate": ["x0.3", "x1", 0.5]}})
+    rates = [item.trained.recipe.training.learning_rate for item in the_plan.variants if item.baseline]
+    assert rates == [0.3 * TRAINING["learning_rate"], TRAINING["learning_rate"], 0.5]
+    assert [item.columns["mask.training.learning_rate"] for item in the_plan.variants if item.baseline] == rates
+    with pytest.raises(ConfigError, match="is relative, and the profile has no number there"):
+        plan({"method": "mft", "grid": {"mask.training.max_steps": ["x0.3"]}})

@@ -1,0 +1,183 @@
+"""Studies expand into chains that share what they have in common, without computing anything."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mft_core.errors import ConfigError
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.config.catalogue import load_profile, load_study, names
+from pipelines.plan.plan import make_plan
+from tests.support.mini import write_profile, write_study
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mini")
+    write_profile(path)
+    write_study(path)
+    return path
+
+
+def plan(folder, overrides=(), seeds=None):
+    store = ArtifactStore(folder / "home")
+    study, profile = load_study(str(folder / "mini-study.yaml")), load_profile(str(folder / "mini.yaml"))
+    return make_plan(study, profile, store, overrides, seeds)
+
+
+def ids(the_plan):
+    return {step.node.label: step.node.id for step in the_plan.steps}
+
+
+def changed(folder, *overrides):
+    before, after = ids(plan(folder)), ids(plan(folder, overrides))
+    return {label.split()[0] for label, node_id in before.items() if after.get(label) != node_id}
+
+
+def test_variants_share_data_and_fine_tuning(folder):
+    stages = [step.node.stage for step in plan(folder).steps]
+    assert stages.count("prepare-data") == 1
+    assert stages.count("fine-tune") == 4  # full, continued, and two with adapters
+    assert stages.count("learn-mask") == stages.count("merge-mask") == 7
+    assert stages.count("evaluate") == 12
+
+
+def test_a_node_comes_after_what_it_needs(folder):
+    seen = set()
+    for step in plan(folder).steps:
+        for given in step.node.inputs.values():
+            assert not hasattr(given, "node") or given.node.id in seen
+        seen.add(step.node.id)
+
+
+_MASKS = {"learn-mask", "merge-mask", "evaluate"}
+_ADAPTERS = {"lora", "continued-lora", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("mask.training.learning_rate=0.5", _MASKS),
+        ("continued.learning_rate=0.5", {"continue-fft", "evaluate"}),
+        ("lora.rank=2", _ADAPTERS),
+        ("fine_tune.epochs=1", {"fine-tune", "continue-fft", "continued-lora"} | _MASKS),
+        (
+            "data.max_length=32",
+            {
+                "prepare-data",
+                "fine-tune",
+                "continue-fft",
+                "lora",
+                "continued-lora",
+                "learn-mask",
+                "merge-mask",
+                "evaluate",
+            },
+        ),
+        ("runtime.threads=2", set()),
+    ],
+)
+def test_an_override_changes_exactly_the_descendants(folder, override, stages):
+    assert changed(folder, override) == stages
+
+
+def test_controls_do_not_depend_on_how_the_learned_mask_is_trained(folder):
+    before, after = ids(plan(folder)), ids(plan(folder, ["mask.training.learning_rate=0.5"]))
+    controls = [label for label in before if any(f"({name})" in label for name in ("random", "magnitude", "wanda"))]
+    assert controls
+    assert all(before[label] == after[label] for label in controls)
+
+
+def test_seeds_multiply_only_the_methods_that_have_one(folder):
+    methods = [item.setup.method for item in plan(folder, seeds=[0, 1, 2]).variants]
+    assert {m: methods.count(m) for m in methods} == {
+        "base": 1, "fft": 1, "continued-fft": 3, "lora": 3, "continued-lora": 3, "mft": 6, "mft-soft": 3, "random": 3,
+        "magnitude": 1, "wanda": 3, "movement": 3,
+    }  # fmt: skip
+
+
+def test_ids_do_not_depend_on_where_the_files_lie(folder, tmp_path):
+    write_profile(tmp_path)
+    write_study(tmp_path)
+    assert ids(plan(folder)) == ids(plan(tmp_path))
+
+
+def test_two_ways_to_write_the_same_layers_are_one_recipe(folder):
+    assert ids(plan(folder, ["mask.layers=1,2"])) == ids(plan(folder, ["mask.layers=middle:2"])) == ids(plan(folder))
+
+
+def test_every_mask_is_compared_with_the_fine_tuned_model_of_its_domain(folder):
+    the_plan = plan(folder)
+    recipe, nodes = the_plan.comparison()
+    fft = next(i for i, column in enumerate(recipe.variants) if column["method"] == "fft")
+    assert [column["baseline"] for column in recipe.variants] == [
+        None if column["method"] == "fft" else fft for column in recipe.variants
+    ]
+    assert len(nodes) == len(recipe.variants)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mask.sparsty=0.2", r"unknown key 'mask.sparsty'.*Did you mean 'sparsity'"),
+        ("maks.sparsity=0.2", r"unknown key 'maks.sparsity'.*Did you mean 'mask'"),
+        ("mask.sparsity=0.2", r"varies mask.sparsity itself"),
+        ("mask.training.batch_size=0", r"mask.training.batch_size = 0: .*greater than 0"),
+        ("mask.layers=2-9", r"2-9"),
+        ("mask.layers=3-1", r"3-1"),
+        ("mask.layers=0-2,1", r"0-2,1"),
+        ("runtime.cores=3", r"unknown key.*cores"),
+        ("mask.sparsity", r"KEY=VALUE"),
+        ("fine_tune.keep=best", None),
+    ],
+)
+def test_a_bad_override_is_named_with_what_is_valid(folder, override, message):
+    if message is None:
+        plan(folder, [override])
+    else:
+        with pytest.raises(ConfigError, match=message):
+            plan(folder, [override])
+
+
+@pytest.mark.parametrize("sparsity", ["1", "-0.1", "1.5", ".nan"])
+def test_a_sparsity_outside_the_unit_interval_is_refused(folder, tmp_path, sparsity):
+    write_study(tmp_path, [{"method": "fft"}, {"method": "mft"}])
+    study, profile = load_study(str(tmp_path / "mini-study.yaml")), load_profile(str(folder / "mini.yaml"))
+    with pytest.raises(ConfigError, match="sparsity"):
+        make_plan(study, profile, ArtifactStore(folder / "home"), [f"mask.sparsity={sparsity}"])
+
+
+def test_an_override_that_nothing_uses_is_refused(folder, tmp_path):
+    write_study(tmp_path, [{"method": "base"}, {"method": "fft"}])
+    study, profile = load_study(str(tmp_path / "mini-study.yaml")), load_profile(str(folder / "mini.yaml"))
+    with pytest.raises(ConfigError, match="no variant of study 'mini-study' uses 'mask'"):
+        make_plan(study, profile, ArtifactStore(folder / "home"), ["mask.sparsity=0.2"])
+
+
+@pytest.mark.parametrize(("load", "kind"), [(load_study, "study"), (load_profile, "profile")])
+def test_an_unknown_name_is_answered_with_the_nearest_and_the_list(load, kind):
+    known = names(kind)[0]
+    with pytest.raises(ConfigError, match=rf"unknown {kind} '{known}x'. Did you mean '{known}'\? Valid: "):
+        load(f"{known}x")
+
+
+def test_planning_imports_neither_torch_nor_prefect_nor_mlflow(folder):
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import pipelines.cli\n"
+        "from mft_core.store.artifacts import ArtifactStore\n"
+        "from pipelines.config.catalogue import load_profile, load_study\n"
+        "from pipelines.cost.predicted import bills\n"
+        "from pipelines.plan.plan import make_plan\n"
+        "from pipelines.cost.plan_view import as_dict, show\n"
+        f"folder = Path({str(folder)!r})\n"
+        "store = ArtifactStore(folder / 'home')\n"
+        "study, profile = load_study(str(folder / 'mini-study.yaml')), load_profile(str(folder / 'mini.yaml'))\n"
+        "(bill,) = bills([make_plan(study, profile, store)], store)\n"
+        "show(bill), as_dict(bill)\n"
+        "print([m for m in ('torch', 'prefect', 'mlflow', 'transformers', 'pandas') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
