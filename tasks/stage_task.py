@@ -1,16 +1,18 @@
 """The one Prefect task: a stage of the chain, cached by the artifact's own key.
 
 Prefect keeps a small reference as the task's result. Before it may be served, the artifact behind it is verified; a
-reference to a missing, truncated or altered artifact is forgotten, so that Prefect runs the task again.
+reference to a missing, truncated or altered artifact is forgotten, so that Prefect runs the task again. It is plain
+JSON without a class's name, so that it can be read after the code has moved.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from prefect import task
 from prefect.context import TaskRunContext
@@ -57,9 +59,19 @@ class Workplace:
         return self.store.home / "prefect" / "results"
 
 
-def inputs_of(call: StageCall, made: Mapping[str, ArtifactRef]) -> dict[str, Source | ArtifactRef]:
+class Made(TypedDict):
+    """What the task returns, and Prefect keeps."""
+
+    artifact: dict[str, Any]
+    """an `ArtifactRef`"""
+    computed: bool
+    """whether that run of the task computed it, or found it in the store"""
+
+
+def inputs_of(call: StageCall, made: Mapping[str, Made]) -> dict[str, Source | ArtifactRef]:
     """Join outside sources and finished artifacts into the stage's inputs."""
-    return {**call.sources, **{name: ref.at(call.parts[name]) for name, ref in made.items()}}
+    refs = {name: ArtifactRef.model_validate(given["artifact"]) for name, given in made.items()}
+    return {**call.sources, **{name: ref.at(call.parts[name]) for name, ref in refs.items()}}
 
 
 def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -69,13 +81,21 @@ def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> s
     key = place.store.key(stage, call.recipe, inputs_of(call, parameters["made"]))
     record = place.results / key
     if record.exists():
-        damage = "rerun asked for" if call.rerun else place.store.damage(stage.name, key)
-        manifest = place.store.manifest(stage.name, key)
-        if damage or manifest is None or manifest["digest"] not in record.read_text():
-            if damage and not call.rerun:
-                logging.getLogger("mft").warning("%s: cached artifact is not usable: %s", call.label, damage)
+        found = None if call.rerun else place.store.find(stage.name, key)
+        if found is None and not call.rerun:
+            damage = place.store.damage(stage.name, key)
+            logging.getLogger("mft").warning("%s: cached artifact is not usable: %s", call.label, damage)
+        if found is None or found.model_dump() != _kept(record):
             record.unlink(missing_ok=True)
     return key
+
+
+def _kept(record: Path) -> Any:
+    """Return the reference in Prefect's file of a result, or None where there is none to be read."""
+    try:
+        return json.loads(json.loads(record.read_text(encoding="utf-8"))["result"])["artifact"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 @task(
@@ -85,7 +105,7 @@ def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> s
     persist_result=True,
     result_serializer="json",
 )
-def run_stage(label: str, call: StageCall, made: dict[str, ArtifactRef], place: Workplace) -> ArtifactRef:
+def run_stage(label: str, call: StageCall, made: dict[str, Made], place: Workplace) -> Made:
     """Return the stage's artifact, computing it if the store does not hold it.
 
     Args:
@@ -100,30 +120,44 @@ def run_stage(label: str, call: StageCall, made: dict[str, ArtifactRef], place: 
     if not call.rerun:
         found = place.store.find(stage.name, key)
         if found:
-            return found
+            return Made(artifact=found.model_dump(), computed=False)
+    ref = _build(call, inputs, place, log)
+    return Made(artifact=ref.model_dump(), computed=True)
+
+
+def _build(
+    call: StageCall, inputs: Mapping[str, Source | ArtifactRef], place: Workplace, log: logging.Logger
+) -> ArtifactRef:
+    """Compute the artifact, here or in a process of the pool."""
+    stage = get_stage(call.stage)
 
     def report(progress: Progress) -> None:
         place.report(call, progress)
 
-    if not stage.heavy:
-        return _here(place, call, inputs, report, log)
-    with device_slot(place.store.home, place.runtime.device, place.runtime.heavy_slots):
-        if place.workers is None:
-            return _here(place, call, inputs, report, log)
-        job = Job(place.store.home, stage.name, call.recipe, inputs, place.runtime, call.rerun, place.notes)
-        return place.workers.build(job, report, log)
+    if stage.heavy:
+        with device_slot(place.store.home, place.runtime.device, place.runtime.heavy_slots):
+            if place.workers is not None:
+                job = Job(place.store.home, stage.name, call.recipe, inputs, place.runtime, call.rerun, place.notes)
+                return place.workers.build(job, report, log)
+            return _here(call, inputs, place, report, log)
+    return _here(call, inputs, place, report, log)
 
 
 def _here(
-    place: Workplace,
     call: StageCall,
     inputs: Mapping[str, Source | ArtifactRef],
+    place: Workplace,
     report: Callable[[Progress], None],
     log: logging.Logger,
 ) -> ArtifactRef:
     """Build the artifact in this process."""
-    stage = get_stage(call.stage)
-    built = place.store.build(
-        stage, call.recipe, inputs, place.runtime, report=report, log=log, force=call.rerun, notes=place.notes
-    )
-    return built.ref
+    return place.store.build(
+        get_stage(call.stage),
+        call.recipe,
+        inputs,
+        place.runtime,
+        report=report,
+        log=log,
+        force=call.rerun,
+        notes=place.notes,
+    ).ref

@@ -25,7 +25,7 @@ from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan
 from pipelines.run import interrupt
 from pipelines.run.display import Display
-from tasks.stage_task import StageCall, Workplace, run_stage
+from tasks.stage_task import Made, StageCall, Workplace, run_stage
 from tasks.workers import Workers
 
 log = logging.getLogger("mft")
@@ -69,8 +69,8 @@ def run_nodes(
     Raises:
         ConfigError, StageError: after everything that could run has run; the first names all failures.
     """
-    futures: dict[str, PrefectFuture[ArtifactRef]] = {}
-    by_future: dict[PrefectFuture[ArtifactRef], Node] = {}
+    futures: dict[str, PrefectFuture[Made]] = {}
+    by_future: dict[PrefectFuture[Made], Node] = {}
     stage_task = run_stage.with_options(result_storage=place.results)
     with contextlib.ExitStack() as stack:
         if place.runtime.heavy_slots > 1 and place.workers is None:
@@ -89,26 +89,29 @@ def run_nodes(
     failures: list[tuple[Node, Any]] = []
     for future, node in by_future.items():
         if future.state.is_completed():
-            ref = ArtifactRef.model_validate(future.result())
-            outcomes[node.id] = Outcome(node, ref, future.state.name == "Cached")
+            ref = ArtifactRef.model_validate(future.result()["artifact"])
+            outcomes[node.id] = Outcome(node, ref, _is_cached(future))
         elif not future.state.is_pending():  # pending: never started, for want of an input that failed
             failures.append((node, future.result(raise_on_failure=False)))
     _raise(failures)
     return outcomes
 
 
-def _announce(display: Display, node: Node, future: PrefectFuture[ArtifactRef]) -> None:
+def _announce(display: Display, node: Node, future: PrefectFuture[Made]) -> None:
     future.wait()  # it is done: this takes its final state instead of asking the server
     display.finished(node.label, _word(future))
 
 
-def _word(future: PrefectFuture[ArtifactRef]) -> str:
-    if future.state.name == "Cached":
-        return "cached"
+def _is_cached(future: PrefectFuture[Made]) -> bool:
+    """Say whether a task that ended well was served by Prefect, or found its artifact in the store."""
+    return future.state.name == "Cached" or not future.result()["computed"]
+
+
+def _word(future: PrefectFuture[Made]) -> str:
     if future.state.is_pending():  # for want of an input
         return "not run"
     if future.state.is_completed():
-        return "computed"
+        return "cached" if _is_cached(future) else "computed"
     return "stopped" if interrupt.asked() else "failed"
 
 

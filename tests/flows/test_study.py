@@ -125,6 +125,23 @@ def test_what_was_damaged_or_deleted_is_computed_again_and_nothing_else(folder, 
     assert results(rows) == results(first[0])
 
 
+def test_references_that_other_code_kept_or_that_name_another_result_are_found_anew_and_nothing_is_computed(
+    folder, first
+):
+    records = sorted((folder / "home" / "prefect" / "results").iterdir())
+    others = [json.loads(json.loads(path.read_text())["result"])["artifact"] for path in records]
+    for index, path in enumerate(records):
+        kept = json.loads(path.read_text())
+        elsewhere = {"__class__": "mft_core.elsewhere.ArtifactRef", "data": others[index]}
+        of_another = {"artifact": others[index - 1], "computed": True}
+        kept["result"] = json.dumps(elsewhere if index % 2 else of_another)
+        path.write_text(json.dumps(kept))
+    rows, err = run(folder)
+    assert computed(err) == []
+    assert results(rows) == results(first[0])
+    assert all(row["cached"] for row in rows)
+
+
 def test_mlflow_has_a_run_per_variant_with_numbers_and_curves(folder, first):
     from mlflow.tracking import MlflowClient
 
