@@ -125,7 +125,7 @@ def test_a_configured_api_is_used_and_no_server_is_started(
     tmp_path: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from pipelines import services\n"
+        "import os, sys; from pathlib import Path; from pipelines.servers import services\n"
         "services.use_prefect(Path(sys.argv[1])); services.wait_for_prefect()\n"
         "assert 'prefect' not in sys.modules; print(os.environ['PREFECT_API_URL'], os.environ['PREFECT_HOME'])\n"
     )
@@ -139,7 +139,7 @@ def test_a_configured_api_is_used_and_no_server_is_started(
 
 def test_up_says_which_service_died_and_why(tmp_path: Path, clean: dict[str, str]) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipelines import services\n"
+        "import sys; from pathlib import Path; from pipelines.servers import services\n"
         "services.up(Path(sys.argv[1]), deployments='tests.flows.no_such_module')\n"
     )
     env = {**clean, "PREFECT_API_URL": "http://127.0.0.1:9/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
@@ -202,7 +202,7 @@ def test_a_private_server_runs_cached_flows_and_goes_with_its_run(tmp_path: Path
 def test_up_serves_deployments_by_bare_name_and_stops_everything(tmp_path: Path, clean: dict[str, str]) -> None:
     home = tmp_path / "home"
     code = (
-        "import sys; from pathlib import Path; from pipelines import services\n"
+        "import sys; from pathlib import Path; from pipelines.servers import services\n"
         "services.up(Path(sys.argv[1]), prefect_port=int(sys.argv[2]), deployments='tests.flows.quick_deployments')\n"
     )
     with socket.socket() as taken:
@@ -253,7 +253,9 @@ def _prefect(clean: dict[str, str], home: Path, *arguments: str) -> tuple[int, s
 
 @pytest.mark.slow
 def test_a_killed_up_leaves_no_server_behind(tmp_path: Path, clean: dict[str, str]) -> None:
-    code = "import sys; from pathlib import Path; from pipelines import services; services.up(Path(sys.argv[1]))\n"
+    code = (
+        "import sys; from pathlib import Path; from pipelines.servers import services; services.up(Path(sys.argv[1]))\n"
+    )
     env = {**clean, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     up = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     log = tmp_path / "logs" / "prefect.log"

@@ -65,13 +65,16 @@ def fine_tune(
 
 
 def assert_equal(found: Result, expected: Result) -> None:
-    """Check that two trainings had the same losses and ended at the same weights, to 1e-5."""
+    """Check that two trainings had the same losses, to 1e-5, and ended at the same weights, to 5e-5.
+
+    AdamW divides by the root of the squared gradient: where that is tiny, the order of a sum moves a weight by more.
+    """
     for name in ("loss", "validation_loss"):
         column = [row[name] for row in expected["rows"] if name in row]
         assert [row[name] for row in found["rows"] if name in row] == pytest.approx(column, abs=1e-5)
     assert found["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["weights"][name], weight, atol=5e-5, rtol=0)
 
 
 def save_tied(directory: Path) -> Path:
