@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mft_core.errors import ConfigError, StageError
+from mft_core.names import printable
 
 if TYPE_CHECKING:
     from mft_core.store.artifacts import ArtifactStore
@@ -38,10 +39,10 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except StageError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from mft_core.analysis import anatomy_figures, loss_figures
 from mft_core.analysis.labels import Labels
-from mft_core.analysis.markdown import signed, table, with_interval
 from mft_core.analysis.overlap_figure import overlap
 from mft_core.figures.drawing import save, unique
+from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import method_label, percent
 
 Row = Mapping[str, Any]

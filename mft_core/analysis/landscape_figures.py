@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from mft_core.analysis.landscape import LINE
 from mft_core.analysis.landscape_findings import Findings
@@ -151,6 +151,8 @@ def _bound(found: Findings) -> Figure:
     right.annotate("from here on the bound says nothing", (1, 1), (0, 3), xycoords=("axes fraction", "data"),
                    textcoords="offset points", ha="right", color="#D55E00", fontsize=8)  # fmt: skip
     right.set_yscale("log")
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylabel("complexity term")
     for prior in PRIORS:
         right.plot([], [], color="0.3", linestyle=_DASHES[prior], label=f"prior: {PRIOR_LABELS[prior]}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from mft_core.analysis.landscape import LINE
 from mft_core.analysis.landscape_figures import PRIOR_LABELS
 from mft_core.analysis.landscape_findings import Findings, Line, mean_eigenvalue
-from mft_core.analysis.markdown import signed, table, with_interval
 from mft_core.analysis.pac_bayes import DELTA, PRIORS, Bound, best
 from mft_core.analysis.sharpness import TOLERANCE
 from mft_core.analysis.weight_pair import MODELS, ModelName
+from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import percent
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mft_core.analysis.layer_prediction import AVERAGE, Findings, Gain, Match
 from mft_core.analysis.layer_scores import CANDIDATES
-from mft_core.analysis.markdown import signed, table, with_interval
 from mft_core.analysis.rank_correlation import least_p_value
+from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import percent
 
 

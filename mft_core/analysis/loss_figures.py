@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mft_core.analysis.labels import Labels
-from mft_core.analysis.markdown import with_interval
 from mft_core.figures.drawing import style, unique
+from mft_core.statistics.markdown import with_interval
 from mft_core.statistics.tables import percent
 
 Row = Mapping[str, Any]

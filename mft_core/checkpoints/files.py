@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from mft_core.checkpoints.names import Piece, find_pieces
 from mft_core.compute import PROCESS_WIDE
 from mft_core.errors import ConfigError
+from mft_core.names import inside
 from mft_core.store.sources import parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +42,7 @@ def read_config(directory: Path) -> Any:
     Raises:
         ConfigError: no readable checkpoint, not a decoder, or quantised.
     """
+    _check_names(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -54,6 +56,17 @@ def read_config(directory: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"model = {directory} is quantised; give the plain checkpoint that it was made from.")
     return config
+
+
+def _check_names(directory: Path) -> None:
+    """Refuse an index of weights that names files elsewhere; transformers would read them, a merge write them."""
+    for index in directory.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ConfigError(f"model = {directory}: {index.name} is no index of weights ({error!r}).") from error
+        for name in names:
+            inside(directory, name, f"model = {directory}: weight_map of {index.name}")
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> PreTrainedModel:
@@ -124,6 +137,7 @@ class WeightFiles:
     def __init__(self, directory: Path) -> None:
         """Raises ConfigError when the directory holds no safetensors checkpoint."""
         self.directory = directory
+        _check_names(directory)
         try:
             self.file_of = self._locate()
         except (OSError, SafetensorError, ValueError, KeyError) as error:

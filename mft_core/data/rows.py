@@ -150,9 +150,9 @@ def _parse_line(line: bytes, where: str) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         shown = line.decode(errors="replace").strip()
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
         raise ConfigError(
             f"{where}: not JSON ({reason}): {shown:.60}. Valid: one JSON object per line (JSONL)."
         ) from error

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mft_core.errors import ConfigError, unknown
+from mft_core.names import inside
+from mft_core.yaml_files import read_yaml
 
 
 def local_definition(folder: Path, name: str) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def local_definition(folder: Path, name: str) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+            loaded = read_yaml(path)
+        except ConfigError as error:
             raise ConfigError(
                 f"{path.name}: not plain YAML (lm-eval's !function needs an installed task): {error}"
             ) from error
@@ -48,7 +48,8 @@ def data_files(folder: Path, definition: Mapping[str, Any]) -> dict[str, Path]:
             f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files must name the JSONL file of a split, "
             f"for example {{test: {definition['task']}.jsonl}}; it is {files!r}."
         )
-    return {split: folder / file for split, file in files.items()}
+    said_by = f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files"
+    return {split: inside(folder, file, said_by) for split, file in files.items()}
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:
@@ -72,7 +73,7 @@ def read_items(path: Path) -> list[dict[str, Any]]:
 def _parse_item(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: an object is expected, found {type(row).__name__}.")

@@ -31,6 +31,7 @@ def save(draw: Callable[[], Figure | None], path: Path) -> bool:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+        matplotlib.rcParams["text.parse_math"] = False  # a name with a $ in it is text
         figure = draw()
         if figure is not None:
             drawn = io.BytesIO()

@@ -42,8 +42,8 @@ class MaskedSite(BaseModel):
 
     @model_validator(mode="after")
     def _is_a_matrix_of_a_layer(self) -> MaskedSite:
-        if not _IN_LAYER.fullmatch(self.parameter):
-            raise ValueError(f"name '{self.name}' is not that of a matrix in a decoder layer ('layers.0.q_proj')")
+        if not self.name.isprintable() or not _IN_LAYER.fullmatch(self.parameter):
+            raise ValueError(f"name {self.name!r} is not that of a matrix in a decoder layer ('layers.0.q_proj')")
         if not 0 <= self.zeros <= self.numel:
             raise ValueError(f"{self.name}: zeros = {self.zeros} of {self.numel} weights")
         dtype = getattr(torch, self.base_dtype, None)

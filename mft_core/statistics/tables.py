@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mft_core.statistics.markdown import table, text
+
 Row = Mapping[str, Any]
 METHODS = {
     "base": "base",
@@ -166,14 +168,14 @@ def markdown(rows: Sequence[Row], question: str, confidence: float = 0.95, winne
     if guess:
         blank = [""] * (len(header) - 1 - len(guess))
         lines.append(["always the commonest answer", *blank, *guess])
-    parts = [f"## {question}", _grid(header, lines), _legend(rows, confidence), _conclusion(rows)]
+    parts = [f"## {text(question)}", table(header, lines), _legend(rows, confidence), _conclusion(rows)]
     if winners:
-        parts += ["### The best of each sweep", _grid(*_winner_cells(winners)), _WINNERS_LEGEND]
+        parts += ["### The best of each sweep", table(*_winner_cells(winners)), _WINNERS_LEGEND]
     unclear = _unclear(rows)
     if unclear:
-        parts += ["### How many items would show it", _grid(*cells(unclear, _power_cell)), _POWER_LEGEND]
+        parts += ["### How many items would show it", table(*cells(unclear, _power_cell)), _POWER_LEGEND]
     if single := apart(rows):
-        parts += ["### Each seed apart", _grid(*cells(single)), "Adjusted over this table, apart from the ones above."]
+        parts += ["### Each seed apart", table(*cells(single)), "Adjusted over this table, apart from the ones above."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -271,8 +273,3 @@ def plain(key: str, value: Any) -> str:
     if key == "sparsity":
         return percent(value)
     return f"{value:.15g}" if isinstance(value, float) else str(value)
-
-
-def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

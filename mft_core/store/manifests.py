@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft_core.errors import ConfigError
 from mft_core.identity import digest, digest_file
+from mft_core.names import inside
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest_sha256"
@@ -81,10 +83,14 @@ def read(directory: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(name), kind) for name, kind in _FIELDS.items()):
         return None
-    return loaded if all(map(_is_entry, loaded["files"].values())) else None
+    return loaded if all(_is_entry(directory, name, entry) for name, entry in loaded["files"].items()) else None
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(directory: Path, name: str, entry: Any) -> bool:
+    try:
+        inside(directory, name, MANIFEST)
+    except ConfigError:
+        return False
     return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
 
 

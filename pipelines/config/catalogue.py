@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from mft_core.errors import ConfigError, explain, unknown
 from mft_core.recipes import Recipe, Runtime
-from pipelines.config.setup import Layers, Method
+from mft_core.yaml_files import read_yaml
+from pipelines.config.setup import Label, Layers, Method
 
 _HERE = Path(__file__).resolve().parents[1]
 _PATH_KEYS = {"path", "chat_template"}
@@ -107,8 +107,8 @@ class SearchSpec(Recipe):
 class Study(Recipe):
     """A question and the variants that answer it; or, in `studies`, the studies that it is made of."""
 
-    name: str
-    question: str
+    name: Label
+    question: Label
     domain: str | None = None
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
@@ -137,10 +137,10 @@ class Study(Recipe):
 class Profile(Recipe):
     """A backbone with its domains. `defaults` and each domain are partial setups."""
 
-    name: str
+    name: Label
     default_domain: str
     defaults: dict[str, Any]
-    domains: dict[str, dict[str, Any]] = Field(min_length=1)
+    domains: dict[Label, dict[str, Any]] = Field(min_length=1)
     layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
     runtime: Runtime = Runtime.model_validate({})
 
@@ -165,7 +165,7 @@ def names(kind: str) -> list[str]:
 def load_study(name: str) -> Study:
     """Read a study by its name or by the path of a YAML file."""
     path = _locate("study", name)
-    return _validate(Study, {"name": path.stem, **_read(path)}, f"study {path.name}")
+    return _validate(Study, {"name": path.stem, **read_yaml(path)}, f"study {path.name}")
 
 
 def load_studies(name: str) -> list[Study]:
@@ -181,13 +181,18 @@ def load_profile(name: str) -> Profile:
     return _validate(Profile, {"name": path.stem, **values}, f"profile {path.name}")
 
 
-def _anchored_profile(path: Path) -> dict[str, Any]:
+def _anchored_profile(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a profile over the one that it extends, with relative paths made absolute."""
-    values: dict[str, Any] = anchored(_read(path), path.parent)
+    if path in extended_by:
+        raise ConfigError(f"{path}: extends: the profile extends itself; name another one, or leave the key out.")
+    values: dict[str, Any] = anchored(read_yaml(path), path.parent)
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    merged = _anchored_profile(_locate("profile", parent))
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}: give one profile's name or YAML file.")
+    beside = path.parent / parent if parent.endswith((".yaml", ".yml")) else parent
+    merged = _anchored_profile(_locate("profile", str(beside)), (*extended_by, path))
     merge(merged, values)
     return merged
 
@@ -236,16 +241,6 @@ def _locate(kind: str, name: str) -> Path:
     if name not in names(kind):
         raise unknown(kind, name, names(kind))
     return FOLDERS[kind] / f"{name}.yaml"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(loaded).__name__}.")
-    return dict(loaded)
 
 
 def _validate(model: type[Model], values: dict[str, Any], where: str) -> Model:

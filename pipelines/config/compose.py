@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mft_core.errors import ConfigError, did_you_mean, explain
 from mft_core.recipes import Runtime
+from mft_core.yaml_files import parse_yaml
 from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, anchored, domain_of, merge
 from pipelines.config.setup import METHODS, OF_ANOTHER_DOMAIN, Setup, uses
 
@@ -32,10 +32,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {text}: give it as KEY=VALUE, for example --set mask.sparsity=0.2.")
-        try:
-            overrides[key.strip()] = _number(yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is not YAML: {error}") from error
+        overrides[key.strip()] = _number(parse_yaml(value, f"--set {text}"))
     return overrides
 
 

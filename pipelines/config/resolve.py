@@ -16,13 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import yaml
-
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import data_files
 from mft_core.identity import digest
 from mft_core.layers import format_layers, parse_layers
+from mft_core.names import inside
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
+from mft_core.yaml_files import read_yaml
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -122,7 +122,7 @@ def benchmark_items(spec: BenchmarkSpec) -> Source:
         raise ConfigError(
             f"{folder / definition}: dataset_kwargs.data_files.test must name the JSONL file of the items."
         )
-    return local_file(folder / items, f"benchmarks.{spec.name}.path")
+    return local_file(inside(folder, items, f"{definition}: data_files.test"), f"benchmarks.{spec.name}.path")
 
 
 def _task_definition(spec: BenchmarkSpec) -> tuple[Path, str, dict[str, Any]]:
@@ -133,7 +133,7 @@ def _task_definition(spec: BenchmarkSpec) -> tuple[Path, str, dict[str, Any]]:
         try:
             stat = path.stat()
             loaded = _read_yaml(path, stat.st_mtime_ns, stat.st_size)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except ConfigError as error:
             raise ConfigError(
                 f"benchmarks.{spec.name}.path: {path} is not plain YAML (lm-eval's !function needs an installed "
                 f"task); put it elsewhere, or leave that tag out: {error}"
@@ -150,7 +150,7 @@ def _task_definition(spec: BenchmarkSpec) -> tuple[Path, str, dict[str, Any]]:
 @functools.lru_cache(maxsize=1024)
 def _read_yaml(path: Path, modified: int, size: int) -> Any:
     """Read a file that every variant of a study asks for; `modified` and `size` make it read again when it changes."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return read_yaml(path)
 
 
 def layers(setup: Setup) -> str:

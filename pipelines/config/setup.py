@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mft_core.recipes import CALIBRATED, TRAINED, Lora, Modules, Recipe, Scope, ScoreInit, Selector, Sparsity, Training
 
@@ -91,6 +91,18 @@ Layers = Annotated[str, BeforeValidator(_layers_text)]
 """layers of a decoder, as people write them; see `mft_core.layers`"""
 
 
+def _label(value: str) -> str:
+    """Refuse what is no name: labels stand in tables, figures, file names and on terminals."""
+    if not value.strip() or len(value) > _LONGEST_LABEL or not value.isprintable():
+        raise ValueError(f"valid: 1 to {_LONGEST_LABEL} printable characters, in one line")
+    return value
+
+
+_LONGEST_LABEL = 200
+Label = Annotated[str, AfterValidator(_label)]
+"""what people call a study, a domain, a benchmark; whatever stands in it is text"""
+
+
 class ModelSpec(Recipe):
     """The base model."""
 
@@ -154,7 +166,7 @@ class LoraSpec(Lora):
 class BenchmarkSpec(Recipe):
     """One benchmark: an lm-eval task, or a local-file task in a folder."""
 
-    name: str = Field(description="short name, used in tables and metrics")
+    name: Label = Field(description="short name, used in tables and metrics")
     task: str
     path: str | None = Field(None, description="folder of a local-file task; null for lm-eval's own tasks")
     num_fewshot: int | None = Field(None, ge=0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mft_core.statistics.markdown import Markup, text
 from pipelines.config.catalogue import Study
 from pipelines.report import published
 from pipelines.report.asked import Asked
+from pipelines.report.attempt import attempt
 from pipelines.report.files import write_tables
 from pipelines.report.page import PAGE, replacing, write_pages
 from pipelines.report.render import Section, grid
 from pipelines.report.report import Report
-from pipelines.report.sections import provenance
+from pipelines.report.sections import part, provenance
 from pipelines.report.verdict import sentence
 
 
@@ -36,7 +39,7 @@ def composite_report(study: Study, parts: Sequence[tuple[Report, Path]], out: Pa
     cost = f"{len(everything)} stages, {seconds / 3600:.2f} hours of computing; what studies share is counted once."
     sections = [
         Section("answer", "Answers", _answers(parts, out)),
-        Section("paper", "The paper's results beside ours", published.side_by_side(reports, profile)),
+        part("paper", "The paper's results beside ours", lambda: published.side_by_side(reports, profile)),
         Section("cost", "Cost", cost),
         Section("provenance", "Where this comes from", provenance(everything.values(), asked)),
     ]
@@ -51,9 +54,10 @@ def _answers(parts: Sequence[tuple[Report, Path]], out: Path) -> str:
     lines = []
     for report, directory in parts:
         study = report.plan.study
+        said = attempt(f"the answer of {study.name}", functools.partial(sentence, report), "not to be had")
         link = Path(os.path.relpath(directory.absolute(), out.absolute())).as_posix()
         lines.append(
-            [f"[{study.name}](<{link}/{PAGE}>)", study.question, published.finding(study.name), sentence(report)]
+            [Markup(f"[{text(study.name)}](<{link}/{PAGE}>)"), study.question, published.finding(study.name), said]
         )
     note = "Holm's correction is made within each study, not over all of them."
     return f"{grid(['study', 'question', 'the paper', 'here'], lines)}\n\n{note}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from pipelines.report.attempt import attempt
+
 Row = Mapping[str, Any]
 
 
@@ -17,7 +20,8 @@ def write_tables(tables: Mapping[str, Sequence[Row]], folder: Path) -> list[Path
     """Write each table as `NAME.csv` and `NAME.parquet`; returns the files."""
     written = []
     for name, rows in tables.items():
-        table = as_table(rows)
+        if (table := attempt(f"the file of table {name}", functools.partial(as_table, rows), None)) is None:
+            continue
         pa.csv.write_csv(table, folder / f"{name}.csv")
         pa.parquet.write_table(table, folder / f"{name}.parquet")
         written += [folder / f"{name}.csv", folder / f"{name}.parquet"]

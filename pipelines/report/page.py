@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from mft_core import figures
 from mft_core.figures import search as search_figure
 from pipelines.report import published, render, sections
 from pipelines.report.asked import Asked
+from pipelines.report.attempt import attempt
 from pipelines.report.files import write_tables
 from pipelines.report.report import Report, slug
 from pipelines.report.search_section import FIGURE
@@ -33,18 +35,20 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
     study, profile = report.plan.study, report.plan.profile
     known = published.gains(profile.name)
     with replacing(out) as folder:
+        figure = folder / "figure.png"
         if known or study.figure:
-            figures.gains(report.rows, study.question, folder / "figure.png", kind=study.figure, published=known)
-        else:
-            shutil.copyfile(report.directory / "figure.png", folder / "figure.png")  # the comparison's own is the same
+            draw = functools.partial(figures.gains, report.rows, study.question, figure, kind=study.figure)
+            attempt("the figure", lambda: draw(published=known), None)
+        else:  # the comparison's own is the same
+            attempt("the figure", lambda: shutil.copyfile(report.directory / figure.name, figure), figure)
         for name, directory in report.analyses.items():
             own = folder / slug(name)
             own.mkdir()
-            for figure in directory.glob("*.png"):
-                shutil.copyfile(figure, own / figure.name)
+            for drawn in directory.glob("*.png"):
+                shutil.copyfile(drawn, own / drawn.name)
         tables = report.tables
         if TRIALS in tables:
-            search_figure.trials(tables[TRIALS], folder / FIGURE)
+            attempt("the search's figure", lambda: search_figure.trials(tables[TRIALS], folder / FIGURE), None)
         write_tables({"rows": report.rows, **tables}, folder)
         subtitle = f"Study {study.name} on profile {profile.name}"
         write_pages(folder, study.question, subtitle, sections.of_study(report, asked))

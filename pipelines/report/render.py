@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from markupsafe import Markup
 
-from mft_core.analysis.markdown import table
+from mft_core.statistics.markdown import table, text
 
 _CSS_DPI, _FIGURE_DPI = 96, 160
 _VERDICT = re.compile(r"\b(better|worse|noise|identical)\)?$")
@@ -39,7 +39,7 @@ class Section:
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
     """Return the report as one Markdown text."""
-    parts = [f"# {title}"] + [f"## {section.title}\n\n{section.body.strip()}" for section in sections]
+    parts = [f"# {text(title)}"] + [f"## {text(section.title)}\n\n{section.body.strip()}" for section in sections]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,17 +63,17 @@ def _frame() -> jinja2.Template:
     return environment.get_template("page.html.jinja")
 
 
-def _html_of(text: str, folder: Path) -> str:
+def _html_of(body: str, folder: Path) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("table_open", _table_open)
     parser.add_render_rule("table_close", _table_close)
-    tokens = parser.parse(text)
+    tokens = parser.parse(body)
     for index, token in enumerate(tokens):
         if token.type == "td_open" and (found := _VERDICT.search(tokens[index + 1].content)):
             token.attrSet("class", found[1])
         for child in token.children or ():
-            if child.type == "image":
-                _inline(child, folder)
+            if child.type == "image" and not _inline(child, folder):
+                child.type, child.tag, child.content = "text", "", f"({child.content}: no such figure)"
     rendered: str = parser.renderer.render(tokens, parser.options, {})
     return rendered
 
@@ -86,12 +86,21 @@ def _table_close(renderer: Any, tokens: Sequence[Token], index: int, options: An
     return "</table></div>\n"
 
 
-def _inline(image: Token, folder: Path) -> None:
-    """Put the PNG's bytes in the place of its path, to be shown in its true size; one that is not there is an error."""
-    data = (folder / str(image.attrs["src"])).read_bytes()
+def _inline(image: Token, folder: Path) -> bool:
+    """Put the bytes of one of the report's own PNGs in the place of its path, to be shown in its true size.
+
+    Returns:
+        whether it is one: a page embeds no other file.
+    """
+    path = folder / str(image.attrs["src"])
+    own = folder.resolve() in path.resolve().parents and path.suffix == ".png" and path.is_file()
+    if not own:
+        return False
+    data = path.read_bytes()
     image.attrs["src"] = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     pixels = int.from_bytes(data[16:20], "big")  # its header says how many it is wide
     image.attrs["width"] = round(pixels * _CSS_DPI / _FIGURE_DPI)
+    return True
 
 
 def grid(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
@@ -100,4 +109,4 @@ def grid(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else str(value).replace("|", "\\|")
+    return "-" if value is None else value if isinstance(value, str) else str(value)

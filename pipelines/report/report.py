@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mft_core.store.manifests import validation_loss
 from pipelines.cost import measured as costs
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.plan import Plan, comparison_node
+from pipelines.report.attempt import attempt
 from pipelines.report.chosen import chosen
 from pipelines.search.tables import tables as search_tables
 
@@ -45,15 +46,19 @@ class Report:
     @functools.cached_property
     def tables(self) -> dict[str, list[Row]]:
         """Every table of numbers besides `rows`, by name: choices, winners, costs, a search, each analysis."""
-        found = {
-            "chosen": chosen(self.rows),
-            "winners": _read_rows(self.directory / "winners.json"),
-            "cost": costs.by_stage(self.plan, self.manifests),
-            "cost-per-point": costs.per_point(self.plan, self.manifests, self.rows),
+        parts: dict[str, Callable[[], list[Row]]] = {
+            "chosen": lambda: chosen(self.rows),
+            "winners": lambda: _read_rows(self.directory / "winners.json"),
+            "cost": lambda: costs.by_stage(self.plan, self.manifests),
+            "cost-per-point": lambda: costs.per_point(self.plan, self.manifests, self.rows),
         }
-        if self.plan.search:
-            found |= search_tables(self.plan.search, self.manifests)
-        found |= {slug(name): _read_rows(directory / "rows.json") for name, directory in self.analyses.items()}
+        for name, directory in self.analyses.items():
+            parts[slug(name)] = functools.partial(_read_rows, directory / "rows.json")
+        nothing: list[Row] = []
+        found = {name: attempt(f"table {name}", make, nothing) for name, make in parts.items()}
+        if search := self.plan.search:
+            of_search: dict[str, list[Row]] = {}
+            found |= attempt("the search's tables", lambda: search_tables(search, self.manifests), of_search)
         return {name: rows for name, rows in found.items() if rows}
 
 

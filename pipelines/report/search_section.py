@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pipelines.report.render import Section, grid
+from pipelines.report.render import grid
 from pipelines.search.tables import COST, TRIALS
 from pipelines.search.trials import Search
 
@@ -14,8 +14,8 @@ FIGURE = "search.png"
 Tables = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def search_section(search: Search, tables: Tables) -> Section:
-    """Return the section of a finished search; its figure lies beside the page."""
+def search_section(search: Search, tables: Tables) -> str:
+    """Return the text on a finished search; its figure lies beside the page."""
     costs = tables[COST]
     spec, space = search.space.spec, search.space
     rungs = ", ".join(f"{share:.0%}" for share in spec.rungs)
@@ -29,7 +29,7 @@ def search_section(search: Search, tables: Tables) -> Section:
     )
     body = [text, _choices(costs), f"![Validation loss of the trials against their cost]({FIGURE})",
             "### Every trial", _trials(space.values, tables[TRIALS])]  # fmt: skip
-    return Section("search", "The search", "\n\n".join(body))
+    return "\n\n".join(body)
 
 
 def _clock(costs: Sequence[Mapping[str, Any]]) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mft_core.statistics.tables import gain_cell, method_label
+from mft_core.statistics.markdown import Markup, code, plain_text, text
+from mft_core.statistics.tables import cell, method_label
 from pipelines.cost.measured import SHARED
 from pipelines.report import verdict
 from pipelines.report.asked import Asked
+from pipelines.report.attempt import attempt
 from pipelines.report.render import Section, grid
 from pipelines.report.report import Report, slug
 from pipelines.report.search_section import search_section
@@ -22,27 +25,42 @@ _FEW = 6
 
 def of_study(report: Report, asked: Asked) -> list[Section]:
     """Return every section of a study's report, in the order of the page."""
-    return [
-        Section("answer", "Answer", verdict.answer(report)),
+    parts = [
+        part("answer", "Answer", lambda: verdict.answer(report)),
         Section("figure", "Figure", "![Gains over FFT with their intervals](figure.png)"),
         Section("table", "Table", _without_heading(report.table)),
-        *_chosen(report.tables.get("chosen", [])),
-        *([search_section(report.plan.search, report.tables)] if report.plan.search else []),
-        *(_analysis(name, directory) for name, directory in report.analyses.items()),
-        Section("cost", "Cost", cost(report.tables)),
-        Section("settings", "Settings", settings(report, asked)),
-        Section("provenance", "Where this comes from", provenance(report.manifests.values(), asked)),
     ]
+    if rows := report.tables.get("chosen"):
+        parts.append(part("chosen", "Chosen on validation rows", lambda: _chosen(rows)))
+    if search := report.plan.search:
+        parts.append(part("search", "The search", lambda: search_section(search, report.tables)))
+    for name, directory in report.analyses.items():
+        parts.append(
+            attempt(f"part '{name}'", functools.partial(_analysis, name, directory), _failed(slug(name), name))
+        )
+    return [
+        *parts,
+        part("cost", "Cost", lambda: cost(report.tables)),
+        part("settings", "Settings", lambda: settings(report, asked)),
+        part("provenance", "Where this comes from", lambda: provenance(report.manifests.values(), asked)),
+    ]
+
+
+def part(name: str, title: str, body: Callable[[], str]) -> Section:
+    """Return a section; one that cannot be made says so on the page, and on the console."""
+    return attempt(f"part '{title}'", lambda: Section(name, title, body()), _failed(name, title))
+
+
+def _failed(name: str, title: str) -> Section:
+    return Section(name, title, "This part could not be made; the log says why. The numbers are in `rows.csv`.")
 
 
 def _without_heading(table: str) -> str:
     return re.sub(r"\A## .*\n", "", table)
 
 
-def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Return the section of what validation rows choose, if there was a choice."""
-    if not rows:
-        return []
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what validation rows choose."""
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     several = len({row["domain"] for row in rows}) > 1
     lines: dict[tuple[str, str], list[str]] = {}
@@ -50,13 +68,13 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> list[Section]:
         loss = f"{row['validation_loss']:.4f}"
         head = [row["variant"], *([row["domain"]] if several else []), str(row["variants"]), loss]
         line = lines.setdefault((row["domain"], row["variant"]), head + ["-"] * len(benchmarks))
-        line[len(head) + benchmarks.index(row["benchmark"])] = gain_cell(dict(row))
+        line[len(head) + benchmarks.index(row["benchmark"])] = cell(row)
     header = ["variant", *(["domain"] if several else []), "of", "validation loss", *benchmarks]
     note = (
         "Of each method's variants the one of least validation loss (nats per token, mean over seeds), and its gain on "
         "the benchmarks, which had no part in the choice; tests and verdicts are those of the table above."
     )
-    return [Section("chosen", "Chosen on validation rows", f"{note}\n\n{grid(header, list(lines.values()))}")]
+    return f"{note}\n\n{grid(header, list(lines.values()))}"
 
 
 def _analysis(name: str, directory: Path) -> Section:
@@ -147,10 +165,10 @@ def settings(report: Report, asked: Asked) -> str:
     plan = report.plan
     seeds = sorted({item.setup.seed for item in plan.variants if item.columns["seed"] is not None})
     lines = [
-        f"- profile: {plan.profile.name}",
-        f"- overrides: {', '.join(f'`{text}`' for text in asked.overrides) or 'none'}",
+        f"- profile: {text(plan.profile.name)}",
+        f"- overrides: {', '.join(map(code, asked.overrides)) or 'none'}",
         f"- seeds: {', '.join(map(str, seeds)) or 'none'}",
-        f"- domains: {', '.join(dict.fromkeys(item.setup.domain for item in plan.variants))}",
+        f"- domains: {', '.join(dict.fromkeys(text(item.setup.domain) for item in plan.variants))}",
         f"- benchmarks: {', '.join(_benchmarks(report))}",
     ]
     by_method: dict[str, list[dict[str, Any]]] = {}
@@ -159,7 +177,7 @@ def settings(report: Report, asked: Asked) -> str:
             by_method.setdefault(item.setup.method, []).append(_flat(item.trained.recipe.model_dump(exclude_none=True)))
     names = list(dict.fromkeys(name for recipes in by_method.values() for recipe in recipes for name in recipe))
     table = [
-        [f"`{name}`", *(_values([recipe.get(name) for recipe in recipes]) for recipes in by_method.values())]
+        [Markup(code(name)), *(_values([recipe.get(name) for recipe in recipes]) for recipes in by_method.values())]
         for name in names
     ]
     return "\n".join(lines) + "\n\n" + grid(["setting", *map(method_label, by_method)], table)
@@ -167,7 +185,7 @@ def settings(report: Report, asked: Asked) -> str:
 
 def _benchmarks(report: Report) -> list[str]:
     sizes = {row["benchmark"]: (row["n"], row["metric"]) for row in report.rows}
-    return [f"{name} ({n:,} items, {metric})" for name, (n, metric) in sizes.items()]
+    return [text(f"{name} ({n:,} items, {metric})") for name, (n, metric) in sizes.items()]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -194,11 +212,11 @@ def provenance(manifests: Any, asked: Asked) -> str:
                        for one in known)  # fmt: skip
     return "\n".join(
         [
-            f"```console\n$ {asked.command}\n```",
+            f"```console\n$ {plain_text(asked.command)}\n```",
             "",
             *(f"- commit {name} ({count} artifacts)" for name, count in commits.most_common()),
             *(f"- {name} ({count} artifacts)" for name, count in machines.most_common()),
-            *(f"- {text} ({count} artifacts)" for text, count in versions.most_common()),
+            *(f"- {version} ({count} artifacts)" for version, count in versions.most_common()),
         ]
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mft_core.figures.quantities import Quantity, quantities
+from mft_core.statistics.markdown import text
 from mft_core.statistics.tables import method_label
 from pipelines.report.report import Report
 
@@ -87,7 +88,8 @@ def _named(row: Row, varied: Sequence[Quantity], several_domains: bool) -> str:
     details = [quantity.described(quantity.of(row)) for quantity in varied if quantity.of(row) is not None]
     where = f"{row['domain']}: {row['benchmark']}" if several_domains else row["benchmark"]
     gain, low, high = (100 * row[key] for key in ("gain", "gain_low", "gain_high"))
-    return f"{', '.join([method_label(row['method']), *details])} on {where} {gain:+.1f} [{low:+.1f}, {high:+.1f}]"
+    named = f"{', '.join([method_label(row['method']), *details])} on {where}"
+    return f"{text(named)} {gain:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _rests_on(report: Report) -> str:
@@ -99,7 +101,7 @@ def _rests_on(report: Report) -> str:
     of_seeds = f"{seeds} seeds of each trained or random treatment" if seeds > 1 else "one seed of each treatment"
     covered = "items and treatment seeds" if seeds > 1 else "items, not other seeds"
     return (
-        f"Profile {profile}; {items} items a benchmark, {of_seeds}, one fine-tuned checkpoint a domain and setting: "
-        f"intervals cover {covered}, and not other fine-tuned checkpoints. *Better* and *worse* are judged after "
-        "Holm's correction over all tests of this study."
+        f"Profile {text(profile)}; {items} items a benchmark, {of_seeds}, one fine-tuned checkpoint a domain and "
+        f"setting: intervals cover {covered}, and not other fine-tuned checkpoints. *Better* and *worse* are judged "
+        "after Holm's correction over all tests of this study."
     )

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from mft_core.errors import ConfigError
 from pipelines.cli import main
+from pipelines.config.catalogue import load_profile
 from tests.support.mini import row, write_profile, write_study
 
 
@@ -237,3 +239,10 @@ def test_help_answers_without_heavy_imports():
     code = "import sys, pipelines.cli; print([m for m in ('torch','prefect','mlflow','pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_profile_that_extends_itself_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="the profile extends itself"):
+        load_profile(str(tmp_path / "a.yaml"))

@@ -1,0 +1,100 @@
+"""YAML as people mean it: a key that stands twice, an alias that blows up or contains itself, is refused.
+
+Reads profiles, studies and the values of `--set`; whoever reads YAML that a user wrote reads it here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mft_core.errors import ConfigError
+
+_MOST_BYTES = 1_000_000
+_MOST_NODES = 50_000
+"""values of a file with its aliases written out; the shipped profiles have under 500"""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses a key that stands twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ConfigError(
+                        f"key '{key.value}' stands twice, in lines {lines[key.value]} and {line}; "
+                        "the second would replace the first in silence: keep one."
+                    )
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML in UTF-8, has a key twice, or is no mapping.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"{path}: more than {_MOST_BYTES // 1_000_000} MB; is this the right file?")
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
+    loaded = parse_yaml(text, str(path))
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(loaded).__name__}.")
+    for key in loaded:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: key {key!r} is no text; put it in quotes.")
+    return loaded
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value of a YAML text; `where` begins the message of an error."""
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # of control characters
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_NODES:
+            raise ConfigError(f"more than {_MOST_NODES:,} values once its aliases (*name) are written out.")
+        return loader.construct_document(node)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # a date such as 2026-13-45; deep nesting
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"{where}: not YAML: {reason}") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a node with aliases written out; each node is looked at once.
+
+    Raises:
+        ConfigError: a value contains itself.
+    """
+    if id(node) in known:
+        if known[id(node)] == 0:
+            line = node.start_mark.line + 1
+            raise ConfigError(f"the value in line {line} contains itself through an alias (*name).")
+        return known[id(node)]
+    known[id(node)] = 0
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
