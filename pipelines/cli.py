@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -78,11 +79,19 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
+    from pipelines.config.catalogue import load_study
+    from pipelines.report.asked import Asked
     from tasks.mlflow import tracking
 
-    _, store = _checked_plans(study, profile, overrides, seeds, rerun)
+    plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
     tracking.prepare(store.home)
-    rows, table, page = _run_flow(store, lambda flows: flows.mft_ablation, study, profile, overrides, seeds, rerun)
+    asked = Asked(study, profile, overrides or [], _seeds(seeds))
+
+    def planned(flows: Any) -> Any:
+        work = functools.partial(flows.run_study, plans, store, load_study(study), asked, rerun or [])
+        return flows.with_work(flows.mft_ablation, work)
+
+    rows, table, page = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -104,8 +113,13 @@ def stage(
     from mft_core.stages import get_stage
 
     get_stage(name)
-    _, store = _checked_plans(study, profile, overrides, seeds, rerun)
-    made = _run_flow(store, lambda flows: flows.STAGE_FLOWS[name], study, profile, overrides, seeds, rerun)
+    plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
+
+    def planned(flows: Any) -> Any:
+        work = functools.partial(flows.run_stage, name, plans, store, study, rerun or [])
+        return flows.with_work(flows.STAGE_FLOWS[name], work)
+
+    made = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
     if as_json:
         print(json.dumps(made, indent=2))
         return
@@ -185,7 +199,7 @@ def _checked_plans(
     from pipelines.plan.preflight import checked_plans
 
     asked = overrides or [], _seeds(seeds), rerun or []
-    return checked_plans(load_studies(study), load_profile(profile), *asked, keep=True)
+    return checked_plans(load_studies(study), load_profile(profile), *asked)
 
 
 def _run_flow(

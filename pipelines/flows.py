@@ -1,19 +1,22 @@
 """The Prefect flows: a whole study, one chain, and one flow per stage. Each is served as a deployment (`deployments`).
 
-All of them plan, check, and run nodes through `execute`; what differs is which nodes and what comes after.
+A deployment's run is asked with names and plans by itself; the `mft` command has planned before it starts a server, and
+hands its plans to the same work (`with_work`). What differs is which nodes are run, and what comes after.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import Flow, flow
 from prefect.artifacts import create_markdown_artifact
@@ -23,7 +26,7 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.stage import Progress
 from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile, load_studies, load_study
+from pipelines.config.catalogue import Study, VariantSpec, load_profile, load_studies, load_study
 from pipelines.config.setup import Method
 from pipelines.graph.nodes import Node, closure
 from pipelines.plan.analyses import analysis_nodes, answers
@@ -44,6 +47,7 @@ _BEFORE_SEARCH = ("prepare-data", "fine-tune")
 """stages that every trial of a search starts from"""
 _WORKERS = 8
 """threads that wait for or do work; heavy stages take turns by themselves (`runtime.heavy_slots`)"""
+R = TypeVar("R")
 
 
 def _runner() -> Any:
@@ -70,8 +74,8 @@ def mft_ablation(
     Returns:
         the rows of the report, its table in Markdown, and its HTML page.
     """
-    asked = Asked(study, profile, overrides, seeds)
-    return _run(load_study(study), load_studies(study), load_profile(profile), asked, rerun)
+    planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
+    return run_study(*planned, load_study(study), Asked(study, profile, overrides, seeds), rerun)
 
 
 @flow(name="mft-pipeline", flow_run_name="{method} on {profile}", task_runner=_runner(), persist_result=False)
@@ -94,23 +98,22 @@ def mft_pipeline(
     params = {"profile": profile, "method": method, "domain": domain, "overrides": overrides, "seed": seed}
     words = [f"--param {key}={shlex.quote(json.dumps(value))}" for key, value in params.items()]
     command = " ".join(["prefect deployment run mft-pipeline", *words])
-    asked = Asked(name, profile, overrides, [seed], command)
-    return _run(study, [study], load_profile(profile), asked, rerun)
+    planned = checked_plans([study], load_profile(profile), overrides, [seed], rerun)
+    return run_study(*planned, study, Asked(name, profile, overrides, [seed], command), rerun)
 
 
-def _run(
-    whole: Study, studies: list[Study], profile: Profile, asked: Asked, rerun: list[str]
+def run_study(
+    plans: Sequence[Plan], store: ArtifactStore, whole: Study, asked: Asked, rerun: Sequence[str]
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Run studies as one: what they share is computed once, in whatever order it becomes possible.
 
     Args:
+        plans: of the studies that `whole` is made of, or of itself.
         whole: the study that the user named.
-        studies: those that it is made of, or itself.
 
     Returns:
         the rows of the reports, their tables in Markdown, and the HTML page of the whole.
     """
-    plans, store = checked_plans(studies, profile, asked.overrides, asked.seeds, rerun)
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
@@ -127,7 +130,8 @@ def _run(
             if place.runtime.heavy_slots > 1:  # the same processes for all rounds
                 place = replace(place, workers=stack.enter_context(Workers(store.home / "logs")))
             done = _search(plans, place, recorders, display, rerun)
-            plans = make_plans(studies, profile, store, asked.overrides, asked.seeds)  # with what was found
+            studies = [plan.study for plan in plans]  # planned again with what was found
+            plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds)
             for plan, recorder in zip(plans, recorders, strict=True):
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
@@ -217,20 +221,34 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         seeds: list[int] | None = None,
         rerun: list[str] = [],  # noqa: B006
     ) -> list[dict[str, str]]:
-        plans, store = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
-        wanted = _up_to(stage, plans)
-        with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
-            outcomes = run_nodes(wanted, workplace(plans[0], store, display), display, rerun)
-        return [
-            {"label": done.node.label, "directory": str(done.artifact.local_path(store))}
-            for done in outcomes.values()
-            if done.node.stage == stage
-        ]
+        planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
+        return run_stage(stage, *planned, study, rerun)
 
     return stage_flow
 
 
-def _up_to(stage: str, plans: list[Plan]) -> list[Node]:
+def run_stage(
+    stage: str, plans: Sequence[Plan], store: ArtifactStore, study: str, rerun: Sequence[str]
+) -> list[dict[str, str]]:
+    """Run one stage of planned studies, and what it needs; `study` is what the user called them."""
+    wanted = _up_to(stage, plans)
+    with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
+        outcomes = run_nodes(wanted, workplace(plans[0], store, display), display, rerun)
+    return [
+        {"label": done.node.label, "directory": str(done.artifact.local_path(store))}
+        for done in outcomes.values()
+        if done.node.stage == stage
+    ]
+
+
+def with_work(served: Flow[Any, R], work: Callable[[], R]) -> Flow[Any, R]:
+    """Return a served flow, with its name and parameters, that does this work: of a caller who has planned already."""
+    here = copy.copy(served)
+    here.fn = functools.wraps(served.fn)(lambda *args, **named: work())
+    return here
+
+
+def _up_to(stage: str, plans: Sequence[Plan]) -> list[Node]:
     """Return the nodes of a stage, each after the ones that it needs.
 
     Raises:

@@ -25,6 +25,7 @@ from pipelines.commands.doctor_hub import Finding
 from pipelines.config import resolve
 from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile
 from pipelines.config.compose import runtime_of, setups
+from pipelines.config.geometry import read_geometry
 from pipelines.config.setup import ModelSpec, Setup
 from pipelines.plan.disk import parameter_count, state_bytes
 from pipelines.plan.memory import memory_parts
@@ -163,7 +164,9 @@ def _space(setup: Setup, size: Size, store: ArtifactStore, runtime: Runtime = _U
 def _memory(setup: Setup, weights: int, runtime: Runtime, device: str, available: int) -> Finding:
     """Compare the peaks of the heavy stages with what the device has; on a CPU, all processes share it."""
     try:
-        needs = {name: sum(memory_parts(recipe, setup, runtime).values()) for name, recipe in _heaviest(setup).items()}
+        geometry = read_geometry(resolve.configuration(setup.model))
+        heaviest = _heaviest(setup).items()
+        needs = {name: sum(memory_parts(recipe, setup, geometry, runtime).values()) for name, recipe in heaviest}
     except ConfigError:  # no config.json: what fine-tuning takes besides activations is known all the same
         needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": _BYTES[setup.precision] * weights}
         return _enough(f"memory of {device}, before activations", needs, max(needs.values()), available)
@@ -179,7 +182,7 @@ def _heaviest(setup: Setup) -> dict[str, Recipe]:
         "fine-tuning": FineTune(training=setup.fine_tune),
         "mask learning": LearnMask(
             sparsity=mask.sparsity,
-            layers=resolve.layers(setup),
+            layers=resolve.layers(setup.model, setup.mask.layers),
             modules=mask.modules,
             scope=mask.scope,
             min_kept=mask.min_kept,

@@ -43,10 +43,13 @@ class VariantSpec(Recipe):
         default_factory=dict, description="setup key: values; a value 'x0.3' is that many times the profile's own"
     )
 
+    def values(self, profile: Profile) -> dict[str, list[Any]]:
+        """Return the grid's values by setup key."""
+        return {key: profile.each(values) if isinstance(values, str) else values for key, values in self.grid.items()}
+
     def points(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid's values as {setup key: value}."""
-        values = [profile.each(values) if isinstance(values, str) else values for values in self.grid.values()]
-        for point in itertools.product(*values):
+        for point in itertools.product(*self.values(profile).values()):
             yield dict(zip(self.grid, point, strict=True))
 
 

@@ -21,6 +21,8 @@ _ELSEWHERE = {
     "domain": "it is a field of the study and of its variants: write `domain:` there",
     "method": "it is a field of the study's variants: write `method:` there",
 }
+Point = tuple[Setup, dict[str, Any]]
+"""a setup with its point of the grid, {setup key: value}"""
 _FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
 _SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "lora", "mask", "benchmarks")
 
@@ -58,20 +60,36 @@ def runtime_of(profile: Profile, overrides: Mapping[str, Any]) -> Runtime:
         raise explain(error, Runtime, "runtime") from error
 
 
+def own_and_searched(
+    study: Study, profile: Profile, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+) -> tuple[list[Point], list[Point]]:
+    """Expand the study into the setups of its own variants, and into those of its search's space, if it has one.
+
+    Raises:
+        ConfigError: as `setups`.
+    """
+    own = study.model_copy(update={"search": None})
+
+    def expanded(part: Study) -> list[Point]:
+        used = {key: value for key, value in overrides.items() if concerns(part, key) or not concerns(study, key)}
+        return setups(part, profile, used, seeds)
+
+    if study.search is None:
+        return expanded(own), []
+    return expanded(own), expanded(own.model_copy(update={"variants": (study.search.family,)}))
+
+
 def setups(
     study: Study, profile: Profile, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
-) -> list[tuple[Setup, dict[str, Any]]]:
+) -> list[Point]:
     """Expand the study into the setups of its variants, in the study's order, without repeats.
-
-    Returns:
-        each setup with its point of the grid, {setup key: value}.
 
     Raises:
         ConfigError: an unknown key, an invalid value, or an override that no variant of the study uses.
     """
     settings = {key: value for key, value in overrides.items() if not key.startswith("runtime.")}
     _refuse_misplaced(settings, study)
-    found: list[tuple[Setup, dict[str, Any]]] = []
+    found: dict[Setup, dict[str, Any]] = {}
     for spec in study.variants:
         domains = profile.each(EACH_DOMAIN) if spec.domain == EACH_DOMAIN else [spec.domain]
         for domain, point in itertools.product(domains, spec.points(profile)):
@@ -79,10 +97,9 @@ def setups(
                 setup, meant = _compose(
                     study, profile, spec.model_copy(update={"domain": domain}), settings, point, seed
                 )
-                if all(setup != other for other, _ in found):
-                    found.append((setup, meant))
-    _refuse_unused(settings, study, [setup for setup, _ in found])
-    return found
+                found.setdefault(setup, meant)
+    _refuse_unused(settings, study, list(found))
+    return list(found.items())
 
 
 def _seeds(spec: VariantSpec, point: Mapping[str, Any], seeds: Sequence[int]) -> Sequence[int]:
@@ -205,11 +222,6 @@ def concerns(study: Study, key: str) -> bool:
         return True
     varied = any(key in spec.grid for spec in study.families)
     return not varied and any(uses(spec.method, key) for spec in study.families)
-
-
-def settings_of(part: Study, study: Study, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides for a part of a study's variants: without those that concern the others alone."""
-    return {key: value for key, value in settings.items() if concerns(part, key) or not concerns(study, key)}
 
 
 def _refuse_unused(settings: Mapping[str, Any], study: Study, found: Sequence[Setup]) -> None:

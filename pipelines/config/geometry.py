@@ -8,8 +8,6 @@ plan needs.
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -105,13 +103,6 @@ class Geometry:
 
 def read_geometry(config: Mapping[str, Any]) -> Geometry:
     """Return the geometry of a decoder from the content of its config.json (the text part of a multimodal one)."""
-    return _read(json.dumps(config, sort_keys=True, default=str))
-
-
-@functools.lru_cache(maxsize=64)
-def _read(text: str) -> Geometry:
-    """Read a configuration that every stage of a plan asks for."""
-    config = json.loads(text)
     family = str(config.get("model_type"))
     if family == "gemma3_text":
         config = {**_GEMMA3, **config}

@@ -1,20 +1,19 @@
-"""From the names and paths of a setup to sources known by content: the only place that looks at disk or hub to plan.
+"""From a setup to a `Resolved`: names and paths become sources known by content. Alone looks at disk or hub to plan.
 
+A plan resolves each of its setups once, before the graph is built, and hands on what was found (`Resolver`); the other
+functions are for those who ask after one thing (`mft doctor`).
 A hub repository is pinned to the commit that its revision names: asked of the hub, or, offline, of the local hub cache.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal
 
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import data_files
@@ -23,68 +22,60 @@ from mft_core.layers import format_layers, parse_layers
 from mft_core.names import inside
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
 from mft_core.yaml_files import read_yaml
-from pipelines.config.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
+from pipelines.config.geometry import read_geometry
+from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas, uses
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-P = ParamSpec("P")
-R = TypeVar("R")
-_seen: ContextVar[dict[Any, Any] | None] = ContextVar("seen", default=None)
+
+class Resolver:
+    """Resolves setups, and looks at each thing once for as long as it lives: variants share models, data, benchmarks.
+
+    Made anew for every planning, so that what was changed since is seen.
+    """
+
+    def __init__(self) -> None:
+        self._model, self._layers = functools.cache(resolved_model), functools.cache(layers)
+        self._rows, self._items = functools.cache(rows), functools.cache(benchmark_items)
+        self._benchmark = functools.cache(benchmark)
+
+    def resolve(self, setup: Setup) -> Resolved:
+        """Look at everything that the setup's method uses.
+
+        Raises:
+            ConfigError: a model, data file, benchmark or layer that is not there.
+        """
+        found = self._model(setup.model)
+        mixed = {source: self._rows(source) for data in datas(setup) for source in data.mixture}
+        local = [bench for bench in (*setup.benchmarks, *setup.held_out) if bench.path and mixed]
+        held_out = {source.digest: source for source in map(self._items, local)}
+        benchmarks = {bench.name: self._benchmark(bench) for bench in setup.benchmarks}
+        if uses(setup.method, "mask"):
+            mask = setup.mask.model_copy(update={"layers": self._layers(setup.model, setup.mask.layers)})
+            setup = setup.model_copy(update={"mask": mask})
+        return Resolved(setup, found, mixed, tuple(held_out[name] for name in sorted(held_out)), benchmarks)
 
 
-@contextlib.contextmanager
-def one_look() -> Iterator[None]:
-    """Look at each thing once for as long as the context lasts: a plan's variants share models, data and benchmarks."""
-    if _seen.get() is not None:
-        yield
-        return
-    token = _seen.set({})
-    try:
-        yield
-    finally:
-        _seen.reset(token)
+def resolved_model(spec: ModelSpec) -> ResolvedModel:
+    """Return the base model with what its files say of it."""
+    found, tokenizer = model(spec), _checkpoint(spec, "tokenizer")
+    template = local_file(Path(spec.chat_template), "model.chat_template") if spec.chat_template else None
+    config = configuration_file(spec)
+    return ResolvedModel(found, tokenizer, template, config, read_geometry(_read_configuration(config)))
 
 
-def _looked_at_once(look: Callable[P, R]) -> Callable[P, R]:
-    @functools.wraps(look)
-    def remembered(*args: P.args, **named: P.kwargs) -> R:
-        seen = _seen.get()
-        if seen is None:
-            return look(*args, **named)
-        asked = look, args, *named.items()
-        if asked not in seen:
-            seen[asked] = look(*args, **named)
-        found: R = seen[asked]
-        return found
-
-    return remembered
-
-
-@_looked_at_once
 def model(spec: ModelSpec) -> Source:
     """Return the base model as a source."""
     return _checkpoint(spec, "model")
 
 
-@_looked_at_once
-def tokenizer(spec: ModelSpec) -> Source:
-    """Return the base model's tokenizer: the same place, but only its files count."""
-    return _checkpoint(spec, "tokenizer")
-
-
-def _checkpoint(spec: ModelSpec, kind: Any) -> Source:
+def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"]) -> Source:
+    """Return the base model, or its tokenizer: the same place, but only that one's files count."""
     if Path(spec.path).is_absolute():
         return local_checkpoint(kind, Path(spec.path))
     return pinned(spec.path, _commit(spec.path, spec.revision, "model"), kind)
 
 
-@_looked_at_once
-def template(spec: ModelSpec) -> Source:
-    """Return the chat template that replaces the tokenizer's own."""
-    return local_file(Path(spec.chat_template or ""), "model.chat_template")
-
-
-@_looked_at_once
 def rows(spec: SourceSpec) -> Source:
     """Return one source of training rows."""
     if Path(spec.path).is_absolute():
@@ -92,9 +83,13 @@ def rows(spec: SourceSpec) -> Source:
     return pinned(spec.path, _commit(spec.path, spec.revision, "dataset"), "dataset")
 
 
-@_looked_at_once
 def benchmark(spec: BenchmarkSpec) -> Source:
-    """Return a local-file benchmark: the folder, known by the task's definition and all its data files alone."""
+    """Return a benchmark: lm-eval itself, whose version says how its own tasks are defined, or a local-file one.
+
+    That is the folder, known by the task's definition and all its data files alone.
+    """
+    if not spec.path:
+        return _harness()
     folder, definition, loaded = _task_definition(spec)
     files = data_files(folder, loaded)
     for split, path in files.items():
@@ -107,12 +102,10 @@ def benchmark(spec: BenchmarkSpec) -> Source:
 
 
 @functools.cache
-def harness() -> Source:
-    """Return lm-eval itself as a source: the definitions of its own tasks are as its version has them."""
+def _harness() -> Source:
     return Source(location="lm-eval", digest=digest({"lm-eval": metadata.version("lm-eval")}))
 
 
-@_looked_at_once
 def benchmark_items(spec: BenchmarkSpec) -> Source:
     """Return the items of a local-file benchmark, for keeping them out of the training data."""
     folder, definition, loaded = _task_definition(spec)
@@ -153,18 +146,12 @@ def _read_yaml(path: Path, modified: int, size: int) -> Any:
     return read_yaml(path)
 
 
-def layers(setup: Setup) -> str:
-    """Return the masked layers in canonical form, so that '2,3' and '2-3' are one recipe."""
-    return format_layers(parse_layers(setup.mask.layers, decoder_layers(setup.model)))
-
-
-@_looked_at_once
-def decoder_layers(spec: ModelSpec) -> int:
-    """Return how many decoder layers the model has, from its configuration alone."""
+def layers(spec: ModelSpec, text: str) -> str:
+    """Return layers of the model in canonical form; its configuration says how many there are."""
     config = configuration(spec)
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if isinstance(config.get(name), int):
-            return int(config[name])
+            return format_layers(parse_layers(text, config[name]))
     raise ConfigError(f"model = {spec.path}: its config.json names no number of decoder layers; is it a decoder?")
 
 

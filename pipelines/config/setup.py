@@ -1,17 +1,23 @@
 """One variant's complete settings, as a user can write and override them (`--set a.b=c`).
 
 A `Setup` is composed, later ones winning, from the profile, the profile's section for the domain, the study, the point
-of the study's grid and `--set`. Unlike recipes it holds names and paths; `pipelines.graph.variants` turns it into
-recipes and inputs, in which nothing is left but what the results depend on.
+of the study's grid and `--set`. Unlike recipes it holds names and paths; `pipelines.config.resolve` makes a `Resolved`
+of it, which knows what these stand for now, and `pipelines.graph.variants` turns that into recipes and inputs, in which
+nothing is left but what the results depend on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mft_core.recipes import CALIBRATED, TRAINED, Lora, Modules, Recipe, Scope, ScoreInit, Selector, Sparsity, Training
+from mft_core.store.sources import Source
+from pipelines.config.geometry import Geometry
 
 METHODS: dict[str, frozenset[str]] = {
     # method: the sections of the setup that it uses, besides model and benchmarks
@@ -239,5 +245,34 @@ def other_data(setup: Setup, key: str) -> DataSpec | None:
 
 def datas(setup: Setup) -> list[DataSpec]:
     """Return the training data that the setup's method uses."""
+    own = setup.data if uses(setup.method, "data") else None
     others = [other_data(setup, name) for name in OF_ANOTHER_DOMAIN if uses(setup.method, f"{name}.data")]
-    return [setup.data, *(data for data in others if data)]
+    return [data for data in (own, *others) if data]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A base model and what its files say of it."""
+
+    source: Source
+    tokenizer: Source
+    template: Source | None
+    """the chat template that replaces the tokenizer's own"""
+    config: Path
+    """its config.json"""
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A setup with all that disk and hub say of what it names: whoever has it need not look there."""
+
+    setup: Setup
+    """the layers of a mask are in canonical form, so that '2,3' and '2-3' are one recipe"""
+    model: ResolvedModel
+    rows: Mapping[SourceSpec, Source]
+    """of all data that the method uses"""
+    held_out: tuple[Source, ...]
+    """files of items that are kept out of these rows, each once, ordered by content"""
+    benchmarks: Mapping[str, Source]
+    """by name: the folder of a local benchmark, or lm-eval itself"""

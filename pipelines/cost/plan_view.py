@@ -65,7 +65,7 @@ def _run_as_dict(run: Run) -> dict[str, Any]:
 
 
 def _memory_as_dict(plan: Plan, step: Step) -> dict[str, Any]:
-    if step.node.id not in plan.settings:  # an answer: a comparison, an analysis
+    if step.node.id not in plan.resolved:  # an answer: a comparison, an analysis
         return {}
     return {"peak_memory_bytes": _peak(plan, step), "memory_parts_bytes": plan.memory(step.node)}
 

@@ -28,9 +28,8 @@ from typing import Any
 from mft_core.layers import parse_layers
 from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, MergeMask, PredictLayers, PrepareData
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config import resolve
-from pipelines.config.geometry import Geometry, read_geometry
-from pipelines.config.setup import Setup
+from pipelines.config.geometry import Geometry
+from pipelines.config.setup import Resolved, Setup
 from pipelines.cost import flops as operations
 from pipelines.cost import workload as amounts
 from pipelines.cost.flops import Work
@@ -237,18 +236,18 @@ class _Pricing:
         """Return what a stage has cost, or is going to."""
         if step.manifest is not None:
             return Cost(_measured(step.node, step.manifest["provenance"], self._device), True)
-        setup = self._setup(step.node)
-        precision = _precision(step.node, setup)
-        return Cost(self._device.hours(self._work(step.node, setup, precision), precision), False)
+        resolved = self._resolved(step.node)
+        precision = _precision(step.node, resolved.setup)
+        return Cost(self._device.hours(self._work(step.node, resolved, precision), precision), False)
 
-    def _setup(self, node: Node) -> Setup:
+    def _resolved(self, node: Node) -> Resolved:
         """Return the settings of a variant that the stage belongs to; of an analysis, of the model that it looks at."""
-        while node.id not in self._plan.settings:
+        while node.id not in self._plan.resolved:
             node = next(given.node for given in node.inputs.values() if isinstance(given, Edge))
-        return self._plan.settings[node.id]
+        return self._plan.resolved[node.id]
 
-    def _work(self, node: Node, setup: Setup, precision: str) -> Work:
-        geometry, runtime, recipe = read_geometry(resolve.configuration(setup.model)), self._plan.runtime, node.recipe
+    def _work(self, node: Node, resolved: Resolved, precision: str) -> Work:
+        setup, geometry, runtime, recipe = resolved.setup, resolved.model.geometry, self._plan.runtime, node.recipe
         if isinstance(recipe, PrepareData):
             found = amounts.sequences(node, geometry.vocabulary, None)
             return Work(processor=operations.PREPARED * (found.train + found.validation))

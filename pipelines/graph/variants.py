@@ -1,10 +1,13 @@
-"""From a setup to the chain of stages that answers it; variants share the nodes that they have in common."""
+"""From a resolved setup to the chain of stages that answers it; variants share the nodes that they have in common.
+
+Looks at nothing but its arguments: what disk and hub say is in them (`pipelines.config.setup.Resolved`).
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,8 +26,7 @@ from mft_core.recipes import (
     Training,
 )
 from mft_core.store.sources import Source
-from pipelines.config import resolve
-from pipelines.config.setup import METHODS, SELECTORS, BenchmarkSpec, DataSpec, Setup, uses
+from pipelines.config.setup import METHODS, SELECTORS, BenchmarkSpec, DataSpec, Resolved, Setup, uses
 from pipelines.graph.nodes import Edge, Node, closure
 
 _COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
@@ -36,7 +38,7 @@ _OF_FINE_TUNING = ("model", "data", "fine_tune")
 class Variant:
     """One row of a study: its setup, the node that holds its model's training (if any), one evaluation a benchmark."""
 
-    setup: Setup
+    resolved: Resolved
     name: str
     trained: Node | None
     evaluations: Mapping[str, Node]
@@ -44,6 +46,11 @@ class Variant:
     """what the study varies besides sparsity, layers, modules and seed: {setup key: value}"""
     baseline: Variant | None
     """the full fine-tuning that this variant's own training starts from, as a variant; None for `base` and `fft`"""
+
+    @property
+    def setup(self) -> Setup:
+        """Its settings."""
+        return self.resolved.setup
 
     @functools.cached_property
     def columns(self) -> dict[str, str | int | float | None]:
@@ -55,7 +62,7 @@ class Variant:
             "variant": self.name,
             "method": setup.method,
             "domain": setup.domain,
-            "layers": resolve.layers(setup) if masked else None,
+            "layers": setup.mask.layers if masked else None,
             "modules": setup.mask.modules if masked else None,
             "sparsity": setup.mask.sparsity if masked else None,
             "seed": setup.seed if seeded else None,
@@ -63,7 +70,7 @@ class Variant:
         }
 
 
-def variant(setup: Setup, point: Mapping[str, Any], grid: Iterable[str] = ()) -> Variant:
+def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = ()) -> Variant:
     """Build the chain of one variant.
 
     Args:
@@ -71,39 +78,40 @@ def variant(setup: Setup, point: Mapping[str, Any], grid: Iterable[str] = ()) ->
         grid: every key that the study varies; where the last part of one does not name it, the whole key does.
 
     Raises:
-        ConfigError: a model, data file, benchmark or layer that is not there.
+        ConfigError: a mask that cannot be.
     """
+    setup = resolved.setup
     details = {key: value for key, value in point.items() if key not in _COLUMNS}
     names = _short_names({*grid, *point})
     suffix = _suffix(details, names)
-    baseline = _baseline(setup, point, grid) if setup.method not in ("base", "fft") else None
+    baseline = _baseline(resolved, point, grid) if setup.method not in ("base", "fft") else None
     if setup.method == "base":
-        model: Source | Edge = resolve.model(setup.model)
+        model: Source | Edge = resolved.model.source
         trained = None
     else:
-        trained = baseline.trained if baseline else _fine_tuned(setup, _of_fine_tuning(details, names))
+        trained = baseline.trained if baseline else _fine_tuned(resolved, _of_fine_tuning(details, names))
         assert trained is not None
         model = Edge(trained, "model")
         if setup.method == "continued-fft":
-            trained = _continued(setup, model, suffix)
+            trained = _continued(resolved, model, suffix)
             model = Edge(trained, "model")
         elif setup.method in ("lora", "continued-lora"):
-            trained = _adapted(setup, model if setup.method == "continued-lora" else resolve.model(setup.model), suffix)
+            trained = _adapted(resolved, model if setup.method == "continued-lora" else resolved.model.source, suffix)
             model = Edge(trained, "model")
         elif setup.method in SELECTORS:
-            trained = _mask(setup, model, suffix)
+            trained = _mask(resolved, model, suffix)
             merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
                           trained.label.replace("learn-mask", "merge-mask"))  # fmt: skip
             model = Edge(merged, "model")
     name = _name(setup) + suffix
-    evaluations = {bench.name: _evaluation(setup, bench, model, name) for bench in setup.benchmarks}
-    return Variant(setup, name, trained, evaluations, details, baseline)
+    evaluations = {bench.name: _evaluation(resolved, bench, model, name) for bench in setup.benchmarks}
+    return Variant(resolved, name, trained, evaluations, details, baseline)
 
 
-def _baseline(setup: Setup, point: Mapping[str, Any], grid: Iterable[str]) -> Variant:
+def _baseline(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str]) -> Variant:
     """Return the fine-tuning that the setup starts from as a variant of its own, evaluated in the same way."""
     own = {key: value for key, value in point.items() if uses("fft", key)}
-    return variant(setup.model_copy(update={"method": "fft", "seed": 0}), own, grid)
+    return variant(replace(resolved, setup=resolved.setup.model_copy(update={"method": "fft", "seed": 0})), own, grid)
 
 
 def _short_names(keys: set[str]) -> dict[str, str]:
@@ -132,11 +140,11 @@ def _name(setup: Setup) -> str:
 
 def _mask_words(setup: Setup) -> list[str]:
     mask = setup.mask
-    words = [f"sparsity={mask.sparsity:.15g}", f"layers={resolve.layers(setup)}"]
+    words = [f"sparsity={mask.sparsity:.15g}", f"layers={mask.layers}"]
     return words + ([f"modules={mask.modules}"] if mask.modules != "both" else [])
 
 
-def _data(setup: Setup, spec: DataSpec, fraction: float, domain: str) -> Node:
+def _data(resolved: Resolved, spec: DataSpec, fraction: float, domain: str) -> Node:
     recipe = PrepareData(
         mixture=tuple(MixturePart(rows=source.rows) for source in spec.mixture),
         fraction=fraction,
@@ -144,52 +152,48 @@ def _data(setup: Setup, spec: DataSpec, fraction: float, domain: str) -> Node:
         validation_rows=spec.validation_rows,
         seed=spec.seed,
     )
-    inputs: dict[str, Source | Edge] = {"tokenizer": resolve.tokenizer(setup.model), **_template(setup)}
-    inputs |= {f"source-{i}": resolve.rows(source) for i, source in enumerate(spec.mixture)}
-    found = [resolve.benchmark_items(bench) for bench in (*setup.benchmarks, *setup.held_out) if bench.path]
-    items = sorted({source.digest: source for source in found}.values(), key=lambda source: source.digest)
-    inputs |= {f"benchmark-{i}": source for i, source in enumerate(items)}
+    inputs: dict[str, Source | Edge] = {"tokenizer": resolved.model.tokenizer, **_template(resolved)}
+    inputs |= {f"source-{i}": resolved.rows[source] for i, source in enumerate(spec.mixture)}
+    inputs |= {f"benchmark-{i}": source for i, source in enumerate(resolved.held_out)}
     share = f" fraction={fraction:g}" if fraction != 1 else ""
     return Node("prepare-data", recipe, inputs, f"prepare-data {domain}{share}")
 
 
-def _training_data(setup: Setup) -> Node:
-    return _data(setup, setup.data, setup.data.fraction, setup.domain)
+def _training_data(resolved: Resolved) -> Node:
+    setup = resolved.setup
+    return _data(resolved, setup.data, setup.data.fraction, setup.domain)
 
 
-def _template(setup: Setup) -> dict[str, Source | Edge]:
-    return {"chat_template": resolve.template(setup.model)} if setup.model.chat_template else {}
+def _template(resolved: Resolved) -> dict[str, Source | Edge]:
+    return {"chat_template": resolved.model.template} if resolved.model.template else {}
 
 
-def _fine_tuned(setup: Setup, suffix: str) -> Node:
-    inputs = {
-        "model": resolve.model(setup.model),
-        "data": Edge(_training_data(setup)),
-        **_template(setup),
-    }
+def _fine_tuned(resolved: Resolved, suffix: str) -> Node:
+    setup = resolved.setup
+    inputs = {"model": resolved.model.source, "data": Edge(_training_data(resolved)), **_template(resolved)}
     return Node("fine-tune", FineTune(training=setup.fine_tune), inputs, f"fine-tune {setup.domain}{suffix}")
 
 
-def _continued(setup: Setup, model: Edge, suffix: str) -> Node:
-    spec = setup.continued
+def _continued(resolved: Resolved, model: Edge, suffix: str) -> Node:
+    setup, spec = resolved.setup, resolved.setup.continued
     data = spec.data or setup.data
     inputs: dict[str, Source | Edge] = {
         "model": model,
-        "data": Edge(_data(setup, data, data.fraction, spec.domain or setup.domain)),
+        "data": Edge(_data(resolved, data, data.fraction, spec.domain or setup.domain)),
     }
     recipe = FineTune(training=_seeded(spec.training, setup.seed))
     return Node("fine-tune", recipe, inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}")
 
 
-def _adapted(setup: Setup, model: Source | Edge, suffix: str) -> Node:
+def _adapted(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     """Fine-tune low-rank adapters of a model, the base or a fine-tuned one."""
-    spec = setup.lora
+    setup, spec = resolved.setup, resolved.setup.lora
     assert spec is not None  # the setup's validator sees to it
     lora = Lora.model_validate(spec.model_dump(exclude={"training"}))
     recipe = FineTune(training=_seeded(spec.training, setup.seed), lora=lora)
-    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_training_data(setup))}
+    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_training_data(resolved))}
     if isinstance(model, Source):  # checkpoints that a stage has made carry the template
-        inputs |= _template(setup)
+        inputs |= _template(resolved)
     return Node("fine-tune", recipe, inputs, f"{setup.method} {setup.domain} seed={setup.seed}{suffix}")
 
 
@@ -198,8 +202,9 @@ def _seeded(training: Training, seed: int) -> Training:
     return training.model_copy(update={"seed": training.seed + seed})
 
 
-def _mask(setup: Setup, model: Edge, suffix: str) -> Node:
-    selector, mask, layers = SELECTORS[setup.method], setup.mask, resolve.layers(setup)
+def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
+    setup = resolved.setup
+    selector, mask = SELECTORS[setup.method], setup.mask
     details: dict[str, Any] = {}
     inputs: dict[str, Source | Edge] = {"model": model}
     label = " ".join(["learn-mask", *_mask_words(setup)])
@@ -209,7 +214,7 @@ def _mask(setup: Setup, model: Edge, suffix: str) -> Node:
         details = {"calibration_rows": mask.calibration_rows}
     if selector in TRAINED | CALIBRATED:
         data = mask.data or setup.data
-        inputs["data"] = Edge(_data(setup, data, data.fraction * mask.fraction, mask.domain or setup.domain))
+        inputs["data"] = Edge(_data(resolved, data, data.fraction * mask.fraction, mask.domain or setup.domain))
     if uses(setup.method, "mask.scope"):
         details |= {"scope": mask.scope, "min_kept": mask.min_kept}
     if "seed" in METHODS[setup.method]:
@@ -219,21 +224,21 @@ def _mask(setup: Setup, model: Edge, suffix: str) -> Node:
         label += f" ({selector})"
     label += suffix
     try:
-        recipe = LearnMask(selector=selector, sparsity=mask.sparsity, layers=layers, modules=mask.modules, **details)
+        recipe = LearnMask(
+            selector=selector, sparsity=mask.sparsity, layers=mask.layers, modules=mask.modules, **details
+        )
     except ValidationError as error:
         raise explain(error, LearnMask, f"mask of {setup.method}") from error
     return Node("learn-mask", recipe, inputs, label)
 
 
-def _evaluation(setup: Setup, bench: BenchmarkSpec, model: Source | Edge, variant_name: str) -> Node:
-    recipe = Evaluate(**bench.model_dump(exclude={"name", "path"}, exclude_defaults=True), precision=setup.precision)
+def _evaluation(resolved: Resolved, bench: BenchmarkSpec, model: Source | Edge, variant_name: str) -> Node:
+    asked = bench.model_dump(exclude={"name", "path"}, exclude_defaults=True)
+    recipe = Evaluate(**asked, precision=resolved.setup.precision)
     inputs: dict[str, Source | Edge] = {"model": model}
-    if bench.path:
-        inputs["benchmark"] = resolve.benchmark(bench)
-    else:
-        inputs["harness"] = resolve.harness()
+    inputs["benchmark" if bench.path else "harness"] = resolved.benchmarks[bench.name]
     if isinstance(model, Source):  # checkpoints that a stage has made carry the template
-        inputs |= _template(setup)
+        inputs |= _template(resolved)
     return Node("evaluate", recipe, inputs, f"evaluate {bench.name} of {variant_name}")
 
 

@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from mft_core.layers import parse_layers
 from mft_core.recipes import FineTune, LearnMask, Training
-from pipelines.config import resolve
-from pipelines.config.geometry import read_geometry
-from pipelines.config.setup import ModelSpec, Setup
-from pipelines.graph.nodes import Node, closure
-from pipelines.graph.variants import Variant
+from pipelines.config.geometry import Geometry, read_geometry
+from pipelines.config.setup import Resolved, Setup
+from pipelines.graph.nodes import Node
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _SMALL = 1_000_000
@@ -26,35 +24,26 @@ _NUMBER = 4
 """bytes of a trained number itself"""
 
 
-def disk_needed(nodes: Sequence[Node], variants: Sequence[Variant], slots: int) -> int:
+def disk_needed(nodes: Sequence[Node], resolved: Mapping[str, Resolved], slots: int) -> int:
     """Return the bytes that computing the nodes takes at its worst moment.
 
     Args:
         nodes: the stages to compute.
-        variants: of the study; every node belongs to one of them.
+        resolved: by node id, of a variant that the node belongs to.
         slots: trainings at one time (`runtime.heavy_slots`).
     """
-    setups = setups_of(variants)
-    left = sum(_left(node, setups[node.id]) for node in nodes)
-    meanwhile = sorted((_meanwhile(node, setups[node.id].model) for node in nodes), reverse=True)
+    left = sum(_left(node, resolved[node.id]) for node in nodes)
+    meanwhile = sorted((_meanwhile(node, resolved[node.id].model.geometry) for node in nodes), reverse=True)
     return left + sum(meanwhile[:slots])
 
 
-def setups_of(variants: Sequence[Variant]) -> dict[str, Setup]:
-    """Return for every node of the variants, by id, the settings of a variant that it belongs to."""
-    setups: dict[str, Setup] = {}
-    for item in variants:
-        for node in closure(item.evaluations.values()):
-            setups.setdefault(node.id, item.setup)
-    return setups
-
-
-def _left(node: Node, setup: Setup) -> int:
+def _left(node: Node, resolved: Resolved) -> int:
     """Return the bytes of the payload."""
+    geometry = resolved.model.geometry
     if node.stage in ("fine-tune", "merge-mask"):
-        return _SMALL + parameter_count(resolve.configuration(setup.model)) * _BYTES[_stored(node, setup)]
+        return _SMALL + geometry.weights * _BYTES[_stored(node, resolved.setup)]
     if isinstance(node.recipe, LearnMask):
-        return _SMALL + _masked(node.recipe, setup.model) // 8
+        return _SMALL + _masked(node.recipe, geometry) // 8
     return _SMALL
 
 
@@ -62,15 +51,14 @@ def _stored(node: Node, setup: Setup) -> str:
     return node.recipe.training.precision if isinstance(node.recipe, FineTune) else setup.fine_tune.precision
 
 
-def _meanwhile(node: Node, model: ModelSpec) -> int:
+def _meanwhile(node: Node, geometry: Geometry) -> int:
     """Return the bytes of a training's state."""
     training: Training | None = None
     if isinstance(node.recipe, FineTune):
-        geometry = read_geometry(resolve.configuration(model))
         lora = node.recipe.lora
         training, trained = node.recipe.training, geometry.adapters(lora.rank) if lora else geometry.weights
     elif isinstance(node.recipe, LearnMask) and node.recipe.training:
-        training, trained = node.recipe.training, _masked(node.recipe, model)
+        training, trained = node.recipe.training, _masked(node.recipe, geometry)
     if training is None:
         return 0
     return state_bytes(training, trained)
@@ -82,10 +70,9 @@ def state_bytes(training: Training, trained: int) -> int:
     return round(trained * (states + (_NUMBER if training.keep == "best" else 0)))
 
 
-def _masked(recipe: LearnMask, model: ModelSpec) -> int:
+def _masked(recipe: LearnMask, geometry: Geometry) -> int:
     """Return the weights under a mask."""
-    geometry = read_geometry(resolve.configuration(model))
-    layers = parse_layers(recipe.layers, resolve.decoder_layers(model))
+    layers = parse_layers(recipe.layers, len(geometry.layers))
     return sum(matrix.weights for matrix in geometry.masked(layers, recipe.modules))
 
 

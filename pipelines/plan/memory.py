@@ -33,8 +33,7 @@ from mft_core.recipes import (
     Runtime,
     Training,
 )
-from pipelines.config import resolve
-from pipelines.config.geometry import Geometry, Matrix, read_geometry
+from pipelines.config.geometry import Geometry, Matrix
 from pipelines.config.setup import Setup, datas
 from pipelines.plan.disk import MOMENTS
 
@@ -54,17 +53,17 @@ _MESSAGES = 2 * 4 * 16 * 2**20
 """bytes that summing gradients over processes takes (`mft_core.training.parallel`)"""
 
 
-def memory_parts(recipe: Recipe, setup: Setup, runtime: Runtime) -> dict[str, int]:
+def memory_parts(recipe: Recipe, setup: Setup, geometry: Geometry, runtime: Runtime) -> dict[str, int]:
     """Return what a stage holds at its worst moment, bytes by name.
 
     Args:
         recipe: of the stage; one without a model takes what a process takes.
-        setup: of the variant: the model, the length of the training sequences, the precision of the fine-tuned model.
+        setup: of the variant: the length of the training sequences, the precision of the fine-tuned model.
+        geometry: of the model.
         runtime: size of the micro-batches, number of processes, whether activations are recomputed and weights divided.
     """
     parts: dict[str, float] = {}
     if isinstance(recipe, FineTune | LearnMask | MergeMask | Evaluate):
-        geometry = read_geometry(resolve.configuration(setup.model))
         if isinstance(recipe, FineTune):
             parts = _fine_tune(recipe, geometry, setup, runtime)
         elif isinstance(recipe, LearnMask):

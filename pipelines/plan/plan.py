@@ -1,30 +1,32 @@
 """What a study is going to do, before it does anything: its variants, its stages, what is cached, what it costs.
 
-Planning reads configuration files and manifests, never weights, and does not import torch. It refuses everything that
-can be known to fail (`compose`, `resolve`, `check`), with exit code 2.
+Planning passes once through the house: study, profile and overrides become setups (`compose`), these are resolved, from
+what is known then the graph is built, and only then is the store looked at. It reads configuration files and manifests,
+never weights, and does not import torch. It refuses everything that can be known to fail, with exit code 2.
 """
 
 from __future__ import annotations
 
 import functools
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import Compare, Runtime
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
 from mft_core.store.sources import Source
-from pipelines.config import compose, resolve
+from pipelines.config import compose
 from pipelines.config.catalogue import Profile, Study
-from pipelines.config.setup import Setup
+from pipelines.config.resolve import Resolver
+from pipelines.config.setup import Resolved
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
-from pipelines.plan.disk import disk_needed, setups_of
+from pipelines.plan.disk import disk_needed
 from pipelines.plan.memory import memory_parts
 from pipelines.search.trials import Search, Trial, space_of, walk
 
@@ -38,16 +40,18 @@ class Plan:
     runtime: Runtime
     variants: list[Variant]
     steps: list[Step]
+    resolved: Mapping[str, Resolved]
+    """for every stage that may run, by node id, what is known of a variant that it belongs to"""
     disk_needed: int
     """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now; see `pipelines.plan.disk`"""
     search: Search | None = None
     """the study's search as far as the store holds it; its choices are variants once it is finished"""
 
     @property
-    def setups(self) -> list[Setup]:
-        """The settings of everything that may run: of the variants, and of the whole space of a search."""
-        own = [item.setup for item in self.variants]
-        return own + (self.search.space.setups if self.search else [])
+    def asked(self) -> list[Resolved]:
+        """Everything that may run: the variants, and the whole space of a search."""
+        space = self.search.space.points.values() if self.search else ()
+        return [item.resolved for item in self.variants] + [resolved for points in space for resolved, _ in points]
 
     @property
     def to_compute(self) -> list[Step]:
@@ -56,12 +60,8 @@ class Plan:
 
     def memory(self, node: Node) -> dict[str, int]:
         """Return what one process of a stage of the plan holds at its worst moment, bytes by name."""
-        return memory_parts(node.recipe, self.settings[node.id], self.runtime)
-
-    @functools.cached_property
-    def settings(self) -> dict[str, Setup]:
-        """For every stage that may run, by node id, the settings of a variant that it belongs to."""
-        return setups_of([*self.variants, *(self.search.variants if self.search else [])])
+        of = self.resolved[node.id]
+        return memory_parts(node.recipe, of.setup, of.model.geometry, self.runtime)
 
     def comparison(self) -> tuple[Compare, list[Node]]:
         """Return the recipe of the comparison and the evaluations that it takes, in order.
@@ -106,52 +106,6 @@ def _asked(evaluation: Node) -> tuple[object, ...]:
     return evaluation.recipe, *(source.digest for source in given if isinstance(source, Source))
 
 
-@resolve.one_look()
-def make_plan(
-    study: Study,
-    profile: Profile,
-    store: ArtifactStore,
-    overrides: Sequence[str] = (),
-    seeds: Sequence[int] | None = None,
-) -> Plan:
-    """Expand a study on a profile and look up what is there already.
-
-    Args:
-        overrides: `--set` texts, `key=value`.
-        seeds: instead of the study's own.
-
-    Raises:
-        ConfigError: anything about overrides, model, data or benchmarks that is wrong.
-    """
-    settings = compose.parse_overrides(overrides)
-    runtime = compose.runtime_of(profile, settings)
-    search = _searched(study, profile, settings, seeds, store) if study.search else None
-    grid = {key for spec in study.families for key in spec.grid}
-    own = study.model_copy(update={"search": None})
-    points = compose.setups(own, profile, compose.settings_of(own, study, settings), seeds)
-    asked = [variant(setup, point, grid) for setup, point in points]
-    asked += [trial.variant for trial in search.chosen.values()] if search else []
-    variants = _distinct(asked, study)
-    steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
-    missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
-    needed = disk_needed(missing, [*variants, *(search.variants if search else [])], runtime.heavy_slots)
-    return Plan(study, profile, runtime, variants, steps, needed, search)
-
-
-def _searched(
-    study: Study, profile: Profile, settings: Mapping[str, Any], seeds: Sequence[int] | None, store: ArtifactStore
-) -> Search:
-    """Walk the study's search as far as the store holds its trials."""
-
-    def losses(trials: Sequence[Trial]) -> list[float | None]:
-        found = {step.node.id: step.manifest for step in look_up(closure(trial.node for trial in trials), store)}
-        manifests = [found[trial.node.id] for trial in trials]
-        return [validation_loss(manifest) if manifest else None for manifest in manifests]
-
-    return walk(space_of(study, profile, settings, seeds), losses)
-
-
-@resolve.one_look()
 def make_plans(
     studies: Sequence[Study],
     profile: Profile,
@@ -164,18 +118,60 @@ def make_plans(
     Raises:
         ConfigError: as `make_plan`; or no study uses an override.
     """
+    resolver = Resolver()
     if len(studies) == 1:
-        return [make_plan(studies[0], profile, store, overrides, seeds)]
-    settings = compose.parse_overrides(overrides)
+        return [make_plan(studies[0], profile, store, overrides, seeds, resolver)]
     plans = []
-    unused = set(settings)
+    unused = set(compose.parse_overrides(overrides))
     for study in studies:
         own = [text for text in overrides if compose.concerns(study, text.partition("=")[0].strip())]
         unused -= {text.partition("=")[0].strip() for text in own}
-        plans.append(make_plan(study, profile, store, own, seeds))
+        plans.append(make_plan(study, profile, store, own, seeds, resolver))
     if unused:
         raise ConfigError(f"--set {', '.join(sorted(unused))}: no study of these uses it.")
     return plans
+
+
+def make_plan(
+    study: Study,
+    profile: Profile,
+    store: ArtifactStore,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    resolver: Resolver | None = None,
+) -> Plan:
+    """Expand a study on a profile and look up what is there already.
+
+    Args:
+        overrides: `--set` texts, `key=value`.
+        seeds: instead of the study's own.
+        resolver: of plans that are made together.
+
+    Raises:
+        ConfigError: anything about overrides, model, data or benchmarks that is wrong.
+    """
+    settings = compose.parse_overrides(overrides)
+    runtime = compose.runtime_of(profile, settings)
+    composed = compose.own_and_searched(study, profile, settings, seeds)
+    look = (resolver or Resolver()).resolve
+    own, searched = ([(look(setup), point) for setup, point in points] for points in composed)
+    grid = {key for spec in study.families for key in spec.grid}
+    asked = [variant(resolved, point, grid) for resolved, point in own]
+    search = walk(space_of(study, profile, searched), functools.partial(_known_losses, store)) if searched else None
+    variants = _distinct([*asked, *(trial.variant for trial in search.chosen.values())] if search else asked, study)
+    every = [*variants, *search.variants] if search else variants
+    resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
+    steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
+    missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
+    needed = disk_needed(missing, resolved, runtime.heavy_slots)
+    return Plan(study, profile, runtime, variants, steps, resolved, needed, search)
+
+
+def _known_losses(store: ArtifactStore, trials: Sequence[Trial]) -> list[float | None]:
+    """Return the validation losses of those trials that the store holds."""
+    found = {step.node.id: step.manifest for step in look_up(closure(trial.node for trial in trials), store)}
+    manifests = [found[trial.node.id] for trial in trials]
+    return [validation_loss(manifest) if manifest else None for manifest in manifests]
 
 
 def _distinct(asked: Sequence[Variant], study: Study) -> list[Variant]:
@@ -190,9 +186,9 @@ def _distinct(asked: Sequence[Variant], study: Study) -> list[Variant]:
         if item.baseline and _work(item.baseline) not in there:
             found.setdefault(_work(item.baseline), item.baseline)
         found.setdefault(_work(item), item)
-    names = [(item.setup.domain, item.name) for item in found.values()]
-    for domain, name in names:
-        if names.count((domain, name)) > 1:
+    names = Counter((item.setup.domain, item.name) for item in found.values())
+    for (domain, name), count in names.items():
+        if count > 1:
             raise ConfigError(
                 f"study {study.name}: two different variants of domain {domain} are both called '{name}'; "
                 "vary one setting by one key of the grid, and give values that are written differently."

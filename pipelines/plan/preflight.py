@@ -14,13 +14,10 @@ from mft_core.recipes import Evaluate, PrepareData, Runtime
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source
-from pipelines.config import resolve
 from pipelines.config.catalogue import Profile, Study
-from pipelines.config.setup import SELECTORS, ModelSpec, Setup, datas, trainings, uses
+from pipelines.config.setup import SELECTORS, ModelSpec, Resolved, Setup, datas, trainings, uses
 from pipelines.graph.nodes import Node
 from pipelines.plan.plan import Plan, check_disk, make_plans
-
-_for_the_flow: dict[str, tuple[list[Plan], ArtifactStore]] = {}
 
 
 def checked_plans(
@@ -29,29 +26,21 @@ def checked_plans(
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     rerun: Sequence[str] = (),
-    *,
-    keep: bool = False,
 ) -> tuple[list[Plan], ArtifactStore]:
     """Plan studies, and refuse all that can be known to fail before a server or a model is started.
 
     Args:
         rerun: names of stages that are going to be computed again.
-        keep: the flow that follows in this process at once asks the same, and need not plan again.
 
     Raises:
         ConfigError: from planning or `check`; or there is no such stage.
     """
     store = ArtifactStore.from_environment()
-    asked = repr((store.home, studies, profile, list(overrides), seeds, list(rerun)))
-    if kept := _for_the_flow.pop(asked, None):
-        return kept
     for name in rerun:
         get_stage(name)
     plans = make_plans(studies, profile, store, overrides, seeds)
     for plan in plans:
         check(plan, store)
-    if keep:
-        _for_the_flow[asked] = plans, store
     return plans, store
 
 
@@ -65,12 +54,11 @@ def check(plan: Plan, store: ArtifactStore) -> None:
     check_disk(plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
-    setups = plan.setups
     _check_processes(nodes, plan.runtime)
     if stages - {"compare"}:
-        _check_models(setups)
+        _check_models(plan.asked)
     if "prepare-data" in stages:
-        _check_rows(setup for setup in setups if setup.method != "base")
+        _check_rows(resolved.setup for resolved in plan.asked)
         _check_lengths(node for node in nodes if node.stage == "prepare-data")
     _check_benchmarks(node for node in nodes if node.stage == "evaluate")
 
@@ -117,7 +105,7 @@ def _check_lengths(nodes: Iterable[Node]) -> None:
             )
 
 
-def _check_models(setups: Iterable[Setup]) -> None:
+def _check_models(asked: Iterable[Resolved]) -> None:
     from mft_core.checkpoints.files import check_dropout, read_config, skeleton
     from mft_core.layers import parse_layers
     from mft_core.masks.sites import choose_sites, find_sites
@@ -125,21 +113,21 @@ def _check_models(setups: Iterable[Setup]) -> None:
     from mft_core.training.lora import check_lora
 
     sites: dict[ModelSpec, list] = {}
-    for setup in setups:
-        spec = setup.model
-        directory = resolve.configuration_file(spec).parent
+    for resolved in asked:
+        setup, spec = resolved.setup, resolved.setup.model
+        directory = resolved.model.config.parent
         config = read_config(directory)
         for training in trainings(setup).values():
             check_dropout(config, training.dropout)
         _check_weights(spec)
-        _check_chat_template(setup)
+        _check_chat_template(resolved)
         if setup.method in SELECTORS or uses(setup.method, "lora"):
             if spec not in sites:
                 sites[spec] = find_sites(skeleton(directory))
             if setup.lora and uses(setup.method, "lora"):
                 check_lora(sites[spec], setup.lora)
         if setup.method in SELECTORS:
-            layers = parse_layers(setup.mask.layers, resolve.decoder_layers(spec))
+            layers = parse_layers(setup.mask.layers, len(resolved.model.geometry.layers))
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
             if setup.method == "wanda":
                 wanda.check_inputs(chosen)
@@ -169,12 +157,12 @@ def _shards(index: Path) -> set[str]:
         raise ConfigError(f"model: {index} is no index of weight files ({error!r}).") from error
 
 
-def _check_chat_template(setup: Setup) -> None:
-    spec = setup.model
+def _check_chat_template(resolved: Resolved) -> None:
+    setup, spec = resolved.setup, resolved.setup.model
     chats = setup.method != "base" or any(bench.apply_chat_template for bench in setup.benchmarks)
     if spec.chat_template or not chats:
         return
-    directory = resolve.tokenizer(spec).local_path()
+    directory = resolved.model.tokenizer.local_path()
     settings = directory / "tokenizer_config.json"
     in_settings = settings.is_file() and json.loads(settings.read_text()).get("chat_template")
     if not in_settings and not (directory / "chat_template.jinja").is_file():

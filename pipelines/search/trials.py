@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import LearnMask
-from pipelines.config import compose
 from pipelines.config.catalogue import Profile, SearchSpec, Study
-from pipelines.config.setup import Setup
+from pipelines.config.setup import Resolved
 from pipelines.graph.nodes import Node
 from pipelines.graph.variants import Variant, unique_nodes, variant
 from pipelines.search.halving import Asked, halving
@@ -82,7 +82,7 @@ class Space:
 
     spec: SearchSpec
     values: Mapping[str, Sequence[Any]]
-    points: Mapping[int, Sequence[tuple[Setup, Mapping[str, Any]]]]
+    points: Mapping[int, Sequence[tuple[Resolved, Mapping[str, Any]]]]
     """by seed, in the order of the grid: the setup of each point, and the point with the values that are meant"""
     keys: frozenset[str]
     """everything that the study varies"""
@@ -91,11 +91,6 @@ class Space:
     def size(self) -> int:
         """The number of points."""
         return len(next(iter(self.points.values())))
-
-    @property
-    def setups(self) -> list[Setup]:
-        """The setups of all points."""
-        return [setup for points in self.points.values() for setup, _ in points]
 
     @property
     def cost(self) -> float:
@@ -110,13 +105,15 @@ class Space:
 
     def variant(self, seed: int, at: int, share: float = 1.0) -> Variant:
         """Return the variant of the point at a place of the grid, trained for a share of the epochs."""
-        setup, point = self.points[seed][at]
+        resolved, point = self.points[seed][at]
         if share != 1:
+            setup = resolved.setup
             epochs = float(f"{setup.mask.training.epochs * share:.6g}")
             training = setup.mask.training.model_copy(update={"epochs": epochs})
             mask = setup.mask.model_copy(update={"training": training})
-            setup, point = setup.model_copy(update={"mask": mask}), {**point, "mask.training.epochs": epochs}
-        return variant(setup, point, self.keys | {"mask.training.epochs"})
+            resolved = replace(resolved, setup=setup.model_copy(update={"mask": mask}))
+            point = {**point, "mask.training.epochs": epochs}
+        return variant(resolved, point, self.keys | {"mask.training.epochs"})
 
 
 @dataclass(frozen=True)
@@ -179,28 +176,28 @@ class Search:
         return "went on" if (trial.seed, trial.asked.number) in later else "stopped"
 
 
-def space_of(study: Study, profile: Profile, settings: Mapping[str, Any], seeds: Sequence[int] | None) -> Space:
-    """Compose every point of the study's search.
+def space_of(study: Study, profile: Profile, found: Sequence[tuple[Resolved, Row]]) -> Space:
+    """Return the space of the study's search.
 
     Args:
-        settings: the overrides.
+        found: every point, for each seed.
 
     Raises:
-        ConfigError: an unknown key, an invalid value, two points that are the same, or no validation loss to go by.
+        ConfigError: two points that are the same, or no validation loss to go by.
     """
     spec = study.search
     assert spec is not None
-    alone = study.model_copy(update={"variants": (spec.family,), "search": None})
-    found = compose.setups(alone, profile, compose.settings_of(alone, study, settings), seeds)
-    values = {key: profile.each(each) if isinstance(each, str) else each for key, each in spec.space.items()}
-    points = {seed: [(setup, point) for setup, point in found if setup.seed == seed] for seed in (seeds or study.seeds)}
-    size = len(list(spec.family.points(profile)))
-    if not all(setup.mask.training.validations for setup, _ in found):
+    values = spec.family.values(profile)
+    points: dict[int, list[tuple[Resolved, Row]]] = {}
+    for resolved, point in found:
+        points.setdefault(resolved.setup.seed, []).append((resolved, point))
+    size = math.prod(len(each) for each in values.values())
+    if not all(resolved.setup.mask.training.validations for resolved, _ in found):
         raise ConfigError(
             f"study {study.name}: mask.training.validations = 0: a search goes by the validation loss; "
             "set mask.training.validations to 1 or more."
         )
-    if len(spec.rungs) > 1 and any(setup.mask.training.max_steps for setup, _ in found):
+    if len(spec.rungs) > 1 and any(resolved.setup.mask.training.max_steps for resolved, _ in found):
         raise ConfigError(
             f"study {study.name}: mask.training.max_steps cannot be set: trials would train as long on every rung; "
             "set mask.training.epochs."
