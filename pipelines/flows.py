@@ -74,8 +74,9 @@ def mft_ablation(
     Returns:
         the rows of the report, its table in Markdown, and its HTML page.
     """
+    asked = Asked(study, profile, overrides, seeds)
     planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
-    return run_study(*planned, load_study(study), Asked(study, profile, overrides, seeds), rerun)
+    return run_study(*planned, load_study(study), asked, rerun)
 
 
 @flow(name="mft-pipeline", flow_run_name="{method} on {profile}", task_runner=_runner(), persist_result=False)

@@ -7,6 +7,7 @@ is a question with the grid that answers it; it composes with any profile.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,7 +51,7 @@ class VariantSpec(Recipe):
     def points(self, profile: Profile) -> Iterator[dict[str, Any]]:
         """Yield every combination of the grid's values as {setup key: value}."""
         for point in itertools.product(*self.values(profile).values()):
-            yield dict(zip(self.grid, point, strict=True))
+            yield {key: given(key, value) for key, value in zip(self.grid, point, strict=True)}
 
 
 _NOT_SEARCHED = {
@@ -147,6 +148,15 @@ class Profile(Recipe):
     layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
     runtime: Runtime = Runtime.model_validate({})
 
+    @functools.cached_property
+    def partial_setups(self) -> dict[str, dict[str, Any]]:
+        """By domain what its variants share: the defaults, and the domain's own values over them."""
+        found: dict[str, dict[str, Any]] = {name: {} for name in self.domains}
+        for name, values in found.items():
+            merge(values, self.defaults)
+            merge(values, self.domains[name])
+        return found
+
     def each(self, what: str) -> list[str]:
         """Return the values of `each domain` or `each layer group`.
 
@@ -227,12 +237,10 @@ def _anchor(text: str, folder: Path) -> str:
     return str((folder / path).resolve()) if local or path.is_absolute() else text
 
 
-def domain_of(profile: Profile, name: str | None, field: str = "domain") -> str:
-    """Return the named domain, or the profile's default one; `field` is where the name stands."""
-    domain = name or profile.default_domain
-    if domain not in profile.domains:
-        raise unknown(f"{field} of profile {profile.name}:", domain, profile.domains)
-    return domain
+def given(key: str, value: Any) -> Any:
+    """Return the value that a user gives a setup key; a relative path in it starts from the working directory."""
+    last = key.split(".")[-1]
+    return anchored({last: value}, Path.cwd())[last]
 
 
 def _locate(kind: str, name: str) -> Path:

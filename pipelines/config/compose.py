@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from mft_core.errors import ConfigError, did_you_mean, explain
+from mft_core.errors import ConfigError, did_you_mean, explain, unknown
 from mft_core.recipes import Runtime
 from mft_core.yaml_files import parse_yaml
-from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, anchored, domain_of, merge
+from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, given
 from pipelines.config.setup import METHODS, OF_ANOTHER_DOMAIN, Setup, uses
 
 _ELSEWHERE = {
@@ -34,7 +34,7 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {text}: give it as KEY=VALUE, for example --set mask.sparsity=0.2.")
-        overrides[key.strip()] = _number(parse_yaml(value, f"--set {text}"))
+        overrides[key.strip()] = given(key.strip(), _number(parse_yaml(value, f"--set {text}")))
     return overrides
 
 
@@ -74,9 +74,8 @@ def own_and_searched(
         used = {key: value for key, value in overrides.items() if concerns(part, key) or not concerns(study, key)}
         return setups(part, profile, used, seeds)
 
-    if study.search is None:
-        return expanded(own), []
-    return expanded(own), expanded(own.model_copy(update={"variants": (study.search.family,)}))
+    space = expanded(own.model_copy(update={"variants": (study.search.family,)})) if study.search else []
+    return expanded(own), space
 
 
 def setups(
@@ -117,8 +116,8 @@ def _compose(
     seed: int,
 ) -> tuple[Setup, dict[str, Any]]:
     """Return one variant's setup, and its point of the grid with the values that are meant."""
-    domain = domain_of(profile, spec.domain or study.domain)
-    values = _of_domain(profile, domain)
+    domain = _domain(profile, spec.domain or study.domain, "domain")
+    values = copy.deepcopy(profile.partial_setups[domain])
     meant: dict[str, Any] = {}
     changes = {**settings, **point}
     for key, value in changes.items():
@@ -131,7 +130,7 @@ def _compose(
         if isinstance(section, dict) and section.get("domain"):
             if "data" in section:
                 raise ConfigError(f"{name}.data and {name}.domain both say what it is learned on; give one of them.")
-            other = _of_domain(profile, domain_of(profile, section["domain"], f"{name}.domain"))
+            other = copy.deepcopy(profile.partial_setups[_domain(profile, section["domain"], f"{name}.domain")])
             for key, value in changes.items():
                 if key.startswith("data."):  # what holds for the fine-tuning's data holds for the section's
                     _change(other, key, value, f"--set {key}")
@@ -149,24 +148,24 @@ def _compose(
 
 def _change(values: dict[str, Any], key: str, value: Any, where: str) -> Any:
     """Set a key, and return the value that is meant."""
-    last = key.split(".")[-1]
-    final = _scaled(values, key, anchored({last: value}, Path.cwd())[last], where)
+    final = _scaled(values, key, value, where)
     _put(values, key, final, where)
     return final
 
 
-def _of_domain(profile: Profile, domain: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for layer in (profile.defaults, profile.domains[domain]):
-        merge(values, layer)
-    return values
+def _domain(profile: Profile, name: str | None, field: str) -> str:
+    """Return the named domain, or the profile's default one; `field` is where the name stands."""
+    domain = name or profile.default_domain
+    if domain not in profile.domains:
+        raise unknown(f"{field} of profile {profile.name}:", domain, profile.domains)
+    return domain
 
 
 def _every_benchmark(profile: Profile) -> list[Any]:
     """Return the benchmarks of all domains, each once."""
     found: list[Any] = []
-    for domain in profile.domains:
-        found += [bench for bench in _of_domain(profile, domain).get("benchmarks", ()) if bench not in found]
+    for values in profile.partial_setups.values():
+        found += [bench for bench in values.get("benchmarks", ()) if bench not in found]
     return found
 
 

@@ -19,8 +19,8 @@ from mft_core.training.full_tuning import FullOptimizer
 from mft_core.training.loop import TrainingData, train
 from mft_core.training.lora import LoraOptimizer
 from pipelines.commands import doctor
-from pipelines.config import resolve
 from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.geometry import read_geometry
 from pipelines.config.setup import Setup
 from pipelines.cost.plan_view import as_dict, show
 from pipelines.cost.predicted import bills
@@ -51,12 +51,11 @@ def mask_of(layers="1-2", **changes):
 
 
 @pytest.fixture
-def parts(monkeypatch):
+def parts():
     """Return a stage's memory by part, for a Llama of some sizes."""
 
     def of(recipe, fields=SMALL, max_length=LENGTH, family="llama", **runtime):
         config = json.loads(AutoConfig.for_model(family, **fields).to_json_string())
-        monkeypatch.setattr(resolve, "configuration", lambda spec: config)
         spec = training(precision="bfloat16")
         setup = Setup.model_validate(
             {
@@ -66,7 +65,7 @@ def parts(monkeypatch):
                 "benchmarks": [{"name": "sums", "task": "sums"}],
             }
         )  # fmt: skip
-        return memory_parts(recipe, setup, Runtime.model_validate(runtime))
+        return memory_parts(recipe, setup, read_geometry(config), Runtime.model_validate(runtime))
 
     return of
 
