@@ -36,3 +36,15 @@ def test_every_module_begins_with_its_design_note():
     files = [path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")]
     without = [str(path) for path in files if path.read_text() and not ast.get_docstring(ast.parse(path.read_text()))]
     assert not without
+
+
+def test_the_graph_is_built_from_what_was_resolved_and_looks_at_nothing_itself():
+    files = list((ROOT / "pipelines" / "graph").glob("*.py"))
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not {f"{node.module}.{alias.name}" for alias in node.names} & {"pipelines.config.resolve"}, path
+                assert node.module != "pipelines.config.resolve", path
+            if isinstance(node, ast.Import):
+                assert "pipelines.config.resolve" not in {alias.name for alias in node.names}, path

@@ -102,11 +102,6 @@ class SearchSpec(Recipe):
         """The whole space as a grid."""
         return VariantSpec(method=self.method, grid=self.space)
 
-    def goes_on(self, points: int) -> list[int]:
-        """Return how many trials of a seed each rung trains, in a space of so many points."""
-        first = min(self.trials, points)
-        return [max(1, first // self.eta**rung) for rung in range(len(self.rungs))]
-
 
 class Study(Recipe):
     """A question and the variants that answer it; or, in `studies`, the studies that it is made of."""

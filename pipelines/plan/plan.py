@@ -118,14 +118,12 @@ def make_plans(
     Raises:
         ConfigError: as `make_plan`; or no study uses an override.
     """
-    resolver = Resolver()
-    if len(studies) == 1:
-        return [make_plan(studies[0], profile, store, overrides, seeds, resolver)]
-    plans = []
+    resolver, plans = Resolver(), []
     unused = set(compose.parse_overrides(overrides))
+    keys = {text: text.partition("=")[0].strip() for text in overrides}
     for study in studies:
-        own = [text for text in overrides if compose.concerns(study, text.partition("=")[0].strip())]
-        unused -= {text.partition("=")[0].strip() for text in own}
+        own = [text for text in overrides if len(studies) == 1 or compose.concerns(study, keys[text])]
+        unused -= {keys[text] for text in own}
         plans.append(make_plan(study, profile, store, own, seeds, resolver))
     if unused:
         raise ConfigError(f"--set {', '.join(sorted(unused))}: no study of these uses it.")
@@ -152,19 +150,32 @@ def make_plan(
     """
     settings = compose.parse_overrides(overrides)
     runtime = compose.runtime_of(profile, settings)
-    composed = compose.own_and_searched(study, profile, settings, seeds)
-    look = (resolver or Resolver()).resolve
-    own, searched = ([(look(setup), point) for setup, point in points] for points in composed)
-    grid = {key for spec in study.families for key in spec.grid}
-    asked = [variant(resolved, point, grid) for resolved, point in own]
-    search = walk(space_of(study, profile, searched), functools.partial(_known_losses, store)) if searched else None
-    variants = _distinct([*asked, *(trial.variant for trial in search.chosen.values())] if search else asked, study)
+    own, searched = compose.own_and_searched(study, profile, settings, seeds)
+    variants, search = _graph(study, profile, own, searched, resolver or Resolver(), store)
     every = [*variants, *search.variants] if search else variants
     resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
     missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
     needed = disk_needed(missing, resolved, runtime.heavy_slots)
     return Plan(study, profile, runtime, variants, steps, resolved, needed, search)
+
+
+def _graph(
+    study: Study,
+    profile: Profile,
+    own: Sequence[compose.Point],
+    searched: Sequence[compose.Point],
+    resolver: Resolver,
+    store: ArtifactStore,
+) -> tuple[list[Variant], Search | None]:
+    """Return the study's variants and its search, walked as far as the store holds the trials."""
+    grid = {key for spec in study.families for key in spec.grid}
+    asked = [variant(resolver.resolve(setup), point, grid) for setup, point in own]
+    if not searched:
+        return _distinct(asked, study), None
+    space = space_of(study, profile, [(resolver.resolve(setup), point) for setup, point in searched])
+    search = walk(space, functools.partial(_known_losses, store))
+    return _distinct([*asked, *(trial.variant for trial in search.chosen.values())], study), search
 
 
 def _known_losses(store: ArtifactStore, trials: Sequence[Trial]) -> list[float | None]:

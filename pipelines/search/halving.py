@@ -54,7 +54,7 @@ def halving(
         seed: of the proposals.
     """
     every = list(itertools.product(*(range(len(each)) for each in values.values())))
-    on_rung = spec.goes_on(len(every))
+    on_rung = trials_of_rungs(spec, len(every))
     proposer = _Proposer(values, every, max(_RANDOM_FIRST, on_rung[0] // _RANDOM_SHARE), seed)
     tried: list[tuple[float, Asked]] = []
     while len(tried) < on_rung[0]:
@@ -70,6 +70,12 @@ def halving(
         asked = sorted((Asked(one.number, one.point, rung) for _, one in best), key=lambda one: one.number)
         losses = yield asked
         tried = list(zip(losses, asked, strict=True))
+
+
+def trials_of_rungs(spec: SearchSpec, points: int) -> list[int]:
+    """Return how many trials of a seed each rung trains, in a space of so many points."""
+    first = min(spec.trials, points)
+    return [max(1, first // spec.eta**rung) for rung in range(len(spec.rungs))]
 
 
 class _Proposer:

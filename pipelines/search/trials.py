@@ -21,7 +21,7 @@ from pipelines.config.catalogue import Profile, SearchSpec, Study
 from pipelines.config.setup import Resolved
 from pipelines.graph.nodes import Node
 from pipelines.graph.variants import Variant, unique_nodes, variant
-from pipelines.search.halving import Asked, halving
+from pipelines.search.halving import Asked, halving, trials_of_rungs
 
 Manifest = Mapping[str, Any]
 Row = dict[str, Any]
@@ -93,9 +93,14 @@ class Space:
         return len(next(iter(self.points.values())))
 
     @property
+    def per_rung(self) -> list[int]:
+        """How many trials of a seed each rung trains."""
+        return trials_of_rungs(self.spec, self.size)
+
+    @property
     def cost(self) -> float:
         """Trainings of the whole length that one seed's search is worth; the full grid's is `size`."""
-        return sum(n * share for n, share in zip(self.spec.goes_on(self.size), self.spec.rungs, strict=True))
+        return sum(n * share for n, share in zip(self.per_rung, self.spec.rungs, strict=True))
 
     def trial(self, seed: int, asked: Asked) -> Trial:
         """Return the variant of what a search asks for."""
@@ -132,7 +137,7 @@ class Search:
     @property
     def trainings(self) -> int:
         """How many trainings all seeds' searches are."""
-        return len(self.space.points) * sum(self.space.spec.goes_on(self.space.size))
+        return len(self.space.points) * sum(self.space.per_rung)
 
     @property
     def nodes(self) -> list[Node]:

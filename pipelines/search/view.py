@@ -13,7 +13,7 @@ def lines(search: Search) -> list[str]:
     """Return the plan's lines."""
     space = search.space
     keys = [f"{key} ({', '.join(map(str, values))})" for key, values in space.values.items()]
-    rungs = zip(space.spec.goes_on(space.size), space.spec.rungs, strict=True)
+    rungs = zip(space.per_rung, space.spec.rungs, strict=True)
     steps = ", then ".join(f"{count} for {share:.0%} of the epochs" for count, share in rungs)
     seeds = len(space.points)
     return [
@@ -34,7 +34,7 @@ def hours(search: Search, known: Mapping[str, float]) -> float:
 def as_dict(search: Search) -> dict[str, Any]:
     """Return the same as data."""
     space = search.space
-    rungs = zip(space.spec.rungs, space.spec.goes_on(space.size), strict=True)
+    rungs = zip(space.spec.rungs, space.per_rung, strict=True)
     return {
         "space": dict(space.values),
         "points": space.size,

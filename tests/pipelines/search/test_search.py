@@ -15,7 +15,7 @@ from pipelines.plan.plan import make_plan
 from pipelines.report.asked import Asked
 from pipelines.report.page import write_report
 from pipelines.report.report import find_report
-from pipelines.search.halving import halving
+from pipelines.search.halving import halving, trials_of_rungs
 from tests.support.finished import finish, finish_trials
 from tests.support.mini import write_profile
 
@@ -62,7 +62,7 @@ def test_each_rung_keeps_one_of_eta_and_at_least_one():
     rounds = walked(spec(trials=9, eta=3, rungs=[0.1, 0.3, 1.0]))
     counts = [sum(one.rung == rung for asked in rounds for one in asked) for rung in range(3)]
     assert counts == [9, 3, 1]
-    assert spec(trials=2, eta=4).goes_on(100) == [2, 1]
+    assert trials_of_rungs(spec(trials=2, eta=4), 100) == [2, 1]
 
 
 def test_the_same_losses_lead_to_the_same_proposals_and_another_seed_to_others():
