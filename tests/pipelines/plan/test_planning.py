@@ -7,8 +7,10 @@ import pytest
 
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.sources import local_checkpoint
+from pipelines.config import resolve
 from pipelines.config.catalogue import load_profile, load_study, names
-from pipelines.plan.plan import make_plan
+from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import write_profile, write_study
 
 
@@ -181,3 +183,20 @@ def test_planning_imports_neither_torch_nor_prefect_nor_mlflow(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_planning_looks_at_a_model_once_for_all_variants_and_the_next_planning_anew(folder, tmp_path, monkeypatch):
+    looked = []
+
+    def counted(kind, directory):
+        looked.append(kind)
+        return local_checkpoint(kind, directory)
+
+    monkeypatch.setattr(resolve, "local_checkpoint", counted)
+    write_study(tmp_path, [{"method": "mft", "grid": {"mask.sparsity": [0.1, 0.2, 0.3]}}], seeds=(0, 1))
+    study, profile = load_study(str(tmp_path / "mini-study.yaml")), load_profile(str(folder / "mini.yaml"))
+    for _ in range(2):
+        plans = make_plans([study, study], profile, ArtifactStore(folder / "home"))
+        assert all(len(plan.variants) == 7 for plan in plans)
+        assert sorted(looked) == ["model", "tokenizer"]
+        looked.clear()
