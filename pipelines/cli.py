@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -85,11 +84,10 @@ def run(
 
     plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
     tracking.prepare(store.home)
-    asked = Asked(study, profile, overrides or [], _seeds(seeds))
+    given = plans, store, load_study(study), Asked(study, profile, overrides or [], _seeds(seeds)), rerun or []
 
     def planned(flows: Any) -> Any:
-        work = functools.partial(flows.run_study, plans, store, load_study(study), asked, rerun or [])
-        return flows.with_work(flows.mft_ablation, work)
+        return flows.with_work(flows.mft_ablation, lambda: flows.run_study(*given))
 
     rows, table, page = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
     if as_json:
@@ -114,10 +112,10 @@ def stage(
 
     get_stage(name)
     plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
+    given = name, plans, store, study, rerun or []
 
     def planned(flows: Any) -> Any:
-        work = functools.partial(flows.run_stage, name, plans, store, study, rerun or [])
-        return flows.with_work(flows.STAGE_FLOWS[name], work)
+        return flows.with_work(flows.STAGE_FLOWS[name], lambda: flows.run_stage(*given))
 
     made = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
     if as_json:

@@ -28,7 +28,7 @@ from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
 from pipelines.plan.disk import disk_needed
 from pipelines.plan.memory import memory_parts
-from pipelines.search.trials import Search, Trial, space_of, walk
+from pipelines.search.trials import Point, Search, Trial, space_of, walk
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,10 @@ def make_plan(
     """
     settings = compose.parse_overrides(overrides)
     runtime = compose.runtime_of(profile, settings)
-    own, searched = compose.own_and_searched(study, profile, settings, seeds)
-    variants, search = _graph(study, profile, own, searched, resolver or Resolver(), store)
+    look = (resolver or Resolver()).resolve
+    composed = compose.own_and_searched(study, profile, settings, seeds)
+    own, searched = ([(look(setup), point) for setup, point in points] for points in composed)
+    variants, search = _graph(study, profile, own, searched, store)
     every = [*variants, *search.variants] if search else variants
     resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
@@ -161,20 +163,14 @@ def make_plan(
 
 
 def _graph(
-    study: Study,
-    profile: Profile,
-    own: Sequence[compose.Point],
-    searched: Sequence[compose.Point],
-    resolver: Resolver,
-    store: ArtifactStore,
+    study: Study, profile: Profile, own: Sequence[Point], searched: Sequence[Point], store: ArtifactStore
 ) -> tuple[list[Variant], Search | None]:
     """Return the study's variants and its search, walked as far as the store holds the trials."""
     grid = {key for spec in study.families for key in spec.grid}
-    asked = [variant(resolver.resolve(setup), point, grid) for setup, point in own]
+    asked = [variant(resolved, point, grid) for resolved, point in own]
     if not searched:
         return _distinct(asked, study), None
-    space = space_of(study, profile, [(resolver.resolve(setup), point) for setup, point in searched])
-    search = walk(space, functools.partial(_known_losses, store))
+    search = walk(space_of(study, profile, searched), functools.partial(_known_losses, store))
     return _distinct([*asked, *(trial.variant for trial in search.chosen.values())], study), search
 
 

@@ -25,6 +25,8 @@ from pipelines.search.halving import Asked, halving, trials_of_rungs
 
 Manifest = Mapping[str, Any]
 Row = dict[str, Any]
+Point = tuple[Resolved, Row]
+"""a point of a grid: its setup, and the point with the values that are meant"""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Space:
 
     spec: SearchSpec
     values: Mapping[str, Sequence[Any]]
-    points: Mapping[int, Sequence[tuple[Resolved, Mapping[str, Any]]]]
-    """by seed, in the order of the grid: the setup of each point, and the point with the values that are meant"""
+    points: Mapping[int, Sequence[Point]]
+    """by seed, in the order of the grid"""
     keys: frozenset[str]
     """everything that the study varies"""
 
@@ -181,7 +183,7 @@ class Search:
         return "went on" if (trial.seed, trial.asked.number) in later else "stopped"
 
 
-def space_of(study: Study, profile: Profile, found: Sequence[tuple[Resolved, Row]]) -> Space:
+def space_of(study: Study, profile: Profile, found: Sequence[Point]) -> Space:
     """Return the space of the study's search.
 
     Args:
@@ -193,7 +195,7 @@ def space_of(study: Study, profile: Profile, found: Sequence[tuple[Resolved, Row
     spec = study.search
     assert spec is not None
     values = spec.family.values(profile)
-    points: dict[int, list[tuple[Resolved, Row]]] = {}
+    points: dict[int, list[Point]] = {}
     for resolved, point in found:
         points.setdefault(resolved.setup.seed, []).append((resolved, point))
     size = math.prod(len(each) for each in values.values())
