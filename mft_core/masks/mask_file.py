@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
+from mft_core.cache_key import digest
 from mft_core.errors import ConfigError, explain
-from mft_core.identity import digest
 from mft_core.masks.masked_sites import MaskedSite, Sha256, check_base, dtype_name, tensor_digest
 from mft_core.masks.packing import PackedMasks, packed_size
 from mft_core.masks.selection import masked_count

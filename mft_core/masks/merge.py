@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mft_core.cache_key import digest_file
 from mft_core.checkpoints.files import WeightFiles
 from mft_core.checkpoints.names import Piece
 from mft_core.errors import ConfigError
-from mft_core.identity import digest_file
 from mft_core.masks.mask_file import Mask, load_mask, save_mask
 from mft_core.masks.masked_sites import check_base, tensor_digest
 from mft_core.store.sources import parts

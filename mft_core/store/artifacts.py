@@ -26,8 +26,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from mft_core.cache_key import digest_file, stage_key
 from mft_core.errors import ConfigError, StageError
-from mft_core.identity import digest_file, stage_key
 from mft_core.recipes import Recipe, Runtime
 from mft_core.stage import Progress, Stage, StageContext
 from mft_core.store import manifests, provenance

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft_core.cache_key import digest, digest_file
 from mft_core.errors import ConfigError
-from mft_core.identity import digest, digest_file
 from mft_core.names import inside
 
 MANIFEST = "manifest.json"

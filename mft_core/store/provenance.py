@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mft_core.identity import digest_files
+from mft_core.cache_key import digest_files
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "lm-eval", "numpy", "scipy")
 _ROOT = Path(__file__).resolve().parents[1]

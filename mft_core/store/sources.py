@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from mft_core.cache_key import digest, digest_file, digest_files
 from mft_core.errors import ConfigError, StageError
-from mft_core.identity import digest, digest_file, digest_files
 
 if TYPE_CHECKING:
     from mft_core.store.artifacts import ArtifactStore

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mft_core.cache_key import digest
 from mft_core.compute import own_randomness
 from mft_core.data.batching import StepBatches, micro_batches, plan_epochs
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError, StageError
-from mft_core.identity import digest
 from mft_core.recipes import Training
 from mft_core.stage import Progress, StageContext
 from mft_core.training import parallel, sharded

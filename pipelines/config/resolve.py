@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from mft_core.cache_key import digest
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import data_files
-from mft_core.identity import digest
 from mft_core.layers import format_layers, parse_layers
 from mft_core.names import inside
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mft_core.identity import digest
+from mft_core.cache_key import digest
 from mft_core.recipes import Recipe
 from mft_core.stages import STAGES
 from mft_core.store.sources import Source

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mft_core.cache_key import digest_files
 from mft_core.errors import ConfigError
-from mft_core.identity import digest_files
 from pipelines.config import resolve
 from pipelines.config.setup import BenchmarkSpec
 

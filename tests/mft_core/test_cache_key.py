@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mft_core.identity import canonical_json, digest, stage_key
+from mft_core.cache_key import canonical_json, digest, stage_key
 from mft_core.recipes import (
     Anatomy,
     Evaluate,
@@ -68,7 +68,7 @@ def test_a_changed_default_or_version_changes_the_golden_keys():
 
 def test_the_key_is_the_same_in_another_process():
     code = (
-        "from tests.mft_core.test_identity import RECIPES; from mft_core.identity import stage_key; import json;"
+        "from tests.mft_core.test_cache_key import RECIPES; from mft_core.cache_key import stage_key; import json;"
         "print(json.dumps({s: stage_key(s, 1, r, {'model': 'd' * 64}) for s, r in RECIPES.items()}))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
