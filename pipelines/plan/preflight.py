@@ -89,7 +89,7 @@ def _check_rows(setups: Iterable[Setup]) -> None:
 
 def _check_lengths(nodes: Iterable[Node]) -> None:
     """Refuse a `data.max_length` that no example fits; of hub data sets, only the stage itself sees the rows."""
-    from mft_core.data.chat import check_fits
+    from mft_core.data.assistant_tokens import check_fits
 
     for node in nodes:
         assert isinstance(node.recipe, PrepareData)

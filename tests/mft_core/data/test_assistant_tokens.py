@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mft_core.data.chat import check_fits, encode
+from mft_core.data.assistant_tokens import check_fits, encode
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
 from tests.support.tiny import make_tokenizer
