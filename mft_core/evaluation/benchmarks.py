@@ -6,7 +6,7 @@
     test_split: test
 
 The same folder works with stock `lm_eval --include_path FOLDER`, run from within it. Read here by plain YAML and JSON,
-fast enough for planning; `mft_core.evaluation.harness` runs them.
+fast enough for planning; `mft_core.evaluation.lm_eval_harness` runs them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What lm-eval's logged samples say of each item: one row per item, named so that models can be paired on it.
 
-Used by `mft_core.evaluation.harness`.
+Used by `mft_core.evaluation.lm_eval_harness`.
 """
 
 from __future__ import annotations

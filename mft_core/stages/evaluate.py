@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core.evaluation import harness as evaluation
+from mft_core.evaluation import lm_eval_harness as evaluation
 from mft_core.recipes import Evaluate
 from mft_core.stage import StageContext
 

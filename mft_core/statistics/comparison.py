@@ -48,7 +48,7 @@ class Outcomes:
     benchmark: str
     metric: str
     items: tuple[str, ...]
-    """item ids of `mft_core.evaluation.harness`: equal ids mean the same question in the same prompt"""
+    """item ids of `mft_core.evaluation.lm_eval_harness`: equal ids mean the same question in the same prompt"""
     values: Array
     """one outcome per item, 0/1 or a number"""
 

@@ -179,7 +179,7 @@ def _check_benchmarks(nodes: Iterable[Node]) -> None:
         folder = node.inputs.get("benchmark")
         where = getattr(folder, "location", "")
         if (node.recipe, where) not in checked:
-            from mft_core.evaluation.harness import check_task
+            from mft_core.evaluation.lm_eval_harness import check_task
 
             check_task(node.recipe, Path(where) if where else None)
             if where:

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from mft_core.errors import ConfigError, StageError
-from mft_core.evaluation import harness as evaluation
+from mft_core.evaluation import lm_eval_harness as evaluation
 from mft_core.evaluation.benchmarks import read_items
-from mft_core.evaluation.harness import Evaluation, check_task, evaluate
+from mft_core.evaluation.lm_eval_harness import Evaluation, check_task, evaluate
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stage import Progress, StageContext
 from mft_core.stages import get_stage
@@ -218,7 +218,7 @@ def test_unreadable_items_are_refused_when_planned(tmp_path: Path, content: str 
 def test_planning_a_local_task_imports_neither_torch_nor_lm_eval(benchmark: Path):
     code = (
         "import sys, pathlib\n"
-        "from mft_core.evaluation.harness import check_task\nfrom mft_core.recipes import Evaluate\n"
+        "from mft_core.evaluation.lm_eval_harness import check_task\nfrom mft_core.recipes import Evaluate\n"
         "check_task(Evaluate(task='tiny_sums'), pathlib.Path(sys.argv[1]))\n"
         "assert not {'torch', 'lm_eval', 'transformers', 'datasets'} & set(sys.modules)\n"
     )
