@@ -3,11 +3,9 @@
 Both models answer the same items, so every question is asked of the differences per item, which removes the variance
 that comes from easy and hard items. What is computed, and what it assumes:
 
-- *Items.* Interval: percentile bootstrap over items, resampling pairs (Efron & Tibshirani 1993, ch. 13). Items of equal
-  differences are exchangeable, so drawing their multinomial counts is exactly that bootstrap. For right/wrong outcomes
-  one item won and one lost are added to what is drawn from (Bonett & Price 2012): where few items differ, the bare
-  bootstrap claims too much (from no difference at all it has no width). p-value: sign-flip test of the differences
-  (Fisher 1935), which for right/wrong outcomes of one seed *is* McNemar's exact test (1947), here in its exact form.
+- *Items.* Interval: percentile bootstrap over items (`mft_core.statistics.bootstrap`). p-value: sign-flip test of the
+  differences (Fisher 1935), which for right/wrong outcomes of one seed *is* McNemar's exact test (1947), here in its
+  exact form.
 - *Seeds.* With two trainings or more of a variant the claim is about further trainings too. The bootstrap is
   hierarchical: items as above (the mean over seeds of each item) and, independently, what the seeds add, Student's t
   with the variance between trainings (`mft_core.statistics.seed_noise`, and why not a bootstrap there); the p-value is
@@ -31,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from mft_core.errors import StageError
+from mft_core.statistics.bootstrap import bootstrap_gains, is_binary
 from mft_core.statistics.seed_noise import SeedNoise
 
 Array = NDArray[np.float64]
@@ -155,29 +154,6 @@ def compare(
     )
 
 
-def bootstrap_gains(strata: Sequence[Array], resamples: int, seed: int) -> Array:
-    """Return the mean difference of each bootstrap sample of the items; the seeds are held.
-
-    Args:
-        strata: for each benchmark the differences, (seeds, items).
-
-    Returns:
-        (resamples,)
-    """
-    rng = np.random.default_rng(seed)
-    gains = np.zeros(resamples)
-    for differences in strata:
-        values, counts = np.unique(differences.mean(axis=0), return_counts=True)
-        if _is_binary(differences):
-            values, counts = np.append(values, [1.0, -1.0]), np.append(counts, [1, 1])
-        items = counts.sum()
-        block = max(1, 4_000_000 // len(counts))  # bounds the memory where every item has a difference of its own
-        for start in range(0, resamples, block):
-            part = slice(start, min(start + block, resamples))
-            gains[part] += rng.multinomial(items, counts / items, size=part.stop - part.start) @ values / items
-    return gains / len(strata)
-
-
 @dataclass(frozen=True)
 class Flips:
     """What the gain would be if each item's difference were as likely to be of either sign; symmetric about zero."""
@@ -224,7 +200,7 @@ def sign_flips(strata: Sequence[Array], resamples: int = 10_000, seed: int = 0) 
 
 def _flips(differences: Array, resamples: int, seed: int) -> Flips:
     totals = differences.sum(axis=0)
-    if not _is_binary(differences):
+    if not is_binary(differences):
         test = stats.permutation_test(
             (totals,), np.mean, permutation_type="samples", n_resamples=resamples, batch=256, rng=seed
         )
@@ -238,11 +214,6 @@ def _flips(differences: Array, resamples: int, seed: int) -> Flips:
         steps[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
         chances = np.convolve(chances, steps)
     return Flips((np.arange(len(chances)) - len(chances) // 2) / differences.size, chances / chances.sum())
-
-
-def _is_binary(differences: Array) -> bool:
-    """Whether the outcomes are right or wrong."""
-    return bool(np.isin(differences, (-1, 0, 1)).all())
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -8,12 +8,12 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from mft_core.errors import StageError
+from mft_core.statistics.bootstrap import bootstrap_gains
 from mft_core.statistics.comparison import (
     Comparison,
     Outcomes,
     Pairs,
     adjust,
-    bootstrap_gains,
     compare,
     pair,
     sign_flips,
