@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-all bench lint clean
+.PHONY: help install demo check test test-all bench clean
 
-install: $(VENV)/.installed
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(VENV)/.installed  ## the tested set of versions, into .venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +18,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## the main job on the tiny profile: set-up, then the sparsity-against-gain table
 	$(BIN)/mft run sparsity --profile tiny
+
+check: install  ## lint, format, types, order of imports: what comes before the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 # two workers of one thread each: a file's tests stay together, since they share what is costly to make
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -28,10 +37,5 @@ test-all: install  ## every test
 bench: install  ## time and memory of mask learning against a dense model and the published way
 	$(BIN)/python -m tests.bench.mask_step
 
-lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-clean:
+clean:  ## remove .venv and .mft with all results in it
 	rm -rf $(VENV) .mft

@@ -36,8 +36,9 @@ def filter_normalised(site: Site, weight: Tensor, draws: Tensor) -> Tensor:
         weight, draws: the same shape; the result is float32.
     """
     inputs = 0 if site.transposed else 1
-    lengths = weight.float().norm(dim=inputs, keepdim=True), draws.norm(dim=inputs, keepdim=True)
-    return draws * (lengths[0] / lengths[1])
+    wanted: Tensor = weight.float().norm(dim=inputs, keepdim=True)
+    drawn: Tensor = draws.norm(dim=inputs, keepdim=True)
+    return draws * (wanted / drawn)
 
 
 def direction(pair: WeightPair, seed: int, number: int) -> Direction:
@@ -117,7 +118,8 @@ def line(pair: WeightPair, split: str, losses: SequenceLosses, parts: Parts) -> 
 
     def at(share: float) -> list[float]:
         pair.put(torch.lerp(one.float(), other.float(), share) for one, other in zip(*ends, strict=True))
-        return finite(losses.measure()).tolist()
+        nats: list[float] = finite(losses.measure()).tolist()
+        return nats
 
     with losses.reusing(pair.lower_layers):
         return np.array([parts.get(f"line-{split}-{index}", partial(at, t)) for index, t in enumerate(LINE)])

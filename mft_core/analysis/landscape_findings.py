@@ -58,7 +58,8 @@ class Line:
     @property
     def losses(self) -> Array:
         """Mean loss at every point, nats per token."""
-        return self.nats.sum(1) / self.tokens.sum()
+        mean: Array = self.nats.sum(1) / self.tokens.sum()
+        return mean
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Parts:
             _write(path, json.dumps(compute(), allow_nan=False))
         self._done += 1
         self._context.report(Progress(self._done, self._total, unit="part"))
-        return json.loads(path.read_text(encoding="utf-8"))
+        kept: T = json.loads(path.read_text(encoding="utf-8"))
+        return kept
 
 
 def _write(path: Path, text: str) -> None:

@@ -97,7 +97,8 @@ def _ranks(values: Array) -> Array:
 def _pearson(one: Array, other: Array) -> Array:
     """Return the correlation of untied ranks along the last axis."""
     n = one.shape[-1]
-    return 1 - 6 * np.square(one - other).sum(-1) / (n * (n * n - 1))
+    correlation: Array = 1 - 6 * np.square(one - other).sum(-1) / (n * (n * n - 1))
+    return correlation
 
 
 def least_p_value(n: int) -> float:

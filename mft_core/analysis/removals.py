@@ -171,4 +171,5 @@ def costs(nats: Array, tokens: Array, resamples: int, confidence: float, seed: i
 
 
 def _ratio(nats: Array, tokens: Array, axis: int = -1) -> Array:
-    return nats.sum(axis) / tokens.sum(axis)
+    ratio: Array = nats.sum(axis) / tokens.sum(axis)
+    return ratio

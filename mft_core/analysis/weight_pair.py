@@ -105,4 +105,5 @@ def _equal(one: Tensor, other: Tensor, name: str) -> bool:
 
 def _stored(files: WeightFiles, name: str) -> Tensor:
     with safe_open(files.directory / files.file_of[name], framework="pt") as handle:
-        return handle.get_tensor(name)
+        stored: Tensor = handle.get_tensor(name)
+        return stored

@@ -88,7 +88,8 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     bad = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if bad:
         raise ConfigError(f"model = {directory}: {len(bad)} weights are missing or misshapen, e.g. {bad[0]}.")
-    return model.to(device)
+    placed: PreTrainedModel = model.to(device)
+    return placed
 
 
 def check_dropout(config: Any, dropout: float) -> None:
@@ -107,7 +108,8 @@ def skeleton(directory: Path) -> PreTrainedModel:
     """Return the model without its weights (meta device), to find sites in it."""
     config = read_config(directory)
     with PROCESS_WIDE, torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model
 
 
 def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, source: Path) -> None:
@@ -219,5 +221,7 @@ class WeightFiles:
     def _read(self, piece: Piece) -> Tensor:
         with self._open(piece) as handle:
             if piece.index is None:
-                return handle.get_tensor(piece.tensor)
-            return handle.get_slice(piece.tensor)[piece.index]
+                values: Tensor = handle.get_tensor(piece.tensor)
+            else:
+                values = handle.get_slice(piece.tensor)[piece.index]
+            return values

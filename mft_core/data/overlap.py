@@ -55,8 +55,8 @@ def read_questions(benchmark: Path) -> list[str]:
 def _question(row: object, where: str) -> str:
     if isinstance(row, dict):
         for field in _QUESTION_FIELDS:
-            if isinstance(row.get(field), str):
-                return row[field]
+            if isinstance(question := row.get(field), str):
+                return question
     raise ConfigError(
         f"{where}: the benchmark item has no question, so training rows cannot be compared with it. "
         f"Valid: a text in one of the fields {', '.join(_QUESTION_FIELDS)}."

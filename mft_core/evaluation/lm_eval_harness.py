@@ -222,16 +222,18 @@ def _load_model(
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
             self.asked += len(requests)
-            return super().generate_until(requests, disable_tqdm=True)
+            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+            return answers
 
         def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            tokens = super()._model_generate(context, *args, **kwargs)
+            tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
             self.answered += len(context)
             report(Progress(self.answered, self.asked, "item"))
             return tokens
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            return super().loglikelihood(requests, disable_tqdm=True)
+            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return answers
 
     with PROCESS_WIDE:
         return ReportingModel(

@@ -42,7 +42,8 @@ def block_shares(kept: Tensor, most: tuple[int, int] = (BLOCKS, BLOCKS)) -> np.n
     edges = [_edges(length, blocks) for length, blocks in zip(removed.shape, most, strict=True)]
     rows = [removed[start:end].sum(axis=0, dtype=np.int32) for start, end in itertools.pairwise(edges[0])]
     sums = np.add.reduceat(np.stack(rows), edges[1][:-1], axis=1)
-    return sums / np.outer(np.diff(edges[0]), np.diff(edges[1]))
+    shares: np.ndarray = sums / np.outer(np.diff(edges[0]), np.diff(edges[1]))
+    return shares
 
 
 def _edges(length: int, blocks: int) -> np.ndarray:
@@ -84,7 +85,8 @@ def _draw(mask: Mask) -> Figure:
 
 def _tile(sites: Sequence[MaskedSite], kept: Mapping[str, Tensor], most: tuple[int, int]) -> np.ndarray:
     """Return the block shares of one cell; the mean over its matrices where it holds a layer's experts."""
-    return np.mean([block_shares(kept[site.name], most) for site in sites], axis=0)
+    mean: np.ndarray = np.mean([block_shares(kept[site.name], most) for site in sites], axis=0)
+    return mean
 
 
 def _scale(tiles: Sequence[np.ndarray], share: float) -> Normalize:

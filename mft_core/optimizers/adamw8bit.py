@@ -37,7 +37,8 @@ class AdamW8bit(_TorchaoAdamW8bit):
         super().__init__(list(parameters), lr=lr, weight_decay=weight_decay, bf16_stochastic_round=True)
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-        return super()._new_buffer(p, signed).float()  # of a quantised one this changes nothing
+        moments: Tensor = super()._new_buffer(p, signed)
+        return moments.float()  # of a quantised one this changes nothing
 
     def step(self, closure: None = None) -> None:
         """Change the parameters that have a gradient."""
@@ -61,5 +62,6 @@ class AdamW8bit(_TorchaoAdamW8bit):
 
 def _compiler_for(parameters: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
     if all(parameter.device.type == "cpu" for parameter in parameters):
-        return torch.compiler.set_stance("force_eager")
+        stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
     return contextlib.nullcontext()

@@ -70,7 +70,9 @@ class Job:
         """Load the model to look at: frozen, without dropout, in the type that it is stored in."""
         device = compute.settle(self.context.runtime)
         dtype = read_config(self.inputs["model"]).dtype or torch.float32
-        return load_model(self.inputs["model"], dtype, device).eval().requires_grad_(False)
+        model = load_model(self.inputs["model"], dtype, device)
+        model.eval().requires_grad_(False)
+        return model
 
     def calibration(self) -> StepBatches:
         """Draw the recipe's calibration rows from the training data, as padded micro-batches.

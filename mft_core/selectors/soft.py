@@ -61,7 +61,8 @@ class SoftMaskOptimizer(MaskOptimizer):
     def _sharpness(self, index: int) -> float:
         first, last = _SHARPNESS
         progress = min(1.0, self._step / max(1, self._steps - 1))
-        return first * (last / first) ** progress / self._widths[index]
+        growth: float = (last / first) ** progress
+        return first * growth / self._widths[index]
 
     def _gates(self) -> Iterator[Tensor]:
         """Yield the gates of every matrix; one from which nothing is removed has all of them open."""

@@ -64,7 +64,8 @@ class ResumableState:
             state = self._read(STATE)
             if not set(_FIELDS) <= set(state):
                 raise _UnreadableError(f"{STATE}: it lacks fields")
-            identity, best, content = (state[field] for field in _FIELDS)
+            identity, best = state["identity"], state["best_step"]
+            content: dict[str, Any] = state["content"]
             if identity == self._identity and best is not None:
                 self._read(_best(best))  # needed at the end: better to know now
         except _UnreadableError as error:

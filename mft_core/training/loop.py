@@ -227,7 +227,8 @@ class _Loop:
         trained = self.trainable.trained()
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         norm = sharded.whole(nn.utils.get_total_norm(gradients))
-        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        values: list[float] = torch.stack([loss, norm]).tolist()  # one wait for the device
+        loss_value, norm_value = values
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             self._stop(step, "loss" if not math.isfinite(loss_value) else "gradient norm", loss_value, norm_value)
         if self.recipe.max_grad_norm is not None:

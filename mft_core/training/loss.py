@@ -66,7 +66,8 @@ class LossHead:
         rows = max(1, MOST_LOGITS // self._model.config.get_text_config().vocab_size)
         if self._divisible and len(targets) > rows:
             with self._losses_for_logits(targets, rows):
-                return self._model(**arguments, use_cache=False).logits.sum()
+                losses: Tensor = self._model(**arguments, use_cache=False).logits
+                return losses.sum()
         logits = self._model(**arguments, use_cache=False).logits.squeeze(0)  # with a cache, packed rows would mix
         return _summed(logits, targets)
 
