@@ -1,50 +1,71 @@
-"""The one rule of imports: pipelines → tasks → mft_core, never upward; and the science knows no orchestrator."""
+"""The order of rooms (contracts in pyproject.toml) is held for real, and what modules and pages promise is there."""
 
 import ast
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parent.parent
-FORBIDDEN = {
-    "mft_core": {"prefect", "mlflow", "tasks", "pipelines"},
-    "tasks": {"pipelines"},
-    "pipelines": set(),
-}
+PACKAGES = ("mft_core", "tasks", "pipelines")
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docker/*.md"), *ROOT.glob("results/**/*.md")]
 
 
-def imported(path: Path) -> set[str]:
-    """Return the top-level names that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
-    return names
+def in_words(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_imports_point_downward_only(package):
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    upward = {str(path.relative_to(ROOT)): imported(path) & FORBIDDEN[package] for path in files}
-    assert not {name: bad for name, bad in upward.items() if bad}
+@pytest.mark.parametrize(
+    ("module", "statement", "broken"),
+    [
+        ("mft_core/errors.py", "import mlflow", "no orchestrator"),
+        ("mft_core/errors.py", "from mft_core import recipes", "rooms of mft_core"),
+        ("mft_core/new_room.py", "", "rooms of mft_core"),
+        ("tasks/device.py", "from pipelines import cli", "downward only"),
+        ("pipelines/config/setup.py", "from pipelines.plan import plan", "rooms of pipelines"),
+        ("pipelines/graph/nodes.py", "from pipelines.config import resolve", "looks at nothing itself"),
+    ],
+)
+def test_an_import_against_the_order_of_rooms_is_refused(tmp_path, module, statement, broken):
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=lambda _, names: [n for n in names if n == "profiles"]
+        )
+    with (tmp_path / module).open("a") as file:
+        file.write(f"\n{statement}\n")
+    linter = [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"]
+    done = subprocess.run(
+        [*linter, "--no-cache", str(ROOT / "pyproject.toml")], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    found = re.findall(r"^(.*(?:\n.*)?) BROKEN$", done.stdout, re.MULTILINE)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [name for name in found if broken in name], done.stdout
 
 
 def test_every_module_begins_with_its_design_note():
-    files = [path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")]
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     without = [str(path) for path in files if path.read_text() and not ast.get_docstring(ast.parse(path.read_text()))]
+    assert files
     assert not without
 
 
-def test_the_graph_is_built_from_what_was_resolved_and_looks_at_nothing_itself():
-    files = list((ROOT / "pipelines" / "graph").glob("*.py"))
-    assert files
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert not {f"{node.module}.{alias.name}" for alias in node.names} & {"pipelines.config.resolve"}, path
-                assert node.module != "pipelines.config.resolve", path
-            if isinstance(node, ast.Import):
-                assert "pipelines.config.resolve" not in {alias.name for alias in node.names}, path
+@pytest.mark.parametrize("page", PAGES, ids=in_words(PAGES))
+def test_links_and_images_of_a_page_lead_to_files(page):
+    inline = [token for block in MarkdownIt().parse(page.read_text()) for token in block.children or ()]
+    targets = [str(token.attrs.get("href") or token.attrs.get("src")) for token in inline if token.attrs]
+    local = [target.partition("#")[0] for target in targets if not re.match(r"https?:|#", target)]
+    assert not [target for target in local if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docker/README.md"])
+def test_a_path_of_the_repository_that_a_page_names_is_there(page):
+    named = re.findall(
+        r"`((?:mft_core|tasks|pipelines|tests|results|notebooks|docker)/[\w./-]*)`", (ROOT / page).read_text()
+    )
+    assert named
+    assert not [path for path in named if "NAME" not in path and not (ROOT / path).exists()]
