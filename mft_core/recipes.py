@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from mft_core.methods import CALIBRATED, SELECTORS, TRAINED, Selector
+
 
 def _share_of_zeros(value: float) -> float:
     if not 0 <= value < 1:
@@ -37,11 +39,6 @@ CLASSES = frozenset({"attention", "mlp", "both"})
 Modules = Annotated[str, AfterValidator(_names_modules)]
 """which matrices of a layer: 'attention', 'mlp', 'both', or patterns as the shell has them of their names in the layer
 (`self_attn.q_proj`; a pattern without a dot means the last part), separated by commas"""
-Selector = Literal["learned", "soft", "random", "magnitude", "wanda", "movement"]
-TRAINED: frozenset[Selector] = frozenset({"learned", "soft"})
-"""selectors that train scores, and so have `training` and `score_init`"""
-CALIBRATED: frozenset[Selector] = frozenset({"wanda", "movement"})
-"""selectors that look at some training sequences, and so have `calibration_rows`"""
 SiteClass = Literal["attention", "mlp"]
 """what a maskable matrix belongs to"""
 Scope = Literal["local", "global", "global-threshold"]
@@ -117,6 +114,10 @@ class FineTune(Recipe):
     lora: Lora | None = None
 
 
+def _listed(selectors: frozenset[str]) -> str:
+    return f"the selectors {' and '.join(sorted(selectors))}"
+
+
 class LearnMask(Recipe):
     """Recipe of the stage `learn-mask` (paper, section 3) and of its controls.
 
@@ -136,26 +137,29 @@ class LearnMask(Recipe):
     min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
     score_init: ScoreInit | None = None
     training: Training | None = None
-    calibration_rows: int | None = Field(None, gt=0, description="training sequences that wanda and movement look at")
+    calibration_rows: int | None = Field(
+        None, gt=0, description="training sequences that a calibrated selector looks at"
+    )
     seed: int = Field(42, ge=0, description="of the initial scores, of the random selection or of the calibration rows")
 
     @model_validator(mode="after")
     def _settings_fit_the_selector(self) -> LearnMask:
         trained = self.selector in TRAINED
         if trained != (self.training is not None and self.score_init is not None):
-            raise ValueError("'training' and 'score_init' belong to the selectors learned and soft, which need both")
+            raise ValueError(f"'training' and 'score_init' belong to {_listed(TRAINED)}, which need both")
         if (self.selector in CALIBRATED) != (self.calibration_rows is not None):
-            raise ValueError("'calibration_rows' belongs to the selectors wanda and movement, which need it")
+            raise ValueError(f"'calibration_rows' belongs to {_listed(CALIBRATED)}, which need it")
         return self
 
     @model_validator(mode="after")
     def _settings_fit_the_scope(self) -> LearnMask:
         if self.min_kept and (self.scope != "global" or self.min_kept + self.sparsity > 1 + 1e-9):
             raise ValueError("min_kept belongs to scope 'global' and is at most 1 - sparsity")
-        if self.scope == "global-threshold" and self.selector != "learned":
-            raise ValueError("scope 'global-threshold' belongs to selector 'learned'")
-        if self.scope == "global" and self.selector == "wanda":
-            raise ValueError("selector 'wanda' ranks within output rows (scope 'local')")
+        scopes = SELECTORS[self.selector].scopes
+        if self.scope not in scopes:
+            raise ValueError(
+                f"selector '{self.selector}' has no scope '{self.scope}'; valid: {', '.join(sorted(scopes))}"
+            )
         return self
 
 

@@ -23,11 +23,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from mft_core.errors import ConfigError, StageError
+from mft_core.methods import MethodName
 from mft_core.stage import Progress
 from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import Study, VariantSpec, load_profile, load_studies, load_study
-from pipelines.config.setup import Method
 from pipelines.graph.nodes import Node, closure
 from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import Plan, comparison_node, make_plans
@@ -82,7 +82,7 @@ def mft_ablation(
 @flow(name="mft-pipeline", flow_run_name="{method} on {profile}", task_runner=_runner(), persist_result=False)
 def mft_pipeline(
     profile: str = "tiny",
-    method: Method = "mft",
+    method: MethodName = "mft",
     domain: str | None = None,
     overrides: list[str] = [],  # noqa: B006
     seed: int = 0,

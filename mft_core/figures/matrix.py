@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from mft_core.figures import style
 from mft_core.figures.style import Published, Row
+from mft_core.methods import CONTROLS
 from mft_core.statistics.tables import domain_of_data, method_label, percent, pooled
 
 _COLOURS = "RdBu"
@@ -87,7 +88,7 @@ def _asked(rows: Sequence[Row], method: str, domain: str) -> bool:
 
 
 def _scale(rows: Sequence[Row]) -> Normalize:
-    asked = [row for row in rows if row["method"] not in style.CONTROLS] or list(rows)
+    asked = [row for row in rows if row["method"] not in CONTROLS] or list(rows)
     most = max([2.0, *(abs(100 * row["gain"]) for row in asked)])
     return Normalize(-most, most)
 

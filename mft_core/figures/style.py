@@ -15,24 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mft_core.methods import CONTROLS, METHODS, OTHER, REFERENCES
 from mft_core.statistics.tables import apart, percent, pooled
 
 Row = Mapping[str, Any]
 Published = Mapping[tuple[str, str], float]
 """gain that somebody else has published (a share, 0.01 is one point) by (domain, benchmark)"""
 
-METHODS = {
-    "mft": ("#0072B2", "o"),
-    "random": ("#E69F00", "s"),
-    "magnitude": ("#009E73", "^"),
-    "wanda": ("#D55E00", "D"),
-    "movement": ("#56B4E9", "v"),
-    "mft-soft": ("#000000", "<"),
-    "continued-fft": ("#CC79A7", ">"),
-    "lora": ("#6E6E6E", "h"),
-    "continued-lora": ("#9A9A9A", "p"),
-}
-_OTHER = ("#6E6E6E", "d")
 LEVELS = [
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -43,9 +32,6 @@ LEVELS = [
     ("#000000", ">"),
 ]
 """of the values of one setting, where a single method is drawn"""
-REFERENCES = frozenset({"base", "fft"})
-"""methods that no figure of gains draws: the gain of FFT is zero, the base's is not the question"""
-CONTROLS = frozenset({"random", "magnitude", "wanda", "movement"})
 GAIN_LABEL = "Gain over FFT (percentage points)"
 _PUBLISHED = ("#000000", "*")
 
@@ -60,7 +46,8 @@ class Style:
 
 def of_method(method: str) -> Style:
     """Return how a method is drawn, the same in every figure."""
-    return Style(*METHODS.get(method, _OTHER))
+    row = METHODS.get(method, OTHER)
+    return Style(row.color, row.marker)
 
 
 def title(figure: Figure, question: str) -> None:

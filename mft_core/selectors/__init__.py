@@ -9,23 +9,18 @@
 | wanda | abs(W) · norm of the input feature | Sun et al. 2024, Wanda |
 | movement | −W · dL/dW | Sanh et al. 2020, Movement Pruning; here at frozen weights |
 
-A further selector is a further file and a further row of `SELECTORS`, its name in `recipes.Selector`. The recipe's
-scope (`mft_core.masks.selection`) then says among which weights the least scores go.
+A further selector is a further file, and the row of its method in `mft_core.methods`, which has the file's name. The
+recipe's scope (`mft_core.masks.selection`) then says among which weights the least scores go.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 
-from mft_core.recipes import Selector
-from mft_core.selectors import learned, magnitude, movement, random, soft, wanda
+from mft_core import methods
 from mft_core.selectors.job import Choice, Job
 
-SELECTORS: Mapping[Selector, Callable[[Job], Choice]] = {
-    "learned": learned.choose,
-    "soft": soft.choose,
-    "random": random.choose,
-    "magnitude": magnitude.choose,
-    "wanda": wanda.choose,
-    "movement": movement.choose,
+SELECTORS: Mapping[str, Callable[[Job], Choice]] = {
+    name: importlib.import_module(f"mft_core.selectors.{name}").choose for name in methods.SELECTORS
 }

@@ -16,6 +16,7 @@ from mft_core.checkpoints.files import WeightFiles, load_model, read_config
 from mft_core.data.batching import StepBatches, micro_batches
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError
+from mft_core.masks.mask_file import MaskScope
 from mft_core.masks.selection import Global, Local, Scope
 from mft_core.masks.sites import Site
 from mft_core.recipes import LearnMask
@@ -33,6 +34,8 @@ class Choice:
     """of scope 'global-threshold', by class"""
     history: History | None = None
     """of the training, where there was one"""
+    scope: MaskScope | None = None
+    """among which weights the masks were chosen, where it is not the recipe's scope"""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ def choose(job: Job) -> Choice:
         _by_output(site, weight.abs().float() * _per_input(site, norms[site.name])) for site, weight in job.weights()
     )
     masks = Rows(job.recipe.sparsity).masks(scores)
-    return Choice({site.name: _by_output(site, mask) for site, mask in zip(job.sites, masks, strict=True)})
+    return Choice(
+        {site.name: _by_output(site, mask) for site, mask in zip(job.sites, masks, strict=True)}, scope="rows"
+    )
 
 
 def check_inputs(sites: Sequence[Site]) -> None:

@@ -49,7 +49,7 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
         sparsity=recipe.sparsity,
         selector=recipe.selector,
         modules=recipe.modules,
-        scope="rows" if recipe.selector == "wanda" else recipe.scope,
+        scope=choice.scope or recipe.scope,
         min_kept=recipe.min_kept,
         thresholds=choice.thresholds,
     )

@@ -8,22 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mft_core.methods import METHODS
 from mft_core.statistics.markdown import table, text
 
 Row = Mapping[str, Any]
-METHODS = {
-    "base": "base",
-    "fft": "FFT",
-    "continued-fft": "continued FFT",
-    "lora": "LoRA",
-    "continued-lora": "LoRA on FFT",
-    "mft": "MFT",
-    "mft-soft": "MFT, soft",
-    "random": "random mask",
-    "magnitude": "magnitude mask",
-    "wanda": "Wanda mask",
-    "movement": "movement mask",
-}
 _IDENTITY = ("method", "domain", "layers", "modules", "sparsity")
 _STANDARD = {
     *_IDENTITY, "variant", "seed", "seeds", "benchmark", "metric", "n", "accuracy", "commonest_target_share", "family",
@@ -52,7 +40,7 @@ _WORDS = {
 
 def method_label(method: str) -> str:
     """Return how a method is called in tables and figures."""
-    return METHODS.get(method, method)
+    return METHODS[method].label if method in METHODS else method
 
 
 def percent(share: float) -> str:

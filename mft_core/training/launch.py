@@ -30,7 +30,8 @@ from pydantic import BaseModel
 
 from mft_core import compute
 from mft_core.errors import ConfigError, StageError
-from mft_core.recipes import TRAINED, FineTune, LearnMask, Recipe, Runtime
+from mft_core.methods import TRAINED
+from mft_core.recipes import FineTune, LearnMask, Recipe, Runtime
 from mft_core.stage import Progress, StageContext, StageFunction
 from mft_core.training import parallel
 

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from mft_core.errors import ConfigError, explain, unknown
+from mft_core.methods import MethodName, TrainedMethodName
 from mft_core.recipes import Recipe, Runtime
 from mft_core.yaml_files import read_yaml
-from pipelines.config.setup import Label, Layers, Method
+from pipelines.config.setup import Label, Layers
 
 _HERE = Path(__file__).resolve().parents[1]
 _PATH_KEYS = {"path", "chat_template"}
@@ -36,7 +37,7 @@ Analysis = Literal["anatomy", "landscape", "predict-layers"]
 class VariantSpec(Recipe):
     """One family of variants: a method, its domain, and the grid over which it is spread."""
 
-    method: Method
+    method: MethodName
     domain: str | None = Field(
         None, description="null takes the study's, or the profile's default; 'each domain' is all but 'mixed'"
     )
@@ -67,7 +68,7 @@ _NOT_SEARCHED = {
 class SearchSpec(Recipe):
     """What an adaptive search looks for, and how far it goes; how it goes is told in `pipelines.search`."""
 
-    method: Literal["mft", "mft-soft"] = "mft"
+    method: TrainedMethodName = "mft"
     space: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each layer group"]] = Field(
         min_length=1, description="setup key of the mask: values as in a grid, in their order"
     )

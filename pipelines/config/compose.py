@@ -11,10 +11,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from mft_core.errors import ConfigError, did_you_mean, explain, unknown
+from mft_core.methods import METHODS, uses
 from mft_core.recipes import Runtime
 from mft_core.yaml_files import parse_yaml
 from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, given
-from pipelines.config.setup import METHODS, OF_ANOTHER_DOMAIN, Setup, uses
+from pipelines.config.setup import OF_ANOTHER_DOMAIN, Setup
 
 _ELSEWHERE = {
     "backbone": "it is the profile: use --profile",
@@ -104,7 +105,7 @@ def setups(
 def _seeds(spec: VariantSpec, point: Mapping[str, Any], seeds: Sequence[int]) -> Sequence[int]:
     if "seed" in point:
         return [point["seed"]]
-    return seeds if "seed" in METHODS[spec.method] else [0]
+    return seeds if METHODS[spec.method].seeded else [0]
 
 
 def _compose(

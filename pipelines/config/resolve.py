@@ -19,11 +19,12 @@ from mft_core.cache_key import digest
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import data_files
 from mft_core.layers import format_layers, parse_layers
+from mft_core.methods import uses
 from mft_core.names import inside
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
 from mft_core.yaml_files import read_yaml
 from pipelines.config.geometry import read_geometry
-from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas, uses
+from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

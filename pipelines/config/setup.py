@@ -15,73 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mft_core.recipes import CALIBRATED, TRAINED, Lora, Modules, Recipe, Scope, ScoreInit, Selector, Sparsity, Training
+from mft_core.methods import METHODS, MethodName, uses
+from mft_core.recipes import Lora, Modules, Recipe, Scope, ScoreInit, Sparsity, Training
 from mft_core.store.sources import Source
 from pipelines.config.geometry import Geometry
 
-METHODS: dict[str, frozenset[str]] = {
-    # method: the sections of the setup that it uses, besides model and benchmarks
-    "base": frozenset(),
-    "fft": frozenset({"data", "fine_tune"}),
-    "continued-fft": frozenset({"data", "fine_tune", "continued", "seed"}),
-    "lora": frozenset(
-        {"data", "fine_tune", "lora", "seed"}
-    ),  # from the base model; fine_tune is what it is compared with
-    "continued-lora": frozenset({"data", "fine_tune", "lora", "seed"}),
-    "mft": frozenset({"data", "fine_tune", "mask", "seed"}),
-    "mft-soft": frozenset({"data", "fine_tune", "mask", "seed"}),
-    "random": frozenset({"data", "fine_tune", "mask", "seed"}),
-    "magnitude": frozenset({"data", "fine_tune", "mask"}),
-    "wanda": frozenset({"data", "fine_tune", "mask", "seed"}),
-    "movement": frozenset({"data", "fine_tune", "mask", "seed"}),
-}
-OF_ALL = frozenset({"precision", "model", "benchmarks"})
-"""the sections that every method uses"""
-SELECTORS: dict[str, Selector] = {
-    "mft": "learned",
-    "mft-soft": "soft",
-    "random": "random",
-    "magnitude": "magnitude",
-    "wanda": "wanda",
-    "movement": "movement",
-}
-"""methods that mask, and who chooses their masks"""
-_SOME_MASKS_ONLY: dict[str, frozenset[str]] = {
-    # setting: the selectors to which it makes a difference
-    "mask.training": TRAINED,
-    "mask.score_init": TRAINED,
-    "mask.domain": TRAINED | CALIBRATED,
-    "mask.data": TRAINED | CALIBRATED,
-    "mask.fraction": TRAINED | CALIBRATED,
-    "mask.calibration_rows": CALIBRATED,
-    "mask.scope": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
-    "mask.min_kept": frozenset({"learned", "soft", "random", "magnitude", "movement"}),
-}
-
 OF_ANOTHER_DOMAIN = ("mask", "continued")
 """sections that may name another domain, whose data they take"""
-
-Method = Literal[
-    "base",
-    "fft",
-    "continued-fft",
-    "lora",
-    "continued-lora",
-    "mft",
-    "mft-soft",
-    "random",
-    "magnitude",
-    "wanda",
-    "movement",
-]
-
-
-def uses(method: str, key: str) -> bool:
-    """Whether a setting, written as `section.name`, makes a difference to the variants of a method."""
-    for name, selectors in _SOME_MASKS_ONLY.items():
-        if method in SELECTORS and (key == name or key.startswith(f"{name}.")) and SELECTORS[method] not in selectors:
-            return False
-    return key.split(".")[0] in METHODS[method] | OF_ALL
 
 
 def _layers_text(value: Any) -> Any:
@@ -148,7 +88,7 @@ class MaskSpec(Recipe):
     domain: str | None = Field(None, description="whose data the mask is learned on; null is the fine-tuning's own")
     data: DataSpec | None = Field(None, description="the data of that domain; null is the fine-tuning's own")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training data used for the mask")
-    calibration_rows: int = Field(128, gt=0, description="training sequences that wanda and movement look at")
+    calibration_rows: int = Field(128, gt=0, description="training sequences that a calibrated selector looks at")
 
 
 class ContinuedSpec(Training):
@@ -187,7 +127,7 @@ class Setup(Recipe):
 
     backbone: str
     domain: str
-    method: Method
+    method: MethodName
     seed: int = Field(0, ge=0, description="of the treatment: initial scores, random selection, order of its data")
     model: ModelSpec
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -211,7 +151,7 @@ class Setup(Recipe):
 
     @model_validator(mode="after")
     def _lora_is_described(self) -> Setup:
-        if "lora" in METHODS[self.method] and self.lora is None:
+        if "lora" in METHODS[self.method].sections and self.lora is None:
             raise ValueError(f"method '{self.method}' needs the section lora; give lora.training, as for fine_tune")
         return self
 

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from mft_core.layers import parse_layers
+from mft_core.methods import SELECTORS, TRAINED
 from mft_core.recipes import (
-    TRAINED,
     Anatomy,
     Evaluate,
     FineTune,
@@ -152,7 +152,7 @@ def learn_mask(recipe: LearnMask, geometry: Geometry, data: Sequences | None, pr
         assert recipe.training is not None  # the recipe's validator sees to it
         each = passes.training(min(chosen), own, recomputed=runtime.gradient_checkpointing)
         return _training(recipe.training, passes, data, each, (UPDATE + SELECTION) * masked) + read
-    each = passes.training(min(chosen), own) if recipe.selector == "movement" else passes.forward()
+    each = passes.training(min(chosen), own) if SELECTORS[recipe.selector].observes == "gradients" else passes.forward()
     tokens = min(recipe.calibration_rows or 0, data.train) * data.length
     return Work(tokens * each, moved=SELECTION * masked) + read
 

@@ -13,9 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from mft_core.errors import explain
+from mft_core.methods import CALIBRATED, METHODS, REFERENCES, TRAINED, uses
 from mft_core.recipes import (
-    CALIBRATED,
-    TRAINED,
     Evaluate,
     FineTune,
     LearnMask,
@@ -26,7 +25,7 @@ from mft_core.recipes import (
     Training,
 )
 from mft_core.store.sources import Source
-from pipelines.config.setup import METHODS, SELECTORS, BenchmarkSpec, DataSpec, Resolved, Setup, uses
+from pipelines.config.setup import BenchmarkSpec, DataSpec, Resolved, Setup
 from pipelines.graph.nodes import Edge, Node, closure
 
 _COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
@@ -56,8 +55,8 @@ class Variant:
     def columns(self) -> dict[str, str | int | float | None]:
         """What identifies the variant in tables and in MLflow."""
         setup = self.setup
-        masked = setup.method in SELECTORS
-        seeded = "seed" in METHODS[setup.method]
+        masked = METHODS[setup.method].selector is not None
+        seeded = METHODS[setup.method].seeded
         return {
             "variant": self.name,
             "method": setup.method,
@@ -84,21 +83,22 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
     details = {key: value for key, value in point.items() if key not in _COLUMNS}
     names = _short_names({*grid, *point})
     suffix = _suffix(details, names)
-    baseline = _baseline(resolved, point, grid) if setup.method not in ("base", "fft") else None
-    if setup.method == "base":
+    baseline = _baseline(resolved, point, grid) if setup.method not in REFERENCES else None
+    method = METHODS[setup.method]
+    if "fine_tune" not in method.sections:
         model: Source | Edge = resolved.model.source
         trained = None
     else:
         trained = baseline.trained if baseline else _fine_tuned(resolved, _of_fine_tuning(details, names))
         assert trained is not None
         model = Edge(trained, "model")
-        if setup.method == "continued-fft":
+        if "continued" in method.sections:
             trained = _continued(resolved, model, suffix)
             model = Edge(trained, "model")
-        elif setup.method in ("lora", "continued-lora"):
-            trained = _adapted(resolved, model if setup.method == "continued-lora" else resolved.model.source, suffix)
+        elif "lora" in method.sections:
+            trained = _adapted(resolved, model if method.starts_from == "fft" else resolved.model.source, suffix)
             model = Edge(trained, "model")
-        elif setup.method in SELECTORS:
+        elif method.selector:
             trained = _mask(resolved, model, suffix)
             merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
                           trained.label.replace("learn-mask", "merge-mask"))  # fmt: skip
@@ -131,9 +131,9 @@ def _suffix(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def _name(setup: Setup) -> str:
     details: list[str] = [setup.method]
-    if setup.method in SELECTORS:
+    if METHODS[setup.method].selector:
         details += _mask_words(setup)
-    if "seed" in METHODS[setup.method]:
+    if METHODS[setup.method].seeded:
         details.append(f"seed={setup.seed}")
     return " ".join(details)
 
@@ -204,7 +204,8 @@ def _seeded(training: Training, seed: int) -> Training:
 
 def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
     setup = resolved.setup
-    selector, mask = SELECTORS[setup.method], setup.mask
+    selector, mask = METHODS[setup.method].selector, setup.mask
+    assert selector is not None  # masks are made for methods that have one
     details: dict[str, Any] = {}
     inputs: dict[str, Source | Edge] = {"model": model}
     label = " ".join(["learn-mask", *_mask_words(setup)])
@@ -217,7 +218,7 @@ def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
         inputs["data"] = Edge(_data(resolved, data, data.fraction * mask.fraction, mask.domain or setup.domain))
     if uses(setup.method, "mask.scope"):
         details |= {"scope": mask.scope, "min_kept": mask.min_kept}
-    if "seed" in METHODS[setup.method]:
+    if METHODS[setup.method].seeded:
         details["seed"] = setup.seed
         label += f" seed={setup.seed}"
     if selector != "learned":

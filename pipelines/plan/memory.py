@@ -21,9 +21,8 @@ import math
 from collections.abc import Sequence
 
 from mft_core.layers import parse_layers
+from mft_core.methods import CALIBRATED, SELECTORS, TRAINED
 from mft_core.recipes import (
-    CALIBRATED,
-    TRAINED,
     Evaluate,
     FineTune,
     LearnMask,
@@ -145,7 +144,7 @@ def _learn(
 def _choose(
     recipe: LearnMask, geometry: Geometry, matrices: Sequence[Matrix], setup: Setup, runtime: Runtime
 ) -> dict[str, float]:
-    """Count a selector that trains nothing; the calibrated ones run the model, movement backwards too."""
+    """Count a selector that trains nothing; the calibrated ones run the model, for gradients backwards too."""
     number, masked = _BYTES[setup.fine_tune.precision], _weights(matrices)
     selecting: dict[str, float] = {
         "masks": masked,
@@ -154,7 +153,7 @@ def _choose(
     if recipe.selector not in CALIBRATED:
         return selecting
     tokens = _micro_batch(setup, runtime.model_copy(update={"processes": 1}), recipe.calibration_rows or 1)
-    if recipe.selector == "wanda":
+    if SELECTORS[recipe.selector].observes == "inputs":
         squares = 16 * max(matrix.inputs for matrix in matrices)  # float64, and squared
         passing: float = tokens * (squares + _working(geometry, number))
         return {"weights": number * geometry.weights, **selecting, "activations": passing}

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mft_core.errors import ConfigError, unknown
+from mft_core.methods import METHODS, uses
 from mft_core.recipes import Evaluate, PrepareData, Runtime
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source
 from pipelines.config.catalogue import Profile, Study
-from pipelines.config.setup import SELECTORS, ModelSpec, Resolved, Setup, datas, trainings, uses
+from pipelines.config.setup import ModelSpec, Resolved, Setup, datas, trainings
 from pipelines.graph.nodes import Node
 from pipelines.plan.plan import Plan, check_disk, make_plans
 
@@ -121,15 +122,16 @@ def _check_models(asked: Iterable[Resolved]) -> None:
             check_dropout(config, training.dropout)
         _check_weights(spec)
         _check_chat_template(resolved)
-        if setup.method in SELECTORS or uses(setup.method, "lora"):
+        method = METHODS[setup.method]
+        if method.selector or uses(setup.method, "lora"):
             if spec not in sites:
                 sites[spec] = find_sites(skeleton(directory))
             if setup.lora and uses(setup.method, "lora"):
                 check_lora(sites[spec], setup.lora)
-        if setup.method in SELECTORS:
+        if method.selector:
             layers = parse_layers(setup.mask.layers, len(resolved.model.geometry.layers))
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
-            if setup.method == "wanda":
+            if method.observes == "inputs":
                 wanda.check_inputs(chosen)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mft_core.figures.quantities import Quantity, quantities
+from mft_core.methods import CONTROLS
 from mft_core.statistics.markdown import text
 from mft_core.statistics.tables import method_label
 from pipelines.report.report import Report
@@ -13,13 +14,12 @@ from pipelines.report.report import Report
 Row = Mapping[str, Any]
 _NAMED = 6
 """gains that are named one by one; of more, the largest"""
-_CONTROLS = {"random", "magnitude", "wanda", "movement"}
 
 
 def sentence(report: Report) -> str:
     """Say in one line what the study shows."""
     tests = _tests(report)
-    treatments = [row for row in tests if row["method"] not in _CONTROLS] or tests
+    treatments = [row for row in tests if row["method"] not in CONTROLS] or tests
     if not tests:
         return "No variant is compared with the fine-tuned model."
     better = [row for row in treatments if row["verdict"] == "better"]
@@ -55,7 +55,7 @@ def answer(report: Report) -> str:
             named = "; ".join(_named(row, varied, several) for row in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             parts.append(f"{word.capitalize()} than FFT: {named}{more}.")
-    winners = [row for row in report.tables.get("winners", []) if row["method"] not in _CONTROLS]
+    winners = [row for row in report.tables.get("winners", []) if row["method"] not in CONTROLS]
     if winners:
         parts.append(_of_winners(winners))
     parts.append(_rests_on(report))

@@ -109,7 +109,7 @@ def test_what_has_no_place_on_the_axis_stands_beside_it_with_the_papers_gain():
     (axes,) = curves.draw(rows, "?", 0.95, {("maths", "sums"): 0.052, ("maths", "elsewhere"): 0.5}).axes
     stars = [line for line in axes.lines if line.get_marker() == "*"]
     assert [line.get_ydata()[0] for line in stars] == [pytest.approx(5.2)]
-    triangle = next(line for line in axes.lines if line.get_marker() == style.METHODS["continued-fft"][1])
+    triangle = next(line for line in axes.lines if line.get_marker() == style.of_method("continued-fft").marker)
     assert triangle.get_xdata()[0] > 0.2
     assert axes.get_ylim()[1] < 20, "what is published of another benchmark is not drawn"
 

@@ -250,7 +250,7 @@ def test_adapters_without_their_section_are_refused(plan, tmp_path):
         ("wanda", "mask.scope", "global", "makes no difference to wanda"),
         ("random", "mask.calibration_rows", 4, "makes no difference to random"),
         ("movement", "mask.score_init", "magnitude", "makes no difference to movement"),
-        ("mft-soft", "mask.scope", "global-threshold", "belongs to selector 'learned'"),
+        ("mft-soft", "mask.scope", "global-threshold", "'soft' has no scope 'global-threshold'; valid: global, local"),
         ("mft", "mask.min_kept", 0.2, "min_kept belongs to scope 'global'"),
         ("mft", "mask.modules", "attention,q_proj", "valid: attention, mlp, both, or names"),
     ],

@@ -1,0 +1,139 @@
+"""The table of methods: what a study can compare, a row each, and all that is to be known of a method by its name.
+
+Names, labels, looks in figures, the settings that a method uses, and who chooses its mask all derive from here; a
+method that masks has its selector as a file of that name in `mft_core.selectors`. Anybody may import this, planning
+too: no torch. How to add a row: CONTRIBUTING.md, "Add a method".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from mft_core.errors import did_you_mean
+
+Role = Literal["reference", "control", "treatment"]
+_OF_ALL = frozenset({"precision", "model", "benchmarks"})
+"""the sections of a setup that every method uses"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. Settings and sections are those of `pipelines.config.setup.Setup`."""
+
+    name: str
+    label: str
+    """in tables and figures"""
+    role: Role
+    """'reference': no figure of gains draws it, since the gain of FFT is zero and the base's is not the question;
+    'control': stands beside what is under study, the treatments"""
+    sections: frozenset[str]
+    """besides those that all use"""
+    seeded: bool = True
+    starts_from: Literal["base", "fft"] = "fft"
+    """the model that it changes: the base, or the one that `fine_tune` makes of it"""
+    color: str = "#6E6E6E"
+    marker: str = "d"
+    selector: str | None = None
+    """who chooses its mask, a file of `mft_core.selectors`; None: it does not mask"""
+    trained: bool = False
+    """the selector trains scores, by `mask.training` from `mask.score_init`"""
+    observes: Literal["inputs", "gradients"] | None = None
+    """what the selector looks at in the model while it reads `mask.calibration_rows` sequences"""
+    scopes: frozenset[str] = frozenset({"local", "global"})
+    """of `mask.scope`, those that the selector can have"""
+
+
+_DATA = frozenset({"data", "fine_tune"})
+_LORA = _DATA | {"lora"}
+_MASK = _DATA | {"mask"}
+_LEARNED = frozenset({"local", "global", "global-threshold"})
+_ROWS = (
+    Method("base", "base", "reference", frozenset(), seeded=False, starts_from="base"),
+    Method("fft", "FFT", "reference", _DATA, seeded=False, starts_from="base"),
+    Method("continued-fft", "continued FFT", "treatment", _DATA | {"continued"}, color="#CC79A7", marker=">"),
+    Method("lora", "LoRA", "treatment", _LORA, starts_from="base", marker="h"),  # `fine_tune` is what it stands beside
+    Method("continued-lora", "LoRA on FFT", "treatment", _LORA, color="#9A9A9A", marker="p"),
+    Method(
+        "mft", "MFT", "treatment", _MASK, color="#0072B2", marker="o", selector="learned", trained=True, scopes=_LEARNED
+    ),
+    Method("mft-soft", "MFT, soft", "treatment", _MASK, color="#000000", marker="<", selector="soft", trained=True),
+    Method("random", "random mask", "control", _MASK, color="#E69F00", marker="s", selector="random"),
+    Method(
+        "magnitude", "magnitude mask", "control", _MASK, color="#009E73", marker="^", selector="magnitude", seeded=False
+    ),
+    Method(
+        "wanda", "Wanda mask", "control", _MASK, color="#D55E00", marker="D", selector="wanda", observes="inputs",
+        scopes=frozenset({"local"}),
+    ),
+    Method(
+        "movement", "movement mask", "control", _MASK, color="#56B4E9", marker="v", selector="movement",
+        observes="gradients",
+    ),
+)  # fmt: skip
+METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
+SELECTORS: Mapping[str, Method] = {row.selector: row for row in _ROWS if row.selector}
+"""the method of each selector"""
+TRAINED = frozenset(name for name, row in SELECTORS.items() if row.trained)
+"""selectors that train scores, and so have `training` and `score_init`"""
+CALIBRATED = frozenset(name for name, row in SELECTORS.items() if row.observes)
+"""selectors that look at some training sequences, and so have `calibration_rows`"""
+REFERENCES = frozenset(row.name for row in _ROWS if row.role == "reference")
+CONTROLS = frozenset(row.name for row in _ROWS if row.role == "control")
+OTHER = Method("", "", "treatment", frozenset())
+"""how a method is drawn that is no longer in the table"""
+
+
+def uses(method: str, key: str) -> bool:
+    """Whether a setting, written as `section.name`, makes a difference to the variants of a method."""
+    row = METHODS[method]
+    section, _, name = key.partition(".")
+    if section == "seed":
+        return row.seeded
+    if section == "mask" and row.selector and not _matters(row, name.split(".")[0]):
+        return False
+    return section in row.sections | _OF_ALL
+
+
+def _matters(row: Method, setting: str) -> bool:
+    """Whether the method's selector looks at a setting of the mask."""
+    if setting in ("training", "score_init"):
+        return row.trained
+    if setting == "calibration_rows":
+        return row.observes is not None
+    if setting in ("domain", "data", "fraction"):
+        return row.selector in TRAINED | CALIBRATED
+    return setting not in ("scope", "min_kept") or len(row.scopes) > 1
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates a text in pydantic's models: one of these names; a choice in JSON schemas, a hint where it is none."""
+
+    what: str
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.names)}
+
+    def _known(self, name: str) -> str:
+        if name not in self.names:
+            raise ValueError(f"unknown {self.what}.{did_you_mean(name, self.names)} Valid: {', '.join(self.names)}.")
+        return name
+
+
+def _those(rows: Iterable[Method]) -> OneOf:
+    return OneOf("method", tuple(row.name for row in rows))
+
+
+MethodName = Annotated[str, _those(_ROWS)]
+TrainedMethodName = Annotated[str, _those(row for row in _ROWS if row.trained)]
+"""a method that learns masks"""
+Selector = Annotated[str, OneOf("selector", tuple(SELECTORS))]
