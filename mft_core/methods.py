@@ -46,6 +46,8 @@ class Method:
     """what the selector looks at in the model while it reads `mask.calibration_rows` sequences"""
     scopes: frozenset[str] = frozenset({"local", "global"})
     """of `mask.scope`, those that the selector can have"""
+    rewinds: bool = False
+    """masked entries go back to the base model's values, instead of to zero"""
 
 
 _DATA = frozenset({"data", "fine_tune"})
@@ -62,6 +64,10 @@ _ROWS = (
         "mft", "MFT", "treatment", _MASK, color="#0072B2", marker="o", selector="learned", trained=True, scopes=_LEARNED
     ),
     Method("mft-soft", "MFT, soft", "treatment", _MASK, color="#000000", marker="<", selector="soft", trained=True),
+    Method(
+        "rewind", "MFT, rewound", "treatment", _MASK, color="#8C510A", marker="P", selector="rewind", trained=True,
+        scopes=_LEARNED, rewinds=True,
+    ),
     Method("random", "random mask", "control", _MASK, color="#E69F00", marker="s", selector="random"),
     Method(
         "magnitude", "magnitude mask", "control", _MASK, color="#009E73", marker="^", selector="magnitude", seeded=False

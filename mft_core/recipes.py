@@ -23,7 +23,7 @@ def _share_of_zeros(value: float) -> float:
 
 
 Sparsity = Annotated[float, AfterValidator(_share_of_zeros)]
-"""share of each masked matrix that is set to zero, 0.10 = 10%"""
+"""share of each masked matrix that is set to zero (by a mask that rewinds: to the base model's values), 0.10 = 10%"""
 
 
 def _names_modules(value: str) -> str:

@@ -246,11 +246,18 @@ def mask_show(
 
 
 @mask_app.command("apply")
-def mask_apply(base: Path, mask: Path, out: Path) -> None:
+def mask_apply(
+    base: Path,
+    mask: Path,
+    out: Path,
+    rewind_to: Annotated[
+        Path | None, typer.Option(help="of a rewind mask: the model that the fine-tuning started from")
+    ] = None,
+) -> None:
     """Merge a mask into its base checkpoint; OUT is an ordinary Hugging Face checkpoint."""
     from pipelines.commands.mask import apply
 
-    apply(base, mask, out)
+    apply(base, mask, out, rewind_to)
 
 
 @mask_app.command("undo")

@@ -61,6 +61,8 @@ def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) 
     """
     groups = _groups(recipe.masks)
     masks = [load_mask(inputs[f"mask-{index}"]) for index in range(len(recipe.masks))]
+    if any(mask.config.rewinds for mask in masks):
+        raise ConfigError("anatomy tells what removed weights did; leave out masks that rewind, which remove none.")
     subject = _Subject(recipe, inputs, context)
     found = subject.findings(masks)
     result: list[Row] = []

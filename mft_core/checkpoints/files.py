@@ -201,6 +201,20 @@ class WeightFiles:
             raise ConfigError(f"model = {self.directory}: {name} cannot be read ({error}).") from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def tensor_like(self, name: str, weight: Tensor) -> Tensor:
+        """Return one matrix in the type of `weight`, which another checkpoint of the architecture has in its place.
+
+        Raises:
+            ConfigError: as `tensor`; or it has another shape here, or entries that are not finite.
+        """
+        found = self.tensor(name)
+        if found.shape != weight.shape or not bool(found.isfinite().all()):
+            raise ConfigError(
+                f"model = {self.directory}: {name} is {tuple(found.shape)} there and has to be {tuple(weight.shape)}, "
+                "all of it finite; give the model that the fine-tuning started from."
+            )
+        return found.to(weight.dtype)
+
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, matrix) one at a time."""
         for name in names:

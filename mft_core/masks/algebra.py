@@ -85,9 +85,13 @@ def complement(a: Mask) -> Mask:
 
 def _of_one_base(a: Mask, b: Mask) -> set[str]:
     """Return the names of the matrices that both masks list, once their bases are the same."""
+    if a.config.rewinds != b.config.rewinds:
+        raise ConfigError("one mask sets weights to zero, the other rewinds them; combine masks of one kind.")
     theirs = {site.name: site for site in b.config.sites}
     for site in a.config.sites:
         other = theirs.get(site.name)
+        if other and other.rewound_sha256 != site.rewound_sha256:
+            raise ConfigError(f"{site.name}: the masks rewind to different models; combine masks of one.")
         if other and _base(other) != _base(site):
             raise ConfigError(
                 f"{site.name}: the masks were made for different base weights, {_words(site)} and {_words(other)}; "

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -82,16 +82,25 @@ class MaskConfig(BaseModel):
         """Share of the entries that is set to zero in fact."""
         return self.zeros / self.weights
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether masked entries go back to the values of an earlier model, instead of to zero."""
+        return self.sites[0].rewound_sha256 is not None
+
     def to_json(self) -> str:
         """Return the file's text; fields newer than the format are left out where they stand at their defaults."""
         newer = {"min_kept": 0.0, "thresholds": None}
-        unused = {name for name, default in newer.items() if getattr(self, name) == default}
+        unused: dict[str, Any] = {name: True for name, default in newer.items() if getattr(self, name) == default}
+        if not self.rewinds:
+            unused["sites"] = {"__all__": {"rewound_sha256"}}
         return self.model_dump_json(indent=2, exclude=unused) + "\n"
 
     @model_validator(mode="after")
     def _sites_are_what_is_said_of_them(self) -> MaskConfig:
         if len({site.name for site in self.sites}) < len(self.sites):
             raise ValueError("a matrix is listed twice in sites; the file was altered")
+        if any((site.rewound_sha256 is not None) != self.rewinds for site in self.sites):
+            raise ValueError("some of the listed sites have rewound_sha256 and others have not; the file was altered")
         if self.base_digest != _base_digest(self.sites):
             raise ValueError("base_digest is not that of the listed sites; the file was altered")
         if set(self.layers_to_transform) != {site.layer for site in self.sites}:
@@ -154,6 +163,7 @@ def make_mask(
     min_kept: float = 0.0,
     thresholds: Mapping[str, float] | None = None,
     base_name: str = "",
+    rewound_to: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Mask:
     """Tie masks to the base weights they were made for.
 
@@ -162,12 +172,14 @@ def make_mask(
         base: (name, weight) of each site, in the sites' order, as stored in the base checkpoint.
         sparsity: share set to zero that was asked for; counts that do not fit it and the scope are refused.
         base_name: for people; the digests are what counts.
+        rewound_to: as `base`, the values that masked entries go back to, in the base's type; None sets them to zero.
 
     Raises:
         ValueError: masks, weights and counts do not fit together; a mistake of the caller.
     """
     packed = PackedMasks((site.name, kept[site.name]) for site in sites)
     records = []
+    earlier = None if rewound_to is None else iter(rewound_to)
     for site, (name, weight) in zip(sites, base, strict=True):
         if name != site.name or kept[name].shape != weight.shape:
             raise ValueError(f"{site.name}: mask {tuple(kept[site.name].shape)} of weight {name} {tuple(weight.shape)}")
@@ -178,6 +190,7 @@ def make_mask(
                 zeros=packed.zeros(name),
                 base_dtype=dtype_name(weight),
                 base_sha256=tensor_digest(weight),
+                rewound_sha256=None if earlier is None else tensor_digest(next(earlier)[1]),
             )
         )
     return assemble(
@@ -306,8 +319,13 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
     changed.
 
     Raises:
-        ConfigError: the model is not the base of this mask, or was loaded in another dtype.
+        ConfigError: the model is not the base of this mask, or was loaded in another dtype; or the mask rewinds.
     """
+    if mask.config.rewinds:
+        raise ConfigError(
+            "the mask sets weights back to the values of an earlier model, which are not zero and not in the mask; "
+            "merge it into its checkpoint, and give that model: mft mask apply … --rewind-to MODEL."
+        )
     parameters = dict(model.named_parameters())
     for site in mask.config.sites:
         check_base(site, site.of(parameters))

@@ -39,6 +39,8 @@ class MaskedSite(BaseModel):
     zeros: int
     base_dtype: str
     base_sha256: Sha256
+    rewound_sha256: Sha256 | None = None
+    """of the matrix whose values masked entries go back to, in `base_dtype`; None: they are set to zero"""
 
     @model_validator(mode="after")
     def _is_a_matrix_of_a_layer(self) -> MaskedSite:

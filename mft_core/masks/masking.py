@@ -128,10 +128,14 @@ class MaskOptimizer:
         if self._scores[0].grad is None:
             gradients = {name: self._taken(weight) for name, weight in self._parameters.items()}
             for site, score, slope in zip(self.sites, self._scores, self._slopes(), strict=True):
-                score.grad = site.of(gradients).mul_(site.of(self._originals))
+                score.grad = site.of(gradients).mul_(self._lost(site))
                 if slope is not None:
                     score.grad.mul_(slope)
         return self._scores
+
+    def _lost(self, site: Site) -> Tensor:
+        """Return what each entry of a matrix loses where it is masked: all of W."""
+        return site.of(self._originals)
 
     @staticmethod
     def _taken(weight: Tensor) -> Tensor:
@@ -182,7 +186,10 @@ class MaskOptimizer:
     @torch.no_grad()
     def _refresh(self) -> None:
         for site, mask in zip(self.sites, self.scope.masks(self._scores), strict=True):
-            site.of(self._parameters).copy_(site.of(self._originals)).masked_fill_(~mask, 0)
+            self._put(site, mask)
+
+    def _put(self, site: Site, mask: Tensor) -> None:
+        site.of(self._parameters).copy_(site.of(self._originals)).masked_fill_(~mask, 0)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy of the scores: what decides the masks."""

@@ -1,4 +1,4 @@
-"""W ⊙ M as an ordinary checkpoint, and back.
+"""W ⊙ M as an ordinary checkpoint, and back; or W ⊙ M + V ⊙ (1 − M), where a mask rewinds to an earlier model's V.
 
 Works on the checkpoint's tensors: what is not masked keeps its bytes, so every other weight is bit-identical to the
 base, in its dtype, its shard and under its name. Used by the stage `merge-mask` and by the command `mft mask`.
@@ -42,8 +42,16 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
-def merge(base: Path, mask_directory: Path, out: Path, report: Report = _silent, *, keep_removed: bool = False) -> Mask:
-    """Write `out`: the checkpoint `base` with the entries that the mask removes set to zero.
+def merge(
+    base: Path,
+    mask_directory: Path,
+    out: Path,
+    report: Report = _silent,
+    *,
+    keep_removed: bool = False,
+    rewind_to: Path | None = None,
+) -> Mask:
+    """Write `out`: the checkpoint `base` with the entries that the mask removes set to zero, or rewound.
 
     The files are written beside `out` and renamed at the end, so that `out` is whole or not there.
 
@@ -52,23 +60,43 @@ def merge(base: Path, mask_directory: Path, out: Path, report: Report = _silent,
         out: a directory that does not exist.
         report: told how many files of how many are merged.
         keep_removed: keep the mask and the removed values in `out/mask/`, so that `unmerge` can restore the base.
+        rewind_to: of a mask that rewinds, and of no other: the model that its entries go back to.
 
     Returns:
         the mask.
 
     Raises:
-        ConfigError: the mask is damaged, or belongs to another model; nothing is written.
+        ConfigError: the mask is damaged, or belongs to another model, or to another one to rewind to; nothing is
+            written.
     """
     mask = load_mask(mask_directory)
+    if mask.config.rewinds and rewind_to is None:
+        raise ConfigError(
+            f"mask = {mask_directory}: it sets weights back to the values of the model that the fine-tuning started "
+            "from, not to zero; give that model too (mft mask apply … --rewind-to MODEL)."
+        )
+    if rewind_to is not None and not mask.config.rewinds:
+        raise ConfigError(f"rewind_to = {rewind_to}: the mask sets weights to zero; leave the model to rewind to out.")
     files = WeightFiles(base)
-    removed = {}
+    earlier = None if rewind_to is None else WeightFiles(rewind_to)
+    removed, rewound = {}, {}
     for site in mask.config.sites:
         weight = files.tensor(site.name) if site.name in files.pieces else None
         check_base(site, weight)
-        if keep_removed and weight is not None:
-            removed[site.name] = weight[~mask.kept[site.name]]
+        assert weight is not None  # it would have been refused
+        cut = ~mask.kept[site.name]
+        if keep_removed:
+            removed[site.name] = weight[cut]
+        if earlier is not None:
+            value = earlier.tensor_like(site.name, weight)
+            if tensor_digest(value) != site.rewound_sha256:
+                raise ConfigError(
+                    f"rewind_to = {rewind_to}: the mask goes back to other values of {site.name} (sha256 differs); "
+                    "give the model that the mask was learned with."
+                )
+            rewound[site.name] = value[cut]
     with _whole_or_absent(out) as target:
-        _rewrite(files, mask, target, report)
+        _rewrite(files, mask, target, report, None if earlier is None else rewound)
         if keep_removed:
             _save_removed(removed, mask, files, target)
     return mask
@@ -145,9 +173,9 @@ def _regions(files: WeightFiles, mask: Mask) -> dict[str, list[_Region]]:
 
 
 def _rewrite(
-    files: WeightFiles, mask: Mask, target: Path, report: Report, removed: Mapping[str, Tensor] | None = None
+    files: WeightFiles, mask: Mask, target: Path, report: Report, values: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Copy a checkpoint; masked entries become zero, or what `removed` has of them."""
+    """Copy a checkpoint; masked entries become zero, or what `values` has of them."""
     regions = _regions(files, mask)
     for name in parts("model", files.directory):
         if name not in regions and not files.holds_other_weights(name):
@@ -157,19 +185,19 @@ def _rewrite(
             metadata = handle.metadata()
             tensors = {tensor: handle.get_tensor(tensor) for tensor in handle.keys()}  # noqa: SIM118 (not a mapping)
         for region in regions[name]:
-            _fill(region, tensors, mask, removed)
+            _fill(region, tensors, mask, values)
         save_file(tensors, target / name, metadata=metadata)
         report(done, len(regions))
 
 
-def _fill(region: _Region, tensors: dict[str, Tensor], mask: Mask, removed: Mapping[str, Tensor] | None) -> None:
+def _fill(region: _Region, tensors: dict[str, Tensor], mask: Mask, values: Mapping[str, Tensor] | None) -> None:
     cut = ~mask.kept[region.name]
-    if removed is None:
+    if values is None:
         region.piece.of(tensors).masked_fill_(cut[region.rows], 0)
     else:
         above = int(cut[: region.rows.start].sum())
         count = int(cut[region.rows].sum())
-        region.piece.of(tensors)[cut[region.rows]] = removed[region.name][above : above + count]
+        region.piece.of(tensors)[cut[region.rows]] = values[region.name][above : above + count]
 
 
 def _save_removed(removed: dict[str, Tensor], mask: Mask, files: WeightFiles, target: Path) -> None:

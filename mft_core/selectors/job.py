@@ -45,7 +45,7 @@ class Job:
     recipe: LearnMask
     sites: list[Site]
     inputs: Mapping[str, Path]
-    """`model`, and `data` for the selectors that look at it"""
+    """`model`; `data` for the selectors that look at it, and `base` for those that rewind to it"""
     context: StageContext
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
@@ -53,6 +53,12 @@ class Job:
         files = WeightFiles(self.inputs["model"])
         for site in self.sites:
             yield site, files.tensor(site.name)
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the values of every matrix that masked entries go back to, by the site's name."""
+        base = WeightFiles(self.inputs["base"])
+        for site, weight in self.weights():
+            yield site.name, base.tensor_like(site.name, weight)
 
     def scope(self, *, signed: bool = False) -> Scope:
         """Return the recipe's scope for scores that are not trained."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft_core import methods
 from mft_core.checkpoints.files import WeightFiles, skeleton
 from mft_core.errors import ConfigError
 from mft_core.layers import format_layers, parse_layers
@@ -19,8 +20,10 @@ from mft_core.training import parallel
 
 
 def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """Choose a mask for `model` (on `data`, where the selector looks at data); writes `mask/` and, if trained,
-    `history.jsonl`.
+    """Choose a mask for `model`; writes `mask/` and, if trained, `history.jsonl`.
+
+    Args:
+        inputs: `model`; `data` where the selector looks at data, and `base` where the mask rewinds to it.
 
     Raises:
         ConfigError: not a decoder, layers outside the model, no maskable matrix there.
@@ -35,7 +38,8 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
     for name, weight in files.tensors(names):
         if not bool(weight.isfinite().all()):
             raise ConfigError(f"model: {name} has weights that are not finite; give a sound checkpoint.")
-    choice = SELECTORS[recipe.selector](Job(recipe, sites, inputs, context))
+    job = Job(recipe, sites, inputs, context)
+    choice = SELECTORS[recipe.selector](job)
     if not parallel.is_first():
         return {}  # the first process writes
     summary: dict[str, Any] = {}
@@ -52,6 +56,7 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
         scope=choice.scope or recipe.scope,
         min_kept=recipe.min_kept,
         thresholds=choice.thresholds,
+        rewound_to=job.base_weights() if methods.SELECTORS[recipe.selector].rewinds else None,
     )
     save_mask(mask, out / "mask")
     masked = {"zeros": mask.zeros, "masked_weights": mask.weights, "sites": len(sites)}

@@ -1,4 +1,4 @@
-"""Stage `merge-mask`: W ⊙ M as an ordinary checkpoint (`mft_core.masks.merge`)."""
+"""Stage `merge-mask`: W ⊙ M, or a rewound W, as an ordinary checkpoint (`mft_core.masks.merge`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mft_core.stage import Progress, StageContext
 
 
 def run(recipe: MergeMask, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """Write `out/model`: the checkpoint `model` with the entries that `mask` masks set to zero.
+    """Write `out/model`: the checkpoint `model` with the entries that `mask` masks set to zero, or to those of `base`.
 
     Raises:
         ConfigError: the mask is damaged, or belongs to another model.
@@ -21,5 +21,5 @@ def run(recipe: MergeMask, inputs: Mapping[str, Path], out: Path, context: Stage
     def report(done: int, total: int) -> None:
         context.report(Progress(done, total, unit="file"))
 
-    mask = merge(inputs["model"], inputs["mask"], out / "model", report)
+    mask = merge(inputs["model"], inputs["mask"], out / "model", report, rewind_to=inputs.get("base"))
     return {"zeros": mask.zeros, "masked_weights": mask.weights, "sites": len(mask.config.sites)}

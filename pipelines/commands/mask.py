@@ -40,19 +40,20 @@ def show(directory: Path, figure: Path | None, as_json: bool) -> None:
             print(f"\nfigure: {figure}")
 
 
-def apply(base: Path, directory: Path, out: Path) -> None:
+def apply(base: Path, directory: Path, out: Path, rewind_to: Path | None = None) -> None:
     """Write the base checkpoint with the mask merged into it, and beside it what `undo` needs.
 
     Raises:
-        ConfigError: `out` exists, or the mask belongs to another base.
+        ConfigError: `out` exists, or the mask belongs to another base, or rewinds to another model than `rewind_to`.
     """
     from mft_core.masks.merge import merge
 
     _check_new(out)
     if not (base / "config.json").is_file():
         raise ConfigError(f"BASE = {base}: no checkpoint there; give the directory of the model the mask was made for.")
-    mask = merge(base, _mask_directory(directory), out, keep_removed=True)
-    print(f"{mask.zeros:,} weights set to zero; checkpoint written to {out} (`mft mask undo` takes the mask out again)")
+    mask = merge(base, _mask_directory(directory), out, keep_removed=True, rewind_to=rewind_to)
+    done = f"set back to those of {rewind_to}" if rewind_to else "set to zero"
+    print(f"{mask.zeros:,} weights {done}; checkpoint written to {out} (`mft mask undo` takes the mask out again)")
 
 
 def undo(merged: Path, out: Path) -> None:

@@ -43,10 +43,11 @@ def show_mask(mask: Mask) -> None:
     asked = "" if config.scope == "combined" else f", sparsity {config.sparsity:g} ({config.scope})"
     print(
         f"{config.selector} mask{asked}, base {config.base_digest[:12]}: "
-        f"{mask.zeros:,} of {mask.weights:,} weights are zero ({config.share:.2%})"
+        f"{mask.zeros:,} of {mask.weights:,} weights are {'rewound' if config.rewinds else 'zero'} ({config.share:.2%})"
     )
-    _print(_table("share of zeros", grid, lambda one: f"{one.share:.2%}", lambda one: one.share))
-    _print(_table("zeros", grid, lambda one: f"{one.zeros:,}"))
+    what = "rewound weights" if config.rewinds else "zeros"
+    _print(_table(f"share of {what}", grid, lambda one: f"{one.share:.2%}", lambda one: one.share))
+    _print(_table(what, grid, lambda one: f"{one.zeros:,}"))
 
 
 def overlaps_as_dict(found: Overlaps) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
             model = Edge(trained, "model")
         elif method.selector:
             trained = _mask(resolved, model, suffix)
-            merged = Node("merge-mask", MergeMask(), {"model": model, "mask": Edge(trained, "mask")},
-                          trained.label.replace("learn-mask", "merge-mask"))  # fmt: skip
+            inputs = {"model": model, "mask": Edge(trained, "mask"), **_rewound(resolved)}
+            merged = Node("merge-mask", MergeMask(), inputs, trained.label.replace("learn-mask", "merge-mask"))
             model = Edge(merged, "model")
     name = _name(setup) + suffix
     evaluations = {bench.name: _evaluation(resolved, bench, model, name) for bench in setup.benchmarks}
@@ -207,7 +207,7 @@ def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
     selector, mask = METHODS[setup.method].selector, setup.mask
     assert selector is not None  # masks are made for methods that have one
     details: dict[str, Any] = {}
-    inputs: dict[str, Source | Edge] = {"model": model}
+    inputs: dict[str, Source | Edge] = {"model": model, **_rewound(resolved)}
     label = " ".join(["learn-mask", *_mask_words(setup)])
     if selector in TRAINED:
         details = {"training": _seeded(mask.training, setup.seed), "score_init": mask.score_init}
@@ -231,6 +231,11 @@ def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
     except ValidationError as error:
         raise explain(error, LearnMask, f"mask of {setup.method}") from error
     return Node("learn-mask", recipe, inputs, label)
+
+
+def _rewound(resolved: Resolved) -> dict[str, Source | Edge]:
+    """Return the model that masked entries go back to, where the method rewinds."""
+    return {"base": resolved.model.source} if METHODS[resolved.setup.method].rewinds else {}
 
 
 def _evaluation(resolved: Resolved, bench: BenchmarkSpec, model: Source | Edge, variant_name: str) -> Node:

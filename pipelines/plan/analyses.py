@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from mft_core.errors import ConfigError
+from mft_core.methods import METHODS
 from mft_core.recipes import Anatomy, Landscape, LearnMask, PredictLayers
 from mft_core.store.sources import Source
 from pipelines.graph.nodes import Edge, Node
@@ -71,7 +72,10 @@ def _base(masks: Sequence[Variant]) -> tuple[Inputs, str]:
 
 
 def _anatomy(plan: Plan) -> Iterator[tuple[str, Node]]:
-    for masks in _by_base(plan).values():
+    for found in _by_base(plan).values():
+        masks = [item for item in found if not METHODS[item.setup.method].rewinds]  # they remove nothing
+        if not masks:
+            continue
         inputs, domain = _base(masks)
         inputs |= {f"mask-{index}": Edge(item.trained, "mask") for index, item in enumerate(masks) if item.trained}
         recipe = Anatomy(masks=tuple(item.columns for item in masks))

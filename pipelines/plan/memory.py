@@ -127,6 +127,7 @@ def _learn(
     return {
         "weights": number * geometry.weights,
         "copy of the masked weights": number * masked,
+        "base model's masked weights": number * masked if SELECTORS[recipe.selector].rewinds else 0,
         "scores": 4 * masked,
         "gradients": 4 * masked,
         "optimizer": MOMENTS[training.optimizer] * masked,

@@ -107,7 +107,7 @@ def _check_lengths(nodes: Iterable[Node]) -> None:
 
 
 def _check_models(asked: Iterable[Resolved]) -> None:
-    from mft_core.checkpoints.files import check_dropout, read_config, skeleton
+    from mft_core.checkpoints.files import WeightFiles, check_dropout, read_config, skeleton
     from mft_core.layers import parse_layers
     from mft_core.masks.sites import choose_sites, find_sites
     from mft_core.selectors import wanda
@@ -133,6 +133,8 @@ def _check_models(asked: Iterable[Resolved]) -> None:
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
             if method.observes == "inputs":
                 wanda.check_inputs(chosen)
+            if method.rewinds and Path(spec.path).is_absolute():
+                WeightFiles(directory).check([site.name for site in chosen])
 
 
 def _check_weights(spec: ModelSpec) -> None:

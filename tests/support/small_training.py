@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mft_core.checkpoints.files import skeleton
@@ -17,6 +20,7 @@ from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import LearnMask, Runtime, Training
 from mft_core.selectors.job import Job
+from mft_core.selectors.rewind import RewindMaskOptimizer
 from mft_core.stage import StageContext
 from mft_core.training.full_tuning import FullOptimizer
 from mft_core.training.loop import TrainingData
@@ -57,17 +61,22 @@ def make_context(work: Path, **runtime: Any) -> StageContext:
     return StageContext(settings, work, log=logging.getLogger("test"))
 
 
-def make_job(model: Path, data: Path | None = None, layers: tuple[int, ...] = (1, 2), **recipe: Any) -> Job:
+def make_job(
+    model: Path, data: Path | None = None, base: Path | None = None, layers: tuple[int, ...] = (1, 2), **recipe: Any
+) -> Job:
     """Return the job of a selector on a saved checkpoint, by default at sparsity 0.3 of two layers."""
     made = LearnMask.model_validate({"sparsity": 0.3, "layers": format_layers(layers), "seed": 5, **recipe})
     sites = choose_sites(find_sites(skeleton(model)), layers, made.modules)
-    inputs = {"model": model} | ({"data": data} if data else {})
+    inputs = {"model": model} | ({"data": data} if data else {}) | ({"base": base} if base else {})
     return Job(made, sites, inputs, make_context(model.parent / "work"))
 
 
-def make_trainable(kind: str, model: PreTrainedModel, recipe: Training) -> FullOptimizer | MaskOptimizer:
-    """Return the `full` trainable, or the `mask` one over layers 1 and 2 at sparsity 0.3."""
+def make_trainable(
+    kind: str, model: PreTrainedModel, recipe: Training, earlier: Mapping[str, Tensor] | None = None
+) -> FullOptimizer | MaskOptimizer:
+    """Return the `full` trainable, or the `mask` one over layers 1 and 2 at sparsity 0.3, or `rewind` to `earlier`."""
     if kind == "full":
         return FullOptimizer(model, optimizer=optimizer_factory(recipe))
     sites = choose_sites(find_sites(model), (1, 2), "both")
-    return MaskOptimizer(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer_factory(recipe))
+    make = functools.partial(RewindMaskOptimizer, earlier=earlier) if kind == "rewind" else MaskOptimizer
+    return make(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer_factory(recipe))

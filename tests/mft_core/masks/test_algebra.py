@@ -27,13 +27,17 @@ _SHAPES = {
 _NAMES = list(_SHAPES)
 
 
-def make(removed: Mapping[str, Tensor], modules: str = "both", base: float = 1.0) -> Mask:
+def make(
+    removed: Mapping[str, Tensor], modules: str = "both", base: float = 1.0, rewound_to: float | None = None
+) -> Mask:
     """Return a mask that removes where `removed` is True, of base weights that are all `base`."""
     sites = [Site(name, int(name.split(".")[2]), "x", "mlp", "x", name) for name in removed]
     kept = {name: ~removed[name] for name in removed}
     weights = [(name, torch.full(removed[name].shape, base)) for name in removed]
     share = sum(int(tensor.sum()) for tensor in removed.values()) / sum(tensor.numel() for tensor in removed.values())
-    return make_mask(sites, kept, weights, sparsity=share, selector="random", modules=modules, scope="combined")
+    earlier = None if rewound_to is None else [(name, torch.full_like(old, rewound_to)) for name, old in weights]
+    return make_mask(sites, kept, weights, sparsity=share, selector="random", modules=modules, scope="combined",
+                     rewound_to=earlier)  # fmt: skip
 
 
 @st.composite
@@ -191,3 +195,16 @@ def test_positions_of_different_bases_can_be_compared_and_it_is_said() -> None:
     assert not overlap(make(cut), make(cut, base=2.0)).same_base
     with pytest.raises(ConfigError, match="shapes differ"):
         overlap(make(cut), make({_NAMES[0]: torch.ones(5, 3, dtype=torch.bool)}))
+
+
+def test_masks_that_rewind_are_combined_with_their_like_alone() -> None:
+    first, second = ({_NAMES[0]: torch.arange(15).view(3, 5) % at == 0} for at in (2, 3))
+    rewound = make(first, rewound_to=0.5)
+    both = union(rewound, make(second, rewound_to=0.5))
+    assert both.config.rewinds
+    assert complement(rewound).config.rewinds
+    with pytest.raises(ConfigError, match="one mask sets weights to zero, the other rewinds them"):
+        union(rewound, make(second))
+    with pytest.raises(ConfigError, match="the masks rewind to different models"):
+        union(rewound, make(second, rewound_to=0.25))
+    assert overlap(rewound, make(first)).same_base  # positions of both kinds can be compared

@@ -17,7 +17,7 @@ from mft_core.data.batching import plan_epochs
 from mft_core.masks.masking import MaskOptimizer
 from mft_core.training.loop import train
 from tests.support.small_training import make_context, make_data, make_recipe, make_trainable
-from tests.support.tiny import save_checkpoint
+from tests.support.tiny import make_model, save_checkpoint
 
 _SPARSITY = 0.3
 
@@ -36,32 +36,41 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _MaskedLinear(nn.Module):
-    def __init__(self, linear: nn.Linear | Conv1D, scores: Tensor) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, scores: Tensor, earlier: Tensor) -> None:
         super().__init__()
-        self.linear, self.scores = linear, nn.Parameter(scores.clone())
+        self.linear, self.scores, self.earlier = linear, nn.Parameter(scores.clone()), earlier
 
     def mask(self) -> Tensor:
         return _StraightThrough.apply(self.scores.abs())
 
     def forward(self, inputs: Tensor) -> Tensor:
-        weight = self.linear.weight * self.mask()
+        mask = self.mask()
+        weight = self.linear.weight * mask + self.earlier * (1 - mask)
         return functional.linear(inputs, weight.t() if isinstance(self.linear, Conv1D) else weight, self.linear.bias)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
-def test_twenty_steps_give_the_masks_and_losses_of_masking_inside_every_forward(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "rewinds"),
+    [("llama", False), ("gpt_neox", False), ("gpt2", False), ("llama", True), ("gpt2", True)],
+)
+def test_twenty_steps_give_the_masks_and_losses_of_masking_inside_every_forward(
+    family: str, rewinds: bool, tmp_path: Path
+) -> None:
     recipe = make_recipe(learning_rate=0.003, epochs=4, warmup_share=0.1, weight_decay=0.01, max_grad_norm=0.05)
     data = make_data()
     checkpoint = save_checkpoint(tmp_path / "model", family)
     model = load_model(checkpoint, torch.float32, torch.device("cpu"))
-    trainable = make_trainable("mask", model, recipe)
+    earlier = {name: weight.detach() for name, weight in make_model(family, seed=1).named_parameters()}
+    if not rewinds:
+        earlier = {name: torch.zeros_like(weight) for name, weight in earlier.items()}
+    trainable = make_trainable("rewind" if rewinds else "mask", model, recipe, earlier)
     assert isinstance(trainable, MaskOptimizer)
     first_masks = trainable.masks()
     published = load_model(checkpoint, torch.float32, torch.device("cpu")).requires_grad_(False)
     modules = {}
     for name, scores in trainable.snapshot().items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")
-        modules[name] = _MaskedLinear(published.get_submodule(parent).get_submodule(child), scores)
+        modules[name] = _MaskedLinear(published.get_submodule(parent).get_submodule(child), scores, earlier[name])
         setattr(published.get_submodule(parent), child, modules[name])
 
     history = train(trainable, data, recipe, make_context(tmp_path, micro_batch_tokens=40))

@@ -48,7 +48,7 @@ def test_every_selector_removes_the_exact_count_in_every_scope(
         with pytest.raises(ValueError, match="has no scope 'global'; valid: local"):
             make_job(checkpoint, data, scope=scope, **_settings(selector))
         return
-    job = make_job(checkpoint, data, scope=scope, **_settings(selector))
+    job = make_job(checkpoint, data, checkpoint, scope=scope, **_settings(selector))
     kept = SELECTORS[selector](job).kept
     assert list(kept) == [site.name for site in job.sites]
     zeros = [int((~mask).sum()) for mask in kept.values()]

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mft_core.data.tokens import TokenDataset
 from mft_core.masks.masking import MaskOptimizer
 from mft_core.masks.sites import choose_sites, find_sites
+from mft_core.methods import CALIBRATED, SELECTORS, TRAINED
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, MergeMask, PrepareData, Runtime, Training
 from mft_core.store.artifacts import ArtifactStore
@@ -45,7 +46,7 @@ def training(**changes):
 
 
 def mask_of(layers="1-2", **changes):
-    if changes.get("selector", "learned") in ("learned", "soft"):
+    if changes.get("selector", "learned") in TRAINED:
         changes = {"score_init": "normal", "training": training(), **changes}
     return LearnMask.model_validate({"sparsity": 0.1, "layers": layers, **changes})
 
@@ -210,12 +211,14 @@ def test_one_ranking_over_all_matrices_takes_more_than_one_in_each(parts):
     assert total(parts(mask_of(**recipe, scope="global"))) > total(parts(mask_of(**recipe)))
 
 
-@pytest.mark.parametrize("selector", ["random", "magnitude", "wanda", "movement", "soft"])
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
 def test_every_selector_is_estimated(selector, parts):
-    rows = {"calibration_rows": 16} if selector in ("wanda", "movement") else {}
+    rows = {"calibration_rows": 16} if selector in CALIBRATED else {}
     found = parts(mask_of(selector=selector, **rows))
-    assert ("weights" in found) == (selector not in ("random", "magnitude"))
-    assert ("gradients" in found) == (selector in ("movement", "soft"))
+    row = SELECTORS[selector]
+    assert ("weights" in found) == (selector in TRAINED | CALIBRATED)
+    assert ("gradients" in found) == (row.trained or row.observes == "gradients")
+    assert ("base model's masked weights" in found) == row.rewinds
     assert total(found) > PROCESS
 
 
