@@ -83,6 +83,11 @@ class MaskConfig(BaseModel):
         return self.zeros / self.weights
 
     @property
+    def made(self) -> str:
+        """What masked entries are in the merged model, in a word."""
+        return "rewound" if self.rewinds else "zero"
+
+    @property
     def rewinds(self) -> bool:
         """Whether masked entries go back to the values of an earlier model, instead of to zero."""
         return self.sites[0].rewound_sha256 is not None

@@ -94,7 +94,8 @@ def combine(operation: str, masks: list[Path], out: Path) -> None:
     mask = algebra.complement(*operands) if operation == _COMPLEMENT else _OF_TWO[operation](*operands)
     save_mask(mask, out)
     print(
-        f"{operation}: {mask.zeros:,} of {mask.weights:,} weights are zero ({mask.config.share:.2%}); written to {out}"
+        f"{operation}: {mask.zeros:,} of {mask.weights:,} weights are {mask.config.made} ({mask.config.share:.2%}); "
+        f"written to {out}"
     )
 
 

@@ -43,7 +43,7 @@ def show_mask(mask: Mask) -> None:
     asked = "" if config.scope == "combined" else f", sparsity {config.sparsity:g} ({config.scope})"
     print(
         f"{config.selector} mask{asked}, base {config.base_digest[:12]}: "
-        f"{mask.zeros:,} of {mask.weights:,} weights are {'rewound' if config.rewinds else 'zero'} ({config.share:.2%})"
+        f"{mask.zeros:,} of {mask.weights:,} weights are {config.made} ({config.share:.2%})"
     )
     what = "rewound weights" if config.rewinds else "zeros"
     _print(_table(f"share of {what}", grid, lambda one: f"{one.share:.2%}", lambda one: one.share))

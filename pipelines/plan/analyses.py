@@ -114,7 +114,7 @@ _ANALYSES: dict[str, Callable[[Plan], Iterator[tuple[str, Node]]]] = {
 }
 _MEASURE_LOSSES = {"anatomy", "landscape"}
 _NEEDS = {
-    "anatomy": "masked variants",
+    "anatomy": "masks that set weights to zero",
     "landscape": "masked variants",
     "predict-layers": "mft variants of three layer groups or more, alike in modules and sparsity",
 }

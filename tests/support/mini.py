@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mft_core.methods import METHODS
 from tests.support.tiny import save_checkpoint
 
 TRAINING = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 8, "validations": 2, "keep": "best"}
@@ -66,19 +67,8 @@ def write_profile(folder: Path, **changes: Any) -> Path:
 
 def write_study(folder: Path, variants: list[dict[str, Any]] | None = None, seeds: tuple[int, ...] = (0,)) -> Path:
     """Write a study of every method and returns its path."""
-    default = [
-        {"method": "base"},
-        {"method": "fft"},
-        {"method": "continued-fft"},
-        {"method": "lora"},
-        {"method": "continued-lora"},
-        {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3]}},
-        {"method": "mft-soft"},
-        {"method": "random"},
-        {"method": "magnitude"},
-        {"method": "wanda"},
-        {"method": "movement"},
-    ]
+    default: list[dict[str, Any]] = [{"method": name} for name in METHODS]
+    next(item for item in default if item["method"] == "mft")["grid"] = {"mask.sparsity": [0.1, 0.3]}
     path = folder / "mini-study.yaml"
     study = {"question": "Does it run?", "seeds": list(seeds), "variants": variants or default}
     path.write_text(yaml.safe_dump(study))

@@ -61,6 +61,10 @@ def _scores(seed: int = 1) -> dict[str, Tensor]:
     return {site.name: torch.rand(site.shape, generator=generator) for site in make_tiny_mask().config.sites}
 
 
+def _earlier() -> list[tuple[str, Tensor]]:
+    return [(site.name, weight / 2) for site, weight in tiny_weights()]
+
+
 def make_global_mask() -> Mask:
     return make_tiny_mask(kept=_masks_of(_scores(), Global(0.4, 0.3)), scope="global", min_kept=0.3)
 
@@ -275,6 +279,7 @@ def test_the_bytes_of_a_local_mask_are_those_of_the_first_format(tmp_path: Path)
         make_tiny_mask(kept=_masks_of(_scores(), Rows(0.4)), scope="rows", selector="wanda"),
         make_tiny_mask(selector="soft", modules="q_proj,mlp.experts.*"),
         make_tiny_mask(selector="movement"),
+        make_tiny_mask(selector="rewind", rewound_to=_earlier()),
     ],
     ids=lambda mask: f"{mask.config.scope}-{mask.config.selector}",
 )
@@ -283,6 +288,28 @@ def test_masks_of_every_scope_survive_the_disk(mask: Mask, tmp_path: Path) -> No
     loaded = load_mask(tmp_path)
     assert loaded.config == mask.config
     assert all(torch.equal(kept, mask.kept[name]) for name, kept in loaded.kept.items())
+
+
+def test_a_mask_that_rewinds_says_to_what_and_one_that_does_not_is_written_as_before(tmp_path: Path) -> None:
+    rewound = make_tiny_mask(selector="rewind", rewound_to=_earlier())
+    sites = json.loads(rewound.config.to_json())["sites"]
+    halves = [hashlib.sha256(weight.numpy().tobytes()).hexdigest() for _, weight in _earlier()]
+    assert [site["rewound_sha256"] for site in sites] == halves
+    assert "rewound" not in make_tiny_mask().config.to_json()
+
+    del sites[1]["rewound_sha256"]
+    save_mask(rewound, tmp_path)
+    altered = {**json.loads(rewound.config.to_json()), "sites": sites}
+    (tmp_path / "mask_config.json").write_text(json.dumps(altered))
+    with pytest.raises(ConfigError, match="some of the listed sites have rewound_sha256 and others have not"):
+        load_mask(tmp_path)
+
+
+def test_a_mask_that_rewinds_is_not_applied_as_one_of_zeros() -> None:
+    mask = make_tiny_mask(selector="rewind", rewound_to=_earlier())
+    model = _Parameters({"model.layers.1.self_attn.q_proj.weight": torch.ones(3, 5)})
+    with pytest.raises(ConfigError, match="sets weights back to the values of an earlier model"):
+        apply_mask(model, mask)
 
 
 def test_thresholds_give_the_share_that_they_give() -> None:

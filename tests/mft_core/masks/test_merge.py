@@ -163,6 +163,56 @@ def test_unmerging_restores_every_byte_of_the_base(dtype: torch.dtype, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "base", "mask", "merged"]
 
 
+def _rewinding(checkpoint: Path, earlier: Path, directory: Path) -> Path:
+    """Write a random mask of the checkpoint that goes back to the values of an earlier one."""
+    plain = load_mask(_random_mask(checkpoint, directory))
+    names = [site.name for site in plain.config.sites]
+    files, back = WeightFiles(checkpoint), WeightFiles(earlier)
+    sites = [site for site in find_sites(skeleton(checkpoint)) if site.name in names]
+    values = [(name, back.tensor_like(name, files.tensor(name))) for name in names]
+    kept = {name: plain.kept[name] for name in names}
+    mask = make_mask(sites, kept, files.tensors(names), sparsity=plain.config.sparsity, selector="rewind",
+                     modules="both", rewound_to=values)  # fmt: skip
+    save_mask(mask, directory)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", list(_ODD_BITS))
+def test_a_rewind_mask_puts_the_earlier_values_in_the_type_of_the_checkpoint(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint, earlier = _odd_checkpoint(tmp_path / "base", dtype), save_checkpoint(tmp_path / "earlier", seed=1)
+    directory = _rewinding(checkpoint, earlier, tmp_path / "mask")
+    mask = merge(checkpoint, directory, tmp_path / "merged", keep_removed=True, rewind_to=earlier)
+    assert mask.zeros
+    merged, before, back = (WeightFiles(path) for path in (tmp_path / "merged", checkpoint, earlier))
+    for name, kept in mask.kept.items():
+        expected = torch.where(kept, before.tensor(name), back.tensor(name).to(dtype))
+        assert torch.equal(_bits(merged.tensor(name)), _bits(expected))
+    unmerge(tmp_path / "merged", tmp_path / "again")
+    assert _files(tmp_path / "again") == _files(checkpoint)
+
+
+def test_a_rewind_mask_is_refused_without_its_earlier_model_or_with_another(tmp_path: Path) -> None:
+    checkpoint, earlier, other, small = (
+        save_checkpoint(tmp_path / name, seed=seed, **changes)
+        for seed, (name, changes) in enumerate(
+            {"base": {}, "earlier": {}, "other": {}, "small": {"head_dim": 4}}.items()
+        )
+    )
+    directory = _rewinding(checkpoint, earlier, tmp_path / "mask")
+    for given, said in (
+        (None, "sets weights back to the values of the model that the fine-tuning started from.*--rewind-to MODEL"),
+        (other, "goes back to other values of model.layers.*give the model that the mask was learned with"),
+        (small, r"is \(16, 32\) there and has to be \(32, 32\)"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            merge(checkpoint, directory, tmp_path / "merged", rewind_to=given)
+    with pytest.raises(ConfigError, match="the mask sets weights to zero; leave the model to rewind to out"):
+        merge(checkpoint, _random_mask(checkpoint, tmp_path / "zeros"), tmp_path / "merged", rewind_to=earlier)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_what_was_removed_lies_beside_the_merged_checkpoint_which_is_the_same_as_without(tmp_path: Path) -> None:
     checkpoint = _odd_checkpoint(tmp_path / "base")
     mask_directory = _random_mask(checkpoint, tmp_path / "mask")

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mft_core.masks.mask_file import save_mask
+from mft_core.masks.mask_file import make_mask, save_mask
+from mft_core.masks.selection import select
+from mft_core.masks.sites import choose_sites, find_sites
 from pipelines.cli import main
 from tests.mft_core.masks.test_mask_file import make_small_mask
 from tests.support.tiny import make_model, save_checkpoint
@@ -244,3 +246,33 @@ def test_a_combination_that_makes_no_sense_is_refused_and_nothing_written(mft, m
     assert code == 2
     assert said in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rewind_mask_is_applied_with_the_model_that_it_goes_back_to_and_undone(mft, base, tmp_path):
+    earlier = save_checkpoint(tmp_path / "earlier", seed=1)
+    model, values = make_model(), dict(make_model(seed=1).named_parameters())
+    sites = choose_sites(find_sites(model), (1,), "mlp")
+    weights = [(site.name, model.get_parameter(site.name).detach()) for site in sites]
+    kept = {name: select(weight, 0.5) for name, weight in weights}
+    earlier_weights = [(name, values[name]) for name, _ in weights]
+    mask = make_mask(sites, kept, weights, sparsity=0.5, selector="rewind", modules="mlp", rewound_to=earlier_weights)
+    save_mask(mask, tmp_path / "rewind")
+
+    code, _, err = mft("apply", base, tmp_path / "rewind", tmp_path / "out")
+    assert code == 2
+    assert "not to zero; give that model too (mft mask apply … --rewind-to MODEL)" in err
+    assert not (tmp_path / "out").exists()
+
+    code, out, err = mft("apply", base, tmp_path / "rewind", tmp_path / "out", "--rewind-to", earlier)
+    assert code == 0, err
+    assert f"3,072 weights set back to those of {earlier}" in out
+    before, after, back = (load_file(path / "model.safetensors") for path in (base, tmp_path / "out", earlier))
+    for name in before:
+        expected = torch.where(kept[name], before[name], back[name]) if name in kept else before[name]
+        assert torch.equal(after[name], expected)
+    assert "3,072 of 6,144 weights are rewound (50.00%)" in mft("show", tmp_path / "out")[1]
+    code, out, _ = mft("combine", "complement", tmp_path / "rewind", tmp_path / "rest")
+    assert "3,072 of 6,144 weights are rewound" in out
+    assert mft("undo", tmp_path / "out", tmp_path / "again")[0] == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], before[name]) for name in before)

@@ -268,6 +268,19 @@ def test_only_selectors_that_look_at_data_need_them(plan):
     }  # fmt: skip
 
 
+def test_a_rewind_goes_back_to_the_base_and_is_else_learned_as_mft_is(plan):
+    the_plan = plan({"method": "base"}, {"method": "mft"}, {"method": "rewind"})
+    base, _, mft, rewind = the_plan.variants
+    model = base.evaluations["sums"].inputs["model"]
+    assert rewind.trained.inputs["base"] == model
+    assert rewind.trained.inputs.keys() == {*mft.trained.inputs, "base"}
+    assert all(rewind.trained.inputs[name].node.id == given.node.id for name, given in mft.trained.inputs.items())
+    assert rewind.trained.recipe == mft.trained.recipe.model_copy(update={"selector": "rewind"})
+    merged = rewind.evaluations["sums"].inputs["model"].node
+    assert merged.inputs["base"] == model
+    assert "base" not in mft.evaluations["sums"].inputs["model"].node.inputs
+
+
 def test_a_wanda_mask_can_stand_beside_a_global_scope(plan):
     the_plan = plan({"method": "mft"}, {"method": "wanda"}, overrides=["mask.scope=global"])
     scopes = {item.setup.method: item.trained.recipe.scope for item in the_plan.variants if item.setup.method != "fft"}

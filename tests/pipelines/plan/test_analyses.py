@@ -32,6 +32,15 @@ def test_anatomy_is_given_every_mask_of_its_base(folder, tmp_path):
     assert node.inputs["model"].node.id == masks[0].baseline.trained.id
 
 
+def test_anatomy_leaves_out_masks_that_remove_nothing(folder, tmp_path):
+    the_plan = plan(folder, tmp_path, [{"method": "rewind"}, {"method": "magnitude"}], ["anatomy"])
+    (node,) = analysis_nodes(the_plan).values()
+    assert [item["method"] for item in node.recipe.masks] == ["magnitude"]
+    the_plan = plan(folder, tmp_path, [{"method": "rewind"}], ["anatomy"])
+    with pytest.raises(ConfigError, match="analysis 'anatomy' needs masks that set weights to zero"):
+        analysis_nodes(the_plan)
+
+
 def test_landscape_looks_at_every_masked_model_beside_its_base(folder, tmp_path):
     the_plan = plan(folder, tmp_path, [{"method": "mft"}, {"method": "random"}], ["landscape"])
     nodes = analysis_nodes(the_plan)
