@@ -4,6 +4,7 @@
 |---|---|---|
 | learned | trained through the hard mask, straight-through | Mask Fine-Tuning, arXiv 2503.22764, section 3 |
 | soft | trained through sigmoid gates that harden | Savarese et al. 2020, Continuous Sparsification |
+| rewind | as learned, where masked entries go back to the base's values | arXiv 2509.16596 restores updates too |
 | random | a uniform draw | control |
 | magnitude | abs(W) | Han et al. 2015; the paper's L1 control |
 | wanda | abs(W) · norm of the input feature | Sun et al. 2024, Wanda |

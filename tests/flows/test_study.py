@@ -234,3 +234,13 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_table_and_repeats_n
     logs = "".join(path.read_text() for path in (folder / "killed/logs").glob("*mini-study*.log"))
     finished = [line.split("finished ")[1] for line in logs.splitlines() if "finished " in line]
     assert len(finished) == len(set(finished))
+
+
+def test_the_flow_of_one_chain_offers_every_method_and_answers_a_wrong_one_with_the_nearest():
+    from prefect.exceptions import ParameterTypeError
+
+    from pipelines.flows import mft_pipeline
+
+    assert mft_pipeline.parameters.properties["method"]["enum"] == list(METHODS)
+    with pytest.raises(ParameterTypeError, match=r"unknown method\. Did you mean 'rewind'"):
+        mft_pipeline.validate_parameters({"method": "rewnd"})

@@ -236,3 +236,14 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     study.add("random", 0.2, 0)
     with pytest.raises(StageError, match=r"two masks are described alike: random sparsity=0.2 seed=0, seeds \[0, 0\]"):
         study.run("alike")
+
+
+def test_a_mask_that_rewinds_is_refused_for_it_removes_nothing(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.add("random", 0.2, 0)
+    path = tmp_path / "mask-0" / "mask_config.json"
+    config = json.loads(path.read_text())
+    config["sites"] = [{**site, "rewound_sha256": "0" * 64} for site in config["sites"]]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="leave out masks that rewind, which remove none"):
+        study.run("rewound")

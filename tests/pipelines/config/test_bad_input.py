@@ -6,7 +6,9 @@ import sys
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from mft_core.errors import ConfigError
 from pipelines.cli import main
@@ -164,6 +166,16 @@ def test_a_model_without_weights_is_refused(mft, tmp_path, folder):
     profile = altered(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
     refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "no weight files", "model.path")
+
+
+def test_a_base_of_pickled_weights_is_no_model_to_rewind_to_and_refused_before_compute(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    torch.save(weights, tmp_path / "model" / "pytorch_model.bin")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    study = write_study(tmp_path, [{"method": "rewind"}])
+    done = mft("run", study, "--profile", profile, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "no readable model.safetensors", "Pickled weights (*.bin) are not read here")
 
 
 @pytest.mark.parametrize(
