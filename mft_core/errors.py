@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
@@ -46,6 +47,9 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Confi
             lines.append(f"{where}: '{field}' is missing; it has no default.")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "literal_error":
+                valid = re.findall("'([^']*)'", problem["ctx"]["expected"])
+                message += f".{did_you_mean(str(problem['input']), valid)}"
             lines.append(f"{where}: {field} = {problem['input']!r}: {message}" if field else f"{where}: {message}")
     return ConfigError("\n".join(lines))
 

@@ -7,14 +7,9 @@ too: no torch. How to add a row: CONTRIBUTING.md, "Add a method".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
-
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
-
-from mft_core.errors import did_you_mean
+from typing import TYPE_CHECKING, Literal
 
 Role = Literal["reference", "control", "treatment"]
 _OF_ALL = frozenset({"precision", "model", "benchmarks"})
@@ -90,6 +85,13 @@ CALIBRATED = frozenset(name for name, row in SELECTORS.items() if row.observes)
 """selectors that look at some training sequences, and so have `calibration_rows`"""
 REFERENCES = frozenset(row.name for row in _ROWS if row.role == "reference")
 CONTROLS = frozenset(row.name for row in _ROWS if row.role == "control")
+if TYPE_CHECKING:
+    MethodName = str
+    TrainedMethodName = str
+    Selector = str
+else:  # so pydantic refuses other names, and JSON schemas show a choice
+    MethodName, Selector = Literal[tuple(METHODS)], Literal[tuple(SELECTORS)]
+    TrainedMethodName = Literal[tuple(row.name for row in _ROWS if row.trained)]
 OTHER = Method("", "", "treatment", frozenset())
 """how a method is drawn that is no longer in the table"""
 
@@ -100,46 +102,12 @@ def uses(method: str, key: str) -> bool:
     section, _, name = key.partition(".")
     if section == "seed":
         return row.seeded
-    if section == "mask" and row.selector and not _matters(row, name.split(".")[0]):
-        return False
+    if section == "mask" and row.selector:
+        looked_at = {
+            **dict.fromkeys(("training", "score_init"), row.trained),
+            "calibration_rows": row.observes is not None,
+            **dict.fromkeys(("domain", "data", "fraction"), row.trained or row.observes is not None),
+            **dict.fromkeys(("scope", "min_kept"), len(row.scopes) > 1),
+        }
+        return looked_at.get(name.split(".")[0], True)
     return section in row.sections | _OF_ALL
-
-
-def _matters(row: Method, setting: str) -> bool:
-    """Whether the method's selector looks at a setting of the mask."""
-    if setting in ("training", "score_init"):
-        return row.trained
-    if setting == "calibration_rows":
-        return row.observes is not None
-    if setting in ("domain", "data", "fraction"):
-        return row.selector in TRAINED | CALIBRATED
-    return setting not in ("scope", "min_kept") or len(row.scopes) > 1
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """Annotates a text in pydantic's models: one of these names; a choice in JSON schemas, a hint where it is none."""
-
-    what: str
-    names: tuple[str, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._known, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self.names)}
-
-    def _known(self, name: str) -> str:
-        if name not in self.names:
-            raise ValueError(f"unknown {self.what}.{did_you_mean(name, self.names)} Valid: {', '.join(self.names)}.")
-        return name
-
-
-def _those(rows: Iterable[Method]) -> OneOf:
-    return OneOf("method", tuple(row.name for row in rows))
-
-
-MethodName = Annotated[str, _those(_ROWS)]
-TrainedMethodName = Annotated[str, _those(row for row in _ROWS if row.trained)]
-"""a method that learns masks"""
-Selector = Annotated[str, OneOf("selector", tuple(SELECTORS))]

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from mft_core.errors import ConfigError, explain
 from mft_core.masks.masked_sites import MaskedSite, Sha256, check_base, dtype_name, tensor_digest
 from mft_core.masks.packing import PackedMasks, packed_size
 from mft_core.masks.selection import masked_count
-from mft_core.methods import SELECTORS, OneOf, Selector
+from mft_core.methods import Selector
 from mft_core.recipes import Modules, SiteClass
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds
 WEIGHTS, CONFIG = "mask.safetensors", "mask_config.json"
 _TENSOR = "kept"
 MaskScope = Literal["local", "global", "global-threshold", "rows", "combined"]
-MaskSelector = Annotated[str, OneOf("selector", (*SELECTORS, "combined"))]
+MaskSelector = Selector | Literal["combined"]
 
 
 class MaskConfig(BaseModel):

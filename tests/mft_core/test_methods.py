@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import ValidationError
 
 from mft_core.checkpoints.files import WeightFiles
+from mft_core.errors import explain
 from mft_core.figures import style
 from mft_core.masks.mask_file import load_mask
 from mft_core.masks.merge import merge, unmerge
 from mft_core.masks.selection import masked_count
-from mft_core.methods import METHODS, SELECTORS, Method, MethodName, uses
+from mft_core.methods import METHODS, SELECTORS, Method, uses
 from mft_core.recipes import LearnMask
 from mft_core.stages import get_stage
 from mft_core.statistics.tables import method_label
+from pipelines.config.catalogue import SearchSpec, VariantSpec
 from pipelines.config.setup import MaskSpec, Setup
 from tests.support.small_training import make_context, make_recipe, save_data
 from tests.support.tiny import save_checkpoint
@@ -104,9 +106,14 @@ def test_a_setting_of_masks_makes_a_difference_exactly_where_the_selector_looks_
     ("given", "meant"), [("rewnd", "rewind"), ("magntude", "magnitude"), ("continued-ff", "continued-fft")]
 )
 def test_an_unknown_method_is_answered_with_the_nearest_and_the_list(given: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown method. Did you mean '{meant}'\\? Valid: base, fft, .*movement"):
-        TypeAdapter(MethodName).validate_python(given)
+    with pytest.raises(ValidationError) as caught:
+        VariantSpec.model_validate({"method": given})
+    said = str(explain(caught.value, VariantSpec, "study x"))
+    assert said.startswith(f"study x: method = '{given}': Input should be 'base', 'fft', ")
+    assert said.endswith(f"'wanda' or 'movement'. Did you mean '{meant}'?")
 
 
-def test_a_method_is_a_choice_in_json_schemas() -> None:
-    assert TypeAdapter(MethodName).json_schema() == {"type": "string", "enum": list(METHODS)}
+def test_a_method_is_a_choice_in_json_schemas_and_a_search_is_of_those_that_learn() -> None:
+    assert VariantSpec.model_json_schema()["properties"]["method"]["enum"] == list(METHODS)
+    searched = SearchSpec.model_json_schema()["properties"]["method"]["enum"]
+    assert searched == [row.name for row in METHODS.values() if row.trained]
