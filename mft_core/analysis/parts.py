@@ -6,13 +6,11 @@ A part is whatever JSON holds; floats come back bit for bit, so that a resumed a
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from mft_core.stage import Progress, StageContext
+from mft_core.store.kept import keep, kept
 
 T = TypeVar("T")
 
@@ -28,19 +26,10 @@ class Parts:
     def get(self, name: str, compute: Callable[[], T]) -> T:
         """Return the part of that name: as a killed run has kept it, or computed now and kept."""
         path = self._context.work / f"{name}.json"
-        if not path.is_file():
-            _write(path, json.dumps(compute(), allow_nan=False))
+        part = kept(path, self._context.log)
+        if part is None:
+            keep(path, compute())
+            part = kept(path, self._context.log)  # as JSON has it, whether or not the run is killed
         self._done += 1
         self._context.report(Progress(self._done, self._total, unit="part"))
-        kept: T = json.loads(path.read_text(encoding="utf-8"))
-        return kept
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    unfinished = path.with_suffix(".incomplete")
-    with unfinished.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    unfinished.rename(path)
+        return cast(T, part)

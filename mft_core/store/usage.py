@@ -13,7 +13,7 @@ Both speak of the stage only if no other one ran in this process meanwhile: `alo
 from __future__ import annotations
 
 import ctypes
-import json
+import logging
 import platform
 import sys
 import threading
@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from mft_core.store.energy import Counter, cpu_counters, gpu_counters
+from mft_core.store.kept import keep, kept
 
 SAMPLE_SECONDS = 0.5
 KEEP_SECONDS = 10.0
@@ -44,7 +45,7 @@ class Meter:
             work: the stage's work directory.
         """
         self._kept = work / KEPT
-        self._before: dict[str, Any] = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+        self._before: dict[str, Any] = kept(self._kept, logging.getLogger("mft")) or {}
         self._alone = bool(self._before.get("alone", True))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="usage", daemon=True)
@@ -110,9 +111,10 @@ class Meter:
 
     def _keep(self) -> None:
         if self._kept.parent.is_dir():  # not where the stage's state was thrown away
-            unfinished = self._kept.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(self._account()))
-            unfinished.replace(self._kept)
+            try:
+                keep(self._kept, self._account())
+            except OSError as error:  # of a full disk, perhaps: that is the stage's to tell
+                logging.getLogger("mft").warning("what was used up to now cannot be kept: %s", error)
 
 
 def processor() -> str:

@@ -1,33 +1,75 @@
-"""Resumable state of a training: written so that a kill at any moment leaves the last state whole.
+"""Resumable state of a training: a kill at any moment leaves a whole one, and it is read only if it is sound.
 
     state.pt          step, history, best validation so far, and the trained tensors with their optimizer
+    state-before.pt   the state that was saved before it
     best-<step>.pt    what was trained, as it was at the best validation; written before the state that names it
 
-Files are written under a temporary name, fsynced and renamed. Loading is restricted to tensors and plain values
-(`weights_only`), and maps the file: where several processes share a training, each reads it, and main memory holds it
-once. A state that cannot be read, or whose best snapshot cannot, is dropped with a warning: the training
-then begins again and gives the same numbers, later.
+Files are written under a temporary name, fsynced and renamed. Each ends with the sha256 of everything before it, as the
+comment of the zip archive that torch writes, since torch itself checks no sum: a flipped bit would be a wrong weight.
+Loading is restricted to tensors and plain values (`weights_only`), and maps the file: where several processes share a
+training, each reads it, and main memory holds it once. A state that is not sound, or whose best snapshot is not, is
+dropped with a warning: the training goes on from the state before it, else begins again, and gives the same numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import mmap
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from mft_core.errors import StageError
 
-STATE = "state.pt"
+STATE, BEFORE = "state.pt", "state-before.pt"
 _FIELDS = ("identity", "best_step", "content")
+_SEAL = 2 + 64
+"""bytes at the end of a file: the comment's length, and the comment"""
 
 
 class _UnreadableError(Exception):
     """A file of the state is missing or damaged; the message names it."""
+
+
+class _Summed:
+    """A file that torch writes to from its beginning to its end; knows the sha256 of what it was given."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle, self._sum = handle, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self._sum.update(data)
+        return self._handle.write(data)
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+    def seal(self) -> None:
+        """Put the sum in the place of the archive's comment, which torch leaves empty: two bytes, its length."""
+        self._handle.seek(-2, os.SEEK_END)
+        self._handle.write(_comment(self._sum.hexdigest()))
+
+
+def _comment(digest: str) -> bytes:
+    return len(digest).to_bytes(2, "little") + digest.encode()
+
+
+def _check_seal(path: Path) -> None:
+    """Raise an _UnreadableError unless the file ends with the sum of the rest."""
+    try:
+        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            with memoryview(content) as view, view[:-_SEAL] as body:
+                found, expected = hashlib.sha256(body), bytes(view[-_SEAL:])
+            found.update(b"\0\0")  # the empty comment that torch wrote
+    except (OSError, ValueError) as error:  # it is missing, or empty
+        raise _UnreadableError(f"{path.name}: {error}") from error
+    if _comment(found.hexdigest()) != expected:
+        raise _UnreadableError(f"{path.name}: it does not end with the sha256 of its content")
 
 
 def _best(step: int | None) -> str:
@@ -50,46 +92,67 @@ class ResumableState:
         self._every = every_seconds
         self._log = log
         self._saved_at = time.monotonic()
+        self._best_of_last: int | None = None
 
     def load(self) -> dict[str, Any] | None:
-        """Return the last state that was saved, or None.
+        """Return the last state that was saved and is sound, or None.
 
         Raises:
             StageError: the directory holds the state of another training.
         """
-        path = self._directory / STATE
-        if not path.exists():
-            return None
-        try:
-            state = self._read(STATE)
-            if not set(_FIELDS) <= set(state):
-                raise _UnreadableError(f"{STATE}: it lacks fields")
-            identity, best = state["identity"], state["best_step"]
+        for name in (STATE, BEFORE):
+            path = self._directory / name
+            if not path.exists():
+                continue
+            try:
+                state = self._read_state(name)
+            except _UnreadableError as error:
+                earlier = name == STATE and (self._directory / BEFORE).exists()
+                instead = "training goes on from the state before it" if earlier else "training begins again"
+                self._log.warning("%s: a saved state is dropped, %s (%s)", self._directory, instead, error)
+                path.unlink(missing_ok=True)  # by whichever process of the training comes first
+                continue
+            if state["identity"] != self._identity:
+                raise StageError(f"{path} is the state of another training; remove it, or use another directory.")
+            self._best_of_last = state["best_step"]
             content: dict[str, Any] = state["content"]
-            if identity == self._identity and best is not None:
-                self._read(_best(best))  # needed at the end: better to know now
-        except _UnreadableError as error:
-            self._log.warning("the saved state cannot be read, training begins again (%s)", error)
-            return None
-        if identity != self._identity:
-            raise StageError(f"{path} is the state of another training; remove it, or use another directory.")
-        return content
+            return content
+        return None
+
+    def _read_state(self, name: str) -> dict[str, Any]:
+        state = self._read(name)
+        if not set(_FIELDS) <= set(state):
+            raise _UnreadableError(f"{name}: it lacks fields")
+        if state["identity"] == self._identity and state["best_step"] is not None:
+            self._read(_best(state["best_step"]))  # needed at the end: better to know now
+        return state
 
     def due(self) -> bool:
         """Say whether it is time to save again."""
         return time.monotonic() - self._saved_at >= self._every
 
     def save(self, content: dict[str, Any], best_step: int | None) -> None:
-        """Replace the saved state; snapshots of other steps than `best_step` are no longer needed and go."""
-        self._write(STATE, {"identity": self._identity, "best_step": best_step, "content": content})
+        """Make this the saved state, and the one that was it the state before.
+
+        Snapshots that neither of them names are no longer needed and go. The earliest state goes first, so that never
+        more than two take space.
+        """
+        last, before = self._directory / STATE, self._directory / BEFORE
+        if last.exists():
+            before.unlink(missing_ok=True)
+        unfinished = self._write(STATE, {"identity": self._identity, "best_step": best_step, "content": content})
+        if last.exists():
+            last.rename(before)
+        self._put(unfinished, last)
         for path in self._directory.glob("best-*.pt"):
-            if path.name != _best(best_step):
+            if path.name not in (_best(best_step), _best(self._best_of_last)):
                 path.unlink()
+        self._best_of_last = best_step
         self._saved_at = time.monotonic()
 
     def save_best(self, step: int, snapshot: dict[str, Tensor]) -> None:
         """Keep what was trained as it is after `step`."""
-        self._write(_best(step), snapshot)
+        self._put(self._write(_best(step), snapshot), self._directory / _best(step))
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Return the snapshot that was kept after `step`.
@@ -103,23 +166,30 @@ class ResumableState:
             raise StageError(f"{self._directory}: the best state cannot be read ({error}); run it again.") from error
 
     def _read(self, name: str) -> dict[str, Any]:
+        _check_seal(self._directory / name)
         try:
             content = torch.load(self._directory / name, map_location="cpu", weights_only=True, mmap=True)
         except MemoryError:
             raise
-        except Exception as error:  # of a damaged file, torch raises whatever its reader stumbles over
+        except Exception as error:  # of another kind of file, torch raises whatever its reader stumbles over
             raise _UnreadableError(f"{name}: {error}") from error
         if not isinstance(content, dict):
             raise _UnreadableError(f"{name}: it is no state of a training")
         return content
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        temporary = self._directory / f"{name}.incomplete"
-        with temporary.open("wb") as handle:
-            torch.save(content, handle)
+    def _write(self, name: str, content: dict[str, Any]) -> Path:
+        """Write a file under a temporary name, and return that."""
+        unfinished = self._directory / f"{name}.incomplete"
+        with unfinished.open("wb") as handle:
+            summed = _Summed(handle)
+            torch.save(content, cast(BinaryIO, summed))  # all that torch does is write
+            summed.seal()
             handle.flush()
             os.fsync(handle.fileno())
-        temporary.rename(self._directory / name)
+        return unfinished
+
+    def _put(self, unfinished: Path, path: Path) -> None:
+        unfinished.rename(path)
         descriptor = os.open(self._directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)

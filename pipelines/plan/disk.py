@@ -66,8 +66,8 @@ def _meanwhile(node: Node, geometry: Geometry) -> int:
 
 def state_bytes(training: Training, trained: int) -> int:
     """Return the most that the resumable state of a training of so many numbers takes."""
-    states = 2 * (_NUMBER + MOMENTS[training.optimizer])  # the new one is written before the old one goes
-    return round(trained * (states + (_NUMBER if training.keep == "best" else 0)))
+    states = 2 * (_NUMBER + MOMENTS[training.optimizer])  # the last one, and the one before it or in writing
+    return round(trained * (states + (3 * _NUMBER if training.keep == "best" else 0)))  # of those states, and a new one
 
 
 def _masked(recipe: LearnMask, geometry: Geometry) -> int:

@@ -1,12 +1,12 @@
 """What a stage is said to have used: its growth in memory, all of its attempts, energy over the counter's wraps."""
 
-import json
 import threading
 import time
 
 import pytest
 
 from mft_core.store import energy, usage
+from mft_core.store.kept import keep
 from mft_core.store.usage import KEPT, Meter
 
 
@@ -23,9 +23,7 @@ def test_memory_is_what_was_added_while_the_work_ran(tmp_path, monkeypatch):
 
 
 def test_an_attempt_that_failed_counts_too(tmp_path):
-    (tmp_path / KEPT).write_text(
-        json.dumps({"seconds": 100.0, "peak_memory_bytes": 10**12, "energy_joules": None, "alone": True})
-    )
+    keep(tmp_path / KEPT, {"seconds": 100.0, "peak_memory_bytes": 10**12, "energy_joules": None, "alone": True})
 
     def fail():
         with Meter(tmp_path):

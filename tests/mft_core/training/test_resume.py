@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def test_a_training_killed_with_sigkill_at_random_moments_ends_as_if_undisturbed
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        saved = torch.load(work / "state.pt", weights_only=True)["content"]["history"]["rows"]
+        last = next(path for path in (work / "state.pt", work / "state-before.pt") if path.exists())
+        saved = torch.load(last, weights_only=True)["content"]["history"]["rows"]
         assert 0 < len(saved) < steps
     run_training(kind, work, out)
     assert (out / "history.jsonl").read_bytes() == (tmp_path / "expected/history.jsonl").read_bytes()
@@ -105,16 +108,63 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
             train(trainable, make_data(), recipe, context)
 
 
-def test_a_damaged_state_is_dropped_with_a_warning_and_the_numbers_stay(
+def flip(path: Path, at: float = 0.5) -> None:
+    """Flip one bit of a file, at this share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 0b0100
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit of a weight": flip,
+    "the first bit": partial(flip, at=0.0),
+    "a bit of its sum": partial(flip, at=0.999),
+    "the last bit": partial(flip, at=1.0),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    "rubbish": lambda path: path.write_bytes(b"rubbish"),
+    "another content, of a time without sums": lambda path: torch.save([1], path),
+    "its own content, of a time without sums": lambda path: torch.save(torch.load(path, weights_only=True), path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_state_is_dropped_and_the_training_goes_on_from_the_one_before(
+    damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, weights = run_training("full", tmp_path / "work", tmp_path / "first")
+    damage(tmp_path / "work/state.pt")
+    with caplog.at_level(logging.INFO):
+        again, same = run_training("full", tmp_path / "work", tmp_path / "again")
+    assert again == first
+    assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
+    assert "a saved state is dropped, training goes on from the state before it (state.pt: " in caplog.text
+    assert f"resuming after step {len(first.rows) - 2} of" in caplog.text
+
+
+def test_without_a_sound_state_the_training_begins_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, weights = run_training("mask", tmp_path / "work", tmp_path / "first")
+    for name in ("state.pt", "state-before.pt"):
+        flip(tmp_path / "work" / name)
+    again, same = run_training("mask", tmp_path / "work", tmp_path / "again")
+    assert again == first
+    assert all(torch.equal(tensor, same[name]) for name, tensor in weights.items())
+    assert "a saved state is dropped, training begins again (state-before.pt: " in caplog.text
+
+
+def test_a_training_stopped_between_the_renames_of_a_save_goes_on_from_the_state_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe, context = make_recipe(), make_context(tmp_path, checkpoint_seconds=0.0)
-    first = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
-    state = tmp_path / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    again = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
-    assert again.rows == first.rows
-    assert "the saved state cannot be read, training begins again" in caplog.text
+    saved = ResumableState(tmp_path, "identity", 0.0, logging.getLogger("test"))
+    for step in (1, 2):
+        saved.save({"step": step}, best_step=None)
+    (tmp_path / "state.pt").unlink()
+    again = ResumableState(tmp_path, "identity", 0.0, logging.getLogger("test"))
+    assert again.load() == {"step": 1}
+    again.save({"step": 2}, best_step=None)
+    assert again.load() == {"step": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state-before.pt", "state.pt"]
+    assert not caplog.text
 
 
 def test_no_state_is_saved_before_its_time(tmp_path: Path) -> None:
@@ -142,29 +192,17 @@ def test_whoever_stops_a_training_from_its_report_loses_no_step(step: int, tmp_p
     assert steps == list(range(1, 41))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        Path.unlink,
-        lambda path: path.write_bytes(path.read_bytes()[:-100]),
-        lambda path: path.write_bytes(b"rubbish"),
-        lambda path: torch.save([1], path),
-    ],
-    ids=["missing", "truncated", "rubbish", "another content"],
-)
-@pytest.mark.parametrize("name", ["state", "best"])
-def test_a_state_of_which_a_file_is_lost_is_begun_again_and_the_file_named(
-    name: str, damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", [Path.unlink, *DAMAGES.values()], ids=["missing", *DAMAGES.keys()])
+def test_states_whose_best_snapshot_is_lost_are_dropped_and_the_file_named(
+    damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe, context = make_recipe(validations=4, keep="best"), make_context(tmp_path, checkpoint_seconds=0.0)
     first = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
-    best = torch.load(tmp_path / "state.pt", weights_only=True)["best_step"]
-    lost = tmp_path / ("state.pt" if name == "state" else f"best-{best}.pt")
+    lost = tmp_path / f"best-{torch.load(tmp_path / 'state.pt', weights_only=True)['best_step']}.pt"
     damage(lost)
     again = train(make_trainable("mask", make_model(), recipe), make_data(), recipe, context)
     assert again == first
-    if (name, damage) != ("state", Path.unlink):  # with no state at all there is nothing to tell
-        assert f"training begins again ({lost.name}" in caplog.text
+    assert f"training goes on from the state before it ({lost.name}" in caplog.text
 
 
 def test_a_best_state_lost_during_the_training_is_told_and_the_next_run_begins_again(tmp_path: Path) -> None:
