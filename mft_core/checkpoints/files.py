@@ -9,25 +9,25 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from mft_core.checkpoints.names import Piece, find_pieces
 from mft_core.compute import PROCESS_WIDE
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, StageError
 from mft_core.names import inside
 from mft_core.store.sources import parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 _DECODERS = {
     name
@@ -43,6 +43,7 @@ def read_config(directory: Path) -> Any:
         ConfigError: no readable checkpoint, not a decoder, or quantised.
     """
     _check_names(directory)
+    _check_adapter(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -67,6 +68,16 @@ def _check_names(directory: Path) -> None:
             raise ConfigError(f"model = {directory}: {index.name} is no index of weights ({error!r}).") from error
         for name in names:
             inside(directory, name, f"model = {directory}: weight_map of {index.name}")
+
+
+def _check_adapter(directory: Path) -> None:
+    """Refuse a checkpoint that loaders would take for, or change by, an adapter."""
+    if (directory / _ADAPTER).exists():
+        raise ConfigError(
+            f"model = {directory}: an {_ADAPTER} lies there, so transformers would put that adapter into the model. "
+            "If the model is whole without it, move it away (adapter_model.* too); else merge the adapter first: "
+            "AutoPeftModelForCausalLM.from_pretrained(OLD).merge_and_unload().save_pretrained(NEW)."
+        )
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropout: float = 0.0) -> PreTrainedModel:
@@ -121,9 +132,48 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     for (owner, field), (before, _) in zip(_dropouts(model.config), _dropouts(original), strict=True):
         setattr(owner, field, getattr(before, field))
     torch.nn.Module.to(model, dtype).save_pretrained(directory)  # transformers' own `to` is mistyped
-    for name in parts("model", source):
-        if name != "config.json" and not _holds_weights(name):
-            shutil.copyfile(source / name, directory / name)
+    copy_files(source, directory, (n for n in parts("model", source) if n != "config.json" and not _holds_weights(n)))
+
+
+def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:
+    """Copy files of one checkpoint to another, under the same names."""
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
+
+
+def check_written(directory: Path) -> None:
+    """Load back a checkpoint that was written, as its users will, but without the memory that the weights take.
+
+    Raises:
+        StageError: config, weights or tokenizer cannot be loaded, or a weight is missing, misshapen or not finite.
+    """
+    disable_progress_bar()
+    try:
+        config = read_config(directory)
+        with PROCESS_WIDE:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, local_files_only=True, output_loading_info=True, device_map="meta"
+            )
+        bad = sorted(loaded[1]["missing_keys"])
+        if (directory / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its readers raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise StageError(f"the checkpoint that was made cannot be loaded, nothing of it is kept: {reason}") from error
+    bad += [name for name, weight in _tensors(directory) if not bool(weight.isfinite().all())]
+    if bad:
+        raise StageError(
+            f"the checkpoint that was made is not sound, nothing of it is kept: {len(bad)} weights are missing or not "
+            f"finite, e.g. {bad[0]}"
+        )
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                yield name, handle.get_tensor(name)
 
 
 def _holds_weights(name: str) -> bool:

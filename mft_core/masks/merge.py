@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mft_core.cache_key import digest_file
-from mft_core.checkpoints.files import WeightFiles
+from mft_core.checkpoints.files import WeightFiles, copy_files
 from mft_core.checkpoints.names import Piece
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import Mask, load_mask, save_mask
@@ -177,9 +177,8 @@ def _rewrite(
 ) -> None:
     """Copy a checkpoint; masked entries become zero, or what `values` has of them."""
     regions = _regions(files, mask)
-    for name in parts("model", files.directory):
-        if name not in regions and not files.holds_other_weights(name):
-            shutil.copyfile(files.directory / name, target / name)
+    others = (name for name in parts("model", files.directory) if name not in regions)
+    copy_files(files.directory, target, (name for name in others if not files.holds_other_weights(name)))
     for done, name in enumerate(sorted(regions), start=1):
         with safe_open(files.directory / name, framework="pt") as handle:
             metadata = handle.metadata()

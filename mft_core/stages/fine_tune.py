@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mft_core import compute
-from mft_core.checkpoints.files import DTYPES, load_model, save_model
+from mft_core.checkpoints.files import DTYPES, check_written, load_model, save_model
 from mft_core.masks.sites import find_sites
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import FineTune
@@ -36,7 +36,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
 
     Raises:
         ConfigError: not a decoder, or the recipe asks for what model or data do not have.
-        StageError: a loss is not finite.
+        StageError: a loss is not finite, or the checkpoint that was made cannot be loaded.
     """
     training = recipe.training
     device = compute.settle(context.runtime)
@@ -54,6 +54,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     save_model(result, out / "model", DTYPES[training.precision], inputs["model"])
     if "chat_template" in inputs:
         _set_chat_template(out / "model", inputs["chat_template"])
+    check_written(out / "model")
     history.write(out / "history.jsonl")
     return history.summary()
 
@@ -73,8 +74,12 @@ def _trainable(recipe: FineTune, model: PreTrainedModel) -> FullOptimizer | Lora
 
 
 def _set_chat_template(checkpoint: Path, template: Path) -> None:
-    """Write the template's file, and drop the one in tokenizer_config.json, which some tools would read instead."""
+    """Write the template's file, and drop the one in tokenizer_config.json, which some tools would read instead.
+
+    Additional templates (for tools, for retrieval) go too: they are of the format that was replaced.
+    """
     shutil.copyfile(template, checkpoint / "chat_template.jinja")
+    shutil.rmtree(checkpoint / "additional_chat_templates", ignore_errors=True)
     settings = checkpoint / "tokenizer_config.json"
     config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if config.pop("chat_template", None) is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mft_core.checkpoints.files import check_written
 from mft_core.masks.merge import merge
 from mft_core.recipes import MergeMask
 from mft_core.stage import Progress, StageContext
@@ -16,10 +17,12 @@ def run(recipe: MergeMask, inputs: Mapping[str, Path], out: Path, context: Stage
 
     Raises:
         ConfigError: the mask is damaged, or belongs to another model.
+        StageError: the merged checkpoint cannot be loaded.
     """
 
     def report(done: int, total: int) -> None:
         context.report(Progress(done, total, unit="file"))
 
     mask = merge(inputs["model"], inputs["mask"], out / "model", report, rewind_to=inputs.get("base"))
+    check_written(out / "model")
     return {"zeros": mask.zeros, "masked_weights": mask.weights, "sites": len(mask.config.sites)}

@@ -130,7 +130,10 @@ class ArtifactStore:
         return None if self.damage(stage, key) else self._ref(stage, key)
 
     def damage(self, stage: str, key: str) -> str | None:
-        """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole."""
+        """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
+
+        Whole is what has every file of the manifest, and no other.
+        """
         directory = self.directory(stage, key)
         if not directory.exists():
             return "missing"
@@ -143,7 +146,8 @@ class ArtifactStore:
             problem = self._file_damage(directory / name, entry)
             if problem:
                 return f"{name}: {problem}"
-        return None
+        added = manifests.unlisted(directory, manifest)
+        return added and f"{added}: not in the manifest, added since"
 
     def _file_damage(self, path: Path, entry: Mapping[str, Any]) -> str | None:
         try:

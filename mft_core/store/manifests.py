@@ -34,6 +34,23 @@ def list_files(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def unlisted(directory: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Return the first thing under an artifact's directory that its manifest does not list, or None.
+
+    A loader would find it: transformers applies an `adapter_config.json` to the model beside it. A link in the place of
+    a folder counts, since what it leads to is not listed; folders without a file, and names that begin with a dot (a
+    file manager's own), are what no loader looks at.
+    """
+    for folder, folders, names in os.walk(directory):
+        within = Path(folder).relative_to(directory)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in (str(within / name) for name in sorted(names + links) if not name.startswith(".")):
+            if name not in manifest["files"] and name != MANIFEST:
+                return name
+    return None
+
+
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest's fields with the digest of the files, and with the hash over everything else."""
     whole = {**content, "digest": digest(content["files"])}

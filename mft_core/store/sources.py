@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
+    "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.txt",
+    "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
 # What is fetched of a hub repository: Llama's hold every weight a second and a third time (*.bin, original/*.pth).
 _WANTED: dict[str, list[str] | None] = {
     "model": ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES],
@@ -92,9 +93,9 @@ def first_line(error: Exception) -> str:
 
 def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:
     """List the files of a local checkpoint that make it what it is, sorted, relative to the directory."""
-    if kind == "tokenizer":
-        return [name for name in _TOKENIZER_FILES if (directory / name).is_file()]
-    return sorted({path.name for pattern in _MODEL_FILES for path in directory.glob(pattern)})
+    patterns = _TOKENIZER_FILES if kind == "tokenizer" else _MODEL_FILES
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return sorted(str(path.relative_to(directory)) for path in found)
 
 
 def local_files(location: Path, files: Sequence[str], kind: Literal["model", "tokenizer", "file"] = "file") -> Source:

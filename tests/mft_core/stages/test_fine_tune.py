@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from mft_core.checkpoints import files as checkpoint_io
-from mft_core.checkpoints.files import load_model
+from mft_core.checkpoints.files import check_written, load_model
 from mft_core.data.batching import micro_batches
 from mft_core.data.tokens import TokenDataset
-from mft_core.errors import ConfigError
-from mft_core.recipes import FineTune, Lora
+from mft_core.errors import ConfigError, StageError
+from mft_core.recipes import FineTune, Lora, MergeMask
 from mft_core.stages import get_stage
+from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.sources import local_checkpoint, local_files, parts
 from mft_core.training.loop import TrainingData
 from mft_core.training.loss import LossHead
-from tests.support.small_training import make_context, make_recipe, save_data
-from tests.support.tiny import save_checkpoint
+from tests.support.small_training import make_context, make_job, make_recipe, save_data
+from tests.support.tiny import TULU, make_model, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -116,3 +122,103 @@ def test_a_family_without_any_dropout_is_refused_before_its_weights_are_read(
         ConfigError, match=r"training\.dropout = 0\.1: models of type 'ernie4_5' have none; set it to 0"
     ):
         fine_tune(tmp_path, "noisy", base=checkpoint, dropout=0.1)
+
+
+def test_every_file_of_a_tokenizer_goes_along(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    save_data(tmp_path / "data")
+    tools = base / "additional_chat_templates" / "tool_use.jinja"
+    tools.parent.mkdir()
+    tools.write_text("{{ tools }}")
+    out = fine_tune(tmp_path, "out", epochs=0.25)
+    assert (out / "model/additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
+    assert set(parts("model", out / "model")) == set(parts("model", base))
+    merged = merge_nothing(tmp_path, out / "model")
+    assert set(parts("model", merged)) == set(parts("model", base))
+    assert set(AutoTokenizer.from_pretrained(merged).chat_template) == {"default", "tool_use"}
+
+
+def merge_nothing(tmp_path: Path, base: Path) -> Path:
+    """Merge a mask that keeps all but a few weights."""
+    job = make_job(base, sparsity=0.01, selector="magnitude")
+    (tmp_path / "mask").mkdir()
+    get_stage("learn-mask").run(job.recipe, job.inputs, tmp_path / "mask", job.context)
+    inputs = {"model": base, "mask": tmp_path / "mask" / "mask"}
+    (tmp_path / "merged").mkdir()
+    get_stage("merge-mask").run(MergeMask(), inputs, tmp_path / "merged", job.context)
+    return tmp_path / "merged" / "model"
+
+
+def test_a_template_that_replaces_the_tokenizers_own_replaces_its_additional_ones(tmp_path: Path) -> None:
+    base, data = save_checkpoint(tmp_path / "base"), save_data(tmp_path / "data")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (tmp_path / "new.jinja").write_text(TULU.read_text() + "{# new #}")
+    (tmp_path / "out").mkdir()
+    inputs = {"model": base, "data": data, "chat_template": tmp_path / "new.jinja"}
+    recipe = FineTune(training=make_recipe(epochs=0.25))
+    get_stage("fine-tune").run(recipe, inputs, tmp_path / "out", make_context(tmp_path / "work"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out/model").chat_template == (tmp_path / "new.jinja").read_text()
+
+
+@pytest.mark.parametrize("left", ["adapter_config.json", "adapter_config.json adapter_model.safetensors"])
+def test_a_checkpoint_beside_which_an_adapter_lies_is_refused_with_the_way_out(tmp_path: Path, left: str) -> None:
+    base = save_checkpoint(tmp_path / "base")
+    lora = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "adapter")
+    for name in left.split():
+        shutil.copy(tmp_path / "adapter" / name, base)
+    with pytest.raises(ConfigError, match=r"adapter_config\.json lies there.*move it away"):
+        load_model(base, torch.float32, CPU)
+
+
+def spoil_a_weight(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_a_weight(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+def misshape_a_weight(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].clone()
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (spoil_a_weight, r"not finite, e\.g\. model\.norm\.weight"),
+        (lose_a_weight, r"missing or not finite, e\.g\. model\.norm\.weight"),
+        (misshape_a_weight, "cannot be loaded"),
+        (lambda checkpoint: (checkpoint / "tokenizer.json").write_text("{"), "cannot be loaded"),
+        (lambda checkpoint: (checkpoint / "adapter_config.json").write_text("{}"), "adapter_config.json lies there"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded_back_is_not_kept(
+    tmp_path: Path, spoil: Callable[[Path], object], told: str
+) -> None:
+    checkpoint = save_checkpoint(tmp_path / "written")
+    check_written(checkpoint)
+    spoil(checkpoint)
+    with pytest.raises(StageError, match=told):
+        check_written(checkpoint)
+
+
+def test_a_broken_tokenizer_that_would_make_the_result_unloadable_commits_nothing(tmp_path: Path) -> None:
+    base, data = save_checkpoint(tmp_path / "base"), save_data(tmp_path / "data")
+    (base / "tokenizer.json").write_text("{")
+    store, stage = ArtifactStore(tmp_path / "home"), get_stage("fine-tune")
+    inputs = {
+        "model": local_checkpoint("model", base),
+        "data": local_files(data, sorted(p.name for p in data.iterdir())),
+    }
+    recipe = FineTune(training=make_recipe(epochs=0.25))
+    with pytest.raises(StageError, match="the checkpoint that was made cannot be loaded, nothing of it is kept"):
+        store.build(stage, recipe, inputs, make_context(tmp_path / "work").runtime)
+    assert store.damage(stage.name, store.key(stage, recipe, inputs)) == "missing"

@@ -110,6 +110,38 @@ def test_a_damaged_payload_is_noticed_named_and_computed_again(store, damage, na
     assert named in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("add", "named"),
+    [
+        (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter_config.json"),
+        (lambda d: (d / "part" / "adapter_config.json").write_text("{}"), "part/adapter_config.json"),
+        (lambda d: (d / "new").mkdir() or (d / "new" / "chat.jinja").write_text("x"), "new/chat.jinja"),
+        (lambda d: (d / "part" / "more.json").symlink_to(d / "other.txt"), "part/more.json"),
+        (lambda d: (d / "part" / "more.json").symlink_to(d / "nothing"), "part/more.json"),
+        (lambda d: (d / "more").symlink_to(d / "part", target_is_directory=True), "more"),
+        (lambda d: (d / "part").rename(d.parent / "p") and (d / "part").symlink_to(d.parent / "p"), "part"),
+        (lambda d: (d / "part" / MANIFEST).write_text("{}"), f"part/{MANIFEST}"),
+    ],
+)
+def test_a_file_that_was_added_to_an_artifact_is_noticed_named_and_computed_away(store, add, named, caplog):
+    ref = build(store, make_stage()).ref
+    assert store.find("evaluate", ref.key) == ref
+    add(ref.local_path(store))
+    assert store.damage("evaluate", ref.key) == f"{named}: not in the manifest, added since"
+    assert store.find("evaluate", ref.key) is None
+    again = build(store, make_stage())
+    assert (again.computed, again.ref) == (True, ref)
+    assert store.damage("evaluate", ref.key) is None
+    assert f"{named}: not in the manifest" in caplog.text
+
+
+def test_what_no_loader_looks_at_is_no_damage(store):
+    ref = build(store, make_stage()).ref
+    (ref.local_path(store) / "part" / ".DS_Store").write_text("a file manager's")
+    (ref.local_path(store) / "empty").mkdir()
+    assert store.find("evaluate", ref.key) == ref
+
+
 def test_a_flipped_bit_with_the_old_time_stamp_is_noticed_by_a_new_process(store):
     ref = build(store, make_stage()).ref
     path = ref.local_path(store) / "other.txt"
@@ -244,6 +276,15 @@ def add_a_template(path):
     (path.parent / "chat_template.jinja").write_text("new")
 
 
+def add_a_template_for_tools(path):
+    (path.parent / "additional_chat_templates").mkdir()
+    (path.parent / "additional_chat_templates" / "tool_use.jinja").write_text("new")
+
+
+def add_an_adapter(path):
+    (path.parent / "adapter_config.json").write_text("{}")
+
+
 def make_inputs(store, tmp_path):
     """Return an input of each kind, and a file of each."""
     (tmp_path / "rows.jsonl").write_text("{}\n")
@@ -266,6 +307,9 @@ DAMAGES = [
     ("model", truncate, "its content was changed"),
     ("model", Path.unlink, "config.json is missing"),
     ("model", add_a_template, "chat_template.jinja was added"),
+    ("model", add_a_template_for_tools, "additional_chat_templates/tool_use.jinja was added"),
+    ("model", add_an_adapter, "adapter_config.json was added"),
+    ("artifact", add_an_adapter, "part/adapter_config.json: not in the manifest"),
 ]
 
 
