@@ -19,6 +19,7 @@ from mft_core.errors import StageError
 from mft_core.stage import Progress, StageContext
 from mft_core.training.checkpoints import ResumableState
 from mft_core.training.loop import History, train
+from tests.support.faults import flip as flip_a_bit
 from tests.support.small_group import PROCESSES
 from tests.support.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.support.tiny import make_model
@@ -214,3 +215,16 @@ def test_a_best_state_lost_during_the_training_is_told_and_the_next_run_begins_a
     with pytest.raises(StageError, match=r"best-2\.pt"):
         saved.load_best(2)
     assert saved.load() is None
+
+
+@pytest.mark.parametrize("name", ["state.pt", "best-1.pt"])
+def test_no_flipped_bit_of_a_state_is_ever_loaded(name: str, tmp_path: Path) -> None:
+    content = {"weights": {f"w{index}": torch.randn(9) for index in range(20)}, "rows": list(range(50))}
+    dice = random.Random(3)
+    for _ in range(100):
+        saved = ResumableState(tmp_path, "identity", 0.0, logging.getLogger("test"))
+        saved.save({"before": True}, best_step=None)
+        saved.save_best(1, {"a": torch.zeros(50)})
+        saved.save(content, best_step=1)
+        flip_a_bit(tmp_path / name, dice)
+        assert saved.load() == {"before": True}

@@ -1,0 +1,119 @@
+"""Faults put into a small study: bits that flip in what it keeps, processes that are killed while it runs.
+
+`Study` runs `mft` in a folder whose profile and study are those of `tests.support.mini`; `flip` and `kinds` are for
+whoever disturbs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support.mini import write_profile, write_study
+
+VARIANTS = [{"method": "fft"}, {"method": "mft"}, {"method": "magnitude"}]
+KINDS: dict[str, Callable[[list[str]], bool]] = {
+    "mft": lambda words: "pipelines.cli" in words,
+    "worker": lambda words: "tasks.worker" in words,
+    "training process": lambda words: "mft_core.stages.worker" in words,
+    "MLflow writer": lambda words: "tasks.mlflow.writer" in words,
+    "Prefect server": lambda words: "prefect" in words and "server" in words,
+}
+
+
+def flip(path: Path, dice: random.Random) -> str:
+    """Flip one bit of a file, anywhere in it; returns which."""
+    content = bytearray(path.read_bytes())
+    bit = dice.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return f"bit {bit} of {path.name}"
+
+
+def files_of(home: Path, kind: str) -> list[Path]:
+    """Return the files of a kind that a run may read back: state, artifacts, results (Prefect's) or MLflow."""
+    folder = {"state": "work", "artifacts": "artifacts", "results": "prefect/results", "MLflow": "."}[kind]
+    found = (home / folder).glob("mlflow.db*") if kind == "MLflow" else (home / folder).rglob("*")
+    return sorted(path for path in found if path.is_file() and path.stat().st_size)
+
+
+def digests(home: Path) -> dict[str, str]:
+    """Return the digest of every artifact of the home, by stage and key."""
+    found = [json.loads(path.read_text()) for path in (home / "artifacts").glob("*/*/manifest.json")]
+    return {f"{manifest['stage']}/{manifest['key']}": manifest["digest"] for manifest in found}
+
+
+class Study:
+    """A study in a folder; each run is a process of its own, in the home that it is given."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        write_profile(folder)
+        write_study(folder, VARIANTS)
+        self.folder = folder
+        self.settings = [word for setting in settings for word in ("--set", setting)]
+
+    def start(self, home: Path) -> subprocess.Popen[str]:
+        """Start `mft run` in a session of its own."""
+        words = [self.folder / "mini-study.yaml", "--profile", self.folder / "mini.yaml", "--json", *self.settings]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MFT_HOME": str(home)}
+        environment.pop("PREFECT_API_URL", None)
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "run", *map(str, words)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, home: Path, seconds: float = 280) -> tuple[int, list[dict[str, Any]], str]:
+        """Run it to its end; returns exit code, rows (without what may differ between runs) and stderr."""
+        process = self.start(home)
+        out, err = process.communicate(timeout=seconds)
+        rows = json.loads(out) if process.returncode == 0 else []
+        return process.returncode, [{k: v for k, v in r.items() if k not in ("cached", "seconds")} for r in rows], err
+
+    def stop_in_training(self, home: Path) -> Path:
+        """Run it until a training has saved two states, kill all of it, and return the home."""
+        process = self.start(home)
+        while not list(home.glob("work/*/state-before.pt")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        wait_until_gone(home, 60)
+        return home
+
+
+def copy(home: Path, to: Path) -> Path:
+    """Copy a home, with its files' times."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(home, to)
+    return to
+
+
+def processes(home: Path, is_kind: Callable[[list[str]], bool] = lambda words: True) -> list[psutil.Process]:
+    """Return the running processes that work for a home."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            if alive and process.environ().get("MFT_HOME") == str(home) and is_kind(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_until_gone(home: Path, seconds: float) -> Sequence[psutil.Process]:
+    """Wait until no process works for the home; returns those that still do after that time."""
+    deadline = time.monotonic() + seconds
+    while (left := processes(home)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
