@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -19,6 +20,18 @@ class ConfigError(Exception):
 
 class StageError(Exception):
     """A stage failed while it ran; its last good state is kept for resuming. Exit code 1."""
+
+
+def told(error: BaseException) -> str:
+    """Put an error into a sentence; one that is not ours is named by its type, its traceback is in the log."""
+    if isinstance(error, ConfigError | StageError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename2 or error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "Make room" if full else "Set that right"
+        return f"{where}{error.strerror}. {advice}; the same command goes on with what is finished."
+    return f"{type(error).__name__}: {error}"
 
 
 def did_you_mean(word: str, valid: Iterable[str]) -> str:

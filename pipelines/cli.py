@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, told
 from mft_core.names import printable
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except StageError as error:
-        print(f"failed: {printable(str(error))}", file=sys.stderr)
+    except (StageError, OSError) as error:  # of the system: a full disk, a folder that may not be read
+        print(f"failed: {printable(told(error))}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,7 @@ def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> s
             damage = place.store.damage(stage.name, key)
             logging.getLogger("mft").warning("%s: cached artifact is not usable: %s", call.label, damage)
         if found is None or found.model_dump() != _kept(record):
-            record.unlink(missing_ok=True)
+            shutil.rmtree(record) if record.is_dir() else record.unlink(missing_ok=True)
     return key
 
 

@@ -35,6 +35,7 @@ from mft_core.store.manifests import MANIFEST
 from mft_core.store.usage import Meter
 
 _RERUN = ".rerun"
+_FOLDERS = ("artifacts", "work", "locks", "logs", "prefect", "reports")
 
 
 class Input(Protocol):
@@ -97,17 +98,21 @@ class ArtifactStore:
         return cls(Path(os.environ.get("MFT_HOME") or ".mft"))
 
     def check_writable(self) -> None:
-        """Raise a ConfigError when nothing can be written under the home."""
-        probe = self.home / f".write-test-{os.getpid()}"
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"MFT_HOME = {self.home}: not writable ({error.strerror}); "
-                "set MFT_HOME to a directory that you can write to."
-            ) from error
+        """Raise a ConfigError when nothing can be written under the home, or in a folder of it that is there."""
+        for folder in (self.home, *(self.home / name for name in _FOLDERS if (self.home / name).exists())):
+            probe = folder / f".write-test-{os.getpid()}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.write_text("x")
+                probe.unlink()
+            except OSError as error:
+                if probe.is_file():  # on a full disk
+                    probe.unlink()
+                which = "" if folder == self.home else f"{folder.name}: "
+                raise ConfigError(
+                    f"MFT_HOME = {self.home}: not writable ({which}{error.strerror}); "
+                    "set MFT_HOME to a directory that you can write to."
+                ) from error
 
     def directory(self, stage: str, key: str) -> Path:
         """Return where the artifact lies or would lie."""

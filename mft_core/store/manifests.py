@@ -41,12 +41,13 @@ def unlisted(directory: Path, manifest: Mapping[str, Any]) -> str | None:
     a folder counts, since what it leads to is not listed; folders without a file, and names that begin with a dot (a
     file manager's own), are what no loader looks at.
     """
-    for folder, folders, names in os.walk(directory):
-        within = Path(folder).relative_to(directory)
+    listed = manifest["files"]
+    for folder, folders, names in os.walk(directory):  # with texts: paths would take longer than the looking
+        within = folder[len(str(directory)) + 1 :]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        links = [name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in (str(within / name) for name in sorted(names + links) if not name.startswith(".")):
-            if name not in manifest["files"] and name != MANIFEST:
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in (os.path.join(within, name) for name in sorted(names + links) if not name.startswith(".")):
+            if name not in listed and name != MANIFEST:
                 return name
     return None
 
@@ -77,11 +78,18 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _discard(directory: Path) -> None:
-    """Remove a damaged artifact in one step: never leave a half-deleted one under its own name."""
+    """Remove a damaged artifact (or a file in its place) in one step: never leave a part under its own name."""
     doomed = directory.parent / f".discarded-{directory.name}"
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
     directory.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

@@ -17,7 +17,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, told
 from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.sources import Source
@@ -121,15 +121,10 @@ def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
         return
     for node, error in failures:
         log.error("%s failed", node.label, exc_info=error)
-    lines = "\n".join(f"{node.label}: {_told(error)}" for node, error in failures)
+    lines = "\n".join(f"{node.label}: {told(error)}" for node, error in failures)
     if all(isinstance(error, ConfigError) for _, error in failures):
         raise ConfigError(lines)
     raise StageError(lines) from failures[0][1]
-
-
-def _told(error: BaseException) -> str:
-    """Put an error into words; one that is not ours is named by its type, its traceback is in the log."""
-    return str(error) if isinstance(error, ConfigError | StageError) else f"{type(error).__name__}: {error}"
 
 
 def workplace(

@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+
+
+class _Log(logging.FileHandler):
+    """A log that a full disk does not stop, and that says once that it is not whole."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name for it
+        """Say why a record is not written."""
+        if not self.told:
+            print(f"warning: the log {self.baseFilename} is not whole: {sys.exc_info()[1]}", file=sys.stderr)
+            self.told = True
+
+    def close(self) -> None:
+        """Close the file, though what is left to write may not fit."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
@@ -15,7 +33,7 @@ def log_to(home: Path, name: str) -> Iterator[Path]:
     folder = home / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{Path(name).stem}.log"
-    handler = logging.FileHandler(path)
+    handler = _Log(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(threadName)s %(message)s"))
     logger = logging.getLogger("mft")
     logger.setLevel(logging.INFO)

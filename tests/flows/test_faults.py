@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.faults import KINDS, Study, copy, digests, files_of, flip, processes, wait_until_gone
+from tests.support.faults import (
+    KINDS,
+    Study,
+    copy,
+    digests,
+    files_of,
+    fill,
+    flip,
+    processes,
+    small_disk,
+    wait_until_gone,
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +72,34 @@ def test_bits_that_flip_in_what_a_study_keeps_change_no_answer(
 ) -> None:
     assert flip_and_run(study, finished[0], finished, "artifacts artifacts results MLflow", seed=1) == "right"
     assert flip_and_run(study, stopped, finished, "state state state", seed=2) == "right"
+
+
+def test_a_disk_that_is_full_is_told_in_a_sentence_and_the_run_goes_on_when_there_is_room(
+    study: Study, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", "40M") as disk:
+        process = study.start(disk / "home")
+        while not list(disk.glob("home/artifacts/prepare-data/[0-9a-f]*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        filler = fill(disk)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 1, err
+        assert "failed: " in err
+        assert "No space left on device. Make room; the same command goes on" in err
+        assert "Traceback" not in err
+        assert "Logging error" not in err
+        assert not list(disk.glob("home/artifacts/*/.incomplete-*"))
+        code, _, err = study.run(disk / "home")
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        filler.unlink()
+        code, rows, err = study.run(disk / "home")
+        assert (code, rows) == (0, finished[1]), err
+        assert digests(disk / "home") == digests(finished[0])
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        code, _, err = study.run(disk / "home")
+        assert (code, len(err.strip().splitlines())) == (2, 1), err
+        assert "not writable (Read-only file system)" in err
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.support.mini import write_profile, write_study
 
@@ -117,3 +118,24 @@ def wait_until_gone(home: Path, seconds: float) -> Sequence[psutil.Process]:
     while (left := processes(home)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """Give a file system of this size; the test is skipped where none may be mounted."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Fill the disk that a folder lies on; returns the file that does it."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb") as filler:
+        while True:
+            filler.write(bytes(1024))
+            filler.flush()
+    return folder / "filler"

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,12 +16,14 @@ from typing import ClassVar
 
 import pytest
 
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, told
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stage import Stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import MANIFEST
 from mft_core.store.sources import Source, local_checkpoint, local_file, pinned
+from pipelines.run.logs import log_to
+from tests.support.faults import fill, small_disk
 
 RECIPE = Evaluate(task="something")
 RUNTIME = Runtime()
@@ -228,6 +232,43 @@ def test_what_a_killed_run_left_is_cleared_and_never_taken_for_an_artifact(store
 def test_an_unwritable_home_is_refused_with_its_path():
     with pytest.raises(ConfigError, match=r"MFT_HOME = /proc/nowhere: not writable"):
         ArtifactStore(Path("/proc/nowhere")).check_writable()
+
+
+@pytest.mark.parametrize("folder", ["artifacts", "work", "locks", "logs", "prefect", "reports"])
+def test_a_file_where_a_folder_was_is_refused_before_compute(store, folder):
+    store.home.mkdir()
+    store.check_writable()
+    (store.home / folder).write_text("in the way")
+    with pytest.raises(ConfigError, match=rf"not writable \({folder}: (File exists|Not a directory)\)"):
+        store.check_writable()
+    assert sorted(path.name for path in store.home.iterdir()) == [folder]
+
+
+def test_a_file_where_an_artifact_was_is_computed_away(store):
+    ref = build(store, make_stage()).ref
+    shutil.rmtree(ref.local_path(store))
+    store.directory("evaluate", ref.key).write_text("in the way")
+    assert build(store, make_stage()).computed
+    assert store.find("evaluate", ref.key) == ref
+
+
+def test_a_stage_on_a_full_disk_leaves_nothing_and_its_error_is_a_sentence(tmp_path):
+    def write(recipe, inputs, out, context):
+        (out / "large").write_bytes(bytes(2_000_000))
+        return {}
+
+    with small_disk(tmp_path / "disk", "1M") as disk:
+        store, stage = ArtifactStore(disk / "home"), make_stage(change=write)
+        with pytest.raises(OSError, match="No space left") as failure:
+            build(store, stage)
+        assert re.fullmatch(r"(/\S+: )?No space left on device\. Make room; the same .*\.", told(failure.value))
+        assert not list(disk.glob("home/artifacts/evaluate/*"))
+        fill(disk)
+        with pytest.raises(ConfigError, match=r"not writable \(No space left on device\)"):
+            store.check_writable()
+        with log_to(disk / "home", "study") as log:
+            logging.getLogger("mft").error("a long line " * 1000)
+        assert log.read_text() == ""
 
 
 @pytest.mark.parametrize(
