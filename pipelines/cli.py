@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mft_core.errors import ConfigError, StageError, told
-from mft_core.names import printable
+from mft_core.names import printable, without_secrets
+from pipelines.run import interrupt
 
 if TYPE_CHECKING:
     from mft_core.store.artifacts import ArtifactStore
@@ -36,14 +38,39 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 def main() -> None:
     """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage, 130 Ctrl-C (by typer)."""
+    interrupt.handle_ctrl_c()
+    _open_closed_streams()
+    code: Any = 0
     try:
         app()
+    except SystemExit as asked:
+        code = asked.code
     except ConfigError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {_told(error)}", file=sys.stderr)
+        code = 2
     except (StageError, OSError) as error:  # of the system: a full disk, a folder that may not be read
-        print(f"failed: {printable(told(error))}", file=sys.stderr)
-        sys.exit(1)
+        print(f"failed: {_told(error)}", file=sys.stderr)
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1` has seen enough; typer ends with 1 where it notices earlier
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    interrupt.end_at_once()  # what is left is to stop servers, which happens without us too
+    sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Put the null device where the shell closed a stream (`>&-`), or the next open file takes its place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _told(error: BaseException) -> str:
+    return printable(without_secrets(told(error)))
 
 
 @app.command()
@@ -210,15 +237,19 @@ def _run_flow(
     rerun: list[str] | None,
 ) -> Any:
     """Call a flow in this process, once a Prefect server is there; it starts while the flows are imported."""
-    from pipelines.servers.services import use_prefect, wait_for_prefect
+    from pipelines.servers.services import lost_server, use_prefect, wait_for_prefect
 
     use_prefect(store.home)
+    import httpx
+
     from pipelines import flows
-    from pipelines.run import interrupt
 
     wait_for_prefect()
-    interrupt.handle_ctrl_c()
-    return pick(flows)(study=study, profile=profile, overrides=overrides or [], seeds=_seeds(seeds), rerun=rerun or [])
+    given = {"study": study, "profile": profile, "overrides": overrides or [], "seeds": _seeds(seeds)}
+    try:
+        return pick(flows)(**given, rerun=rerun or [])
+    except httpx.HTTPError as error:
+        raise StageError(f"{lost_server()} ({error})\nThe same command continues where this one stopped.") from error
 
 
 def _seeds(text: str | None) -> list[int] | None:

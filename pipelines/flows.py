@@ -12,7 +12,6 @@ import functools
 import json
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from pipelines.report.record import Recorder
 from pipelines.report.report import Report, find_report, read_report
 from pipelines.run.display import Display
 from pipelines.run.execute import Outcome, run_nodes, workplace
-from pipelines.run.logs import log_to
+from pipelines.run.logs import log_to, warn
 from pipelines.run.search import run_search
 from tasks.stage_task import StageCall, Workplace
 from tasks.workers import Workers
@@ -118,7 +117,9 @@ def run_study(
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
-        recorders = [stack.enter_context(Recorder(plan, store, logfile, rerun=bool(rerun))) for plan in plans]
+        recorders = [
+            stack.enter_context(Recorder(plan, store, logfile, rerun=bool(rerun), warn=warn)) for plan in plans
+        ]
         display = stack.enter_context(Display(len(nodes)))
 
         def record(call: StageCall, progress: Progress) -> None:
@@ -129,7 +130,7 @@ def run_study(
         done: set[str] = set()
         if any(plan.search for plan in plans):
             if place.runtime.heavy_slots > 1:  # the same processes for all rounds
-                place = replace(place, workers=stack.enter_context(Workers(store.home / "logs")))
+                place = replace(place, workers=stack.enter_context(Workers(store.home / "logs", display.say)))
             done = _search(plans, place, recorders, display, rerun)
             studies = [plan.study for plan in plans]  # planned again with what was found
             plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds)
@@ -197,8 +198,6 @@ def _attach(report: Report, page: Path, recorder: Recorder) -> None:
         key=re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{profile}".lower()),
         description=f"{study.name} on {profile}",
     )
-    if recorder.problem:
-        print(f"warning: {recorder.problem}. `mft report {study.name} --sync` records it later.", file=sys.stderr)
 
 
 @contextlib.contextmanager

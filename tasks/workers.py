@@ -5,7 +5,8 @@ Two small trainings as threads of one process take turns at its interpreter lock
 keeps it for the next stage: loading the libraries takes as long as a small stage. A process runs
 `mft_core.store.artifacts.ArtifactStore.build`, so that locks, verification, metering and the commit are the ones of
 every stage; what it reports and logs is told to the caller here, and what the caller raises at a report stops the stage
-there. Used by `tasks.stage_task` where `runtime.heavy_slots` is above 1; `tasks.worker` is the process.
+there. A stage whose process dies is started again in another, from its resumable state. Used by `tasks.stage_task`
+where `runtime.heavy_slots` is above 1; `tasks.worker` is the process.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from mft_core.store.artifacts import ArtifactRef
 from mft_core.store.sources import Source
 from tasks.child import Child
 
+RESTARTS = 3
+"""of one stage whose process dies, before it is given up"""
 _ERRORS = {"ConfigError": ConfigError, "StageError": StageError}
 
 
@@ -59,16 +62,21 @@ class Answer:
     stop: bool
 
 
+class Died(StageError):  # noqa: N818  as its base class it is for people
+    """The process of a stage is gone."""
+
+
 class Workers:
     """A pool of worker processes; a context manager that ends them. Safe to use from several threads."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, say: Callable[[str], None]) -> None:
         """Make a pool without processes yet.
 
         Args:
             logs: folder for what the processes print.
+            say: prints a line for people.
         """
-        self._logs = logs
+        self._logs, self._say = logs, say
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._started = 0
@@ -86,9 +94,22 @@ class Workers:
         """Have a worker build the artifact and return it; blocks until then.
 
         Raises:
-            ConfigError, StageError: from the stage; or its process died.
+            ConfigError, StageError: from the stage; or its process died again and again.
             BaseException: what `report` raised, after the stage has stopped at that report.
         """
+        for restart in range(1, RESTARTS + 1):
+            try:
+                return self._build(job, report, log)
+            except Died as error:
+                text = f"{error}\n{job.stage} is started again ({restart} of {RESTARTS}), from where it was last kept"
+                log.warning("%s", text)
+                self._say(text)
+        try:
+            return self._build(job, report, log)
+        except Died as error:
+            raise StageError(f"{error}\nIt was started again {RESTARTS} times before.") from error
+
+    def _build(self, job: Job, report: Callable[[Progress], None], log: logging.Logger) -> ArtifactRef:
         with self._lock:
             worker = self._idle.pop() if self._idle else None
             self._started += worker is None
@@ -145,4 +166,4 @@ class _Worker:
         except (EOFError, OSError) as error:
             if error is asked:
                 raise
-            raise StageError(f"{job.stage}: {self.child.obituary()}") from error
+            raise Died(f"{job.stage}: {self.child.obituary()}") from error

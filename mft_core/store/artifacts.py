@@ -98,7 +98,12 @@ class ArtifactStore:
         return cls(Path(os.environ.get("MFT_HOME") or ".mft"))
 
     def check_writable(self) -> None:
-        """Raise a ConfigError when nothing can be written under the home, or in a folder of it that is there."""
+        """Raise a ConfigError when nothing can be written under the home, or in a folder of it that is there.
+
+        What is made from here on is its user's own: the mask of file modes is the process's and its children's, so
+        that it holds for the databases of libraries too.
+        """
+        os.umask(0o077)
         for folder in (self.home, *(self.home / name for name in _FOLDERS if (self.home / name).exists())):
             probe = folder / f".write-test-{os.getpid()}"
             try:

@@ -7,9 +7,10 @@ are copied from their artifacts, so that nothing is missing in the UI. `mft repo
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,21 +27,33 @@ from pipelines.servers.services import living_server
 from tasks.mlflow.tracking import Tracker, variant_key
 from tasks.stage_task import StageCall
 
+log = logging.getLogger("mft")
+
 
 class Recorder:
     """Records one execution of a plan; a context manager that closes the runs with the right status."""
 
-    def __init__(self, plan: Plan, store: ArtifactStore, log: Path, *, rerun: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        store: ArtifactStore,
+        log: Path,
+        *,
+        rerun: bool = False,
+        warn: Callable[[str], None] = log.warning,
+    ) -> None:
         """Open the execution's run and one nested run per variant.
 
         Args:
             log: the execution's log file, attached to its run.
             rerun: something is computed again even where it is cached, and what follows from it may be.
+            warn: is told as soon as MLflow cannot be used.
         """
         self._store, self._log, self._rerun = store, log, rerun
         name = f"{plan.study.name} on {plan.profile.name}"
         params = {"study": plan.study.name, "profile": plan.profile.name, "question": plan.study.question}
-        self._tracker = Tracker(store.home, plan.study.name, name, params, {"log_file": log.name}, ui=_ui(store))
+        tags = {"log_file": log.name}
+        self._tracker = Tracker(store.home, plan.study.name, name, params, tags, ui=_ui(store), warn=warn)
         self._owners: dict[str, str] = {}
         self._sent: dict[str, set[int]] = defaultdict(set)
         self.expect(plan)

@@ -74,7 +74,7 @@ def run_nodes(
     stage_task = run_stage.with_options(result_storage=place.results)
     with contextlib.ExitStack() as stack:
         if place.runtime.heavy_slots > 1 and place.workers is None:
-            place = replace(place, workers=stack.enter_context(Workers(place.store.home / "logs")))
+            place = replace(place, workers=stack.enter_context(Workers(place.store.home / "logs", display.say)))
         for node in nodes:
             made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
             call = call_of(node, node.stage in rerun and node.id not in done)

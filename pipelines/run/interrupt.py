@@ -21,8 +21,13 @@ class Interrupted(StageError):  # noqa: N818  not an error: it was asked for
 
 
 def handle_ctrl_c() -> None:
-    """Install the handler; called by the command line, in the main thread."""
+    """Install the handler; called by the command line before all else, in the main thread."""
     signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def end_at_once() -> None:
+    """Let the next Ctrl-C end the process: it has done its work."""
+    _asked.set()
 
 
 def asked() -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from mft_core.names import without_secrets
+
 
 class _Log(logging.FileHandler):
     """A log that a full disk does not stop, and that says once that it is not whole."""
@@ -36,6 +38,7 @@ def log_to(home: Path, name: str) -> Iterator[Path]:
     handler = _Log(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(threadName)s %(message)s"))
     logger = logging.getLogger("mft")
+    logger.addFilter(_mask)  # of the logger: Prefect has a handler of its own
     logger.setLevel(logging.INFO)
     logger.propagate = False  # people see the display; Prefect's UI gets the records by its own handler
     logger.addHandler(handler)
@@ -43,4 +46,20 @@ def log_to(home: Path, name: str) -> Iterator[Path]:
         yield path
     finally:
         logger.removeHandler(handler)
+        logger.removeFilter(_mask)
         handler.close()
+
+
+def warn(text: str) -> None:
+    """Tell the log, and people at once."""
+    logging.getLogger("mft").warning("%s", text)
+    print(f"warning: {without_secrets(text)}", file=sys.stderr)
+
+
+def _mask(record: logging.LogRecord) -> bool:
+    """Take secrets out of a record, and out of the trace that goes with it."""
+    record.msg, record.args = without_secrets(record.getMessage()), None
+    if record.exc_info and not record.exc_text:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+    record.exc_text = record.exc_text and without_secrets(record.exc_text)
+    return True

@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:
-    """Point Prefect at the server of a living `mft up` unless an API is configured; teach the command bare names."""
+    """Point Prefect at the server of a living `mft up` unless another is configured; teach the command bare names."""
     if {"deployment", "deployments"} & set(sys.argv[1:]):
         accept_bare_names()
-    if ctx.api_url:
-        return None
-    from pipelines.servers.services import living_server
+    from pipelines.servers.services import address_of, living_server
 
-    living = living_server(Path(os.environ.get("MFT_HOME") or ".mft"))
-    return SetupResult(env={"PREFECT_API_URL": living["prefect"]}, note="server of `mft up`") if living else None
+    home = Path(os.environ.get("MFT_HOME") or ".mft")
+    living = living_server(home)
+    if living is None or ctx.api_url not in (None, living["prefect"]):
+        return None
+    return SetupResult(env=address_of(home, living), note="server of `mft up`")
 
 
 def accept_bare_names() -> None:

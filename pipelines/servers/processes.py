@@ -1,9 +1,10 @@
 """Child processes that never outlive their parent: the ground under `pipelines.servers.services`.
 
 A `Family` starts servers, each in a process group of its own (a Ctrl-C in the terminal reaches the parent only, so a
-flow can still report to its server), with its output in a log file. They are stopped group by group, by id. A watchdog
-process holds the reading end of a pipe: when the parent dies in whatever way, SIGKILL included, the pipe closes and
-the watchdog ends the groups that are left. Standard library only; nothing here knows Prefect or MLflow.
+flow can still report to its server), with its output in a log file. They are stopped group by group, by id; one that
+dies by itself can be started again. A watchdog process holds the reading end of a pipe: when the parent dies in
+whatever way, SIGKILL included, the pipe closes and the watchdog ends the groups that are left. Nothing here knows
+Prefect or MLflow.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,15 +22,20 @@ from pathlib import Path
 
 GRACE_SECONDS = 8.0
 """between SIGTERM and SIGKILL"""
+RESTARTS = 3
+"""of one service, before it is given up"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Child:
-    """One running service: its process (leader of its group) and where its output goes."""
+    """One service: its process (leader of its group), how it was started and where its output goes."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    command: Sequence[str]
+    environment: Mapping[str, str]
     log: Path
+    process: subprocess.Popen[bytes]
+    restarts: int = 0
 
     def tail(self, lines: int = 15) -> str:
         """Return the last lines of the log."""
@@ -42,10 +49,12 @@ class Child:
 
 @dataclass
 class Family:
-    """Services that live and die together with this process."""
+    """Services that live and die together with this process; they may be watched by a thread of their own."""
 
     children: list[Child] = field(default_factory=list)
+    stopped: threading.Event = field(default_factory=threading.Event)
     _watchdog: subprocess.Popen[bytes] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Child:
         """Start a service in its own process group.
@@ -57,7 +66,52 @@ class Family:
             environment: variables on top of this process's own.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
+        log.unlink(missing_ok=True)
+        with self._lock:
+            child = Child(name, command, environment, log, self._launch(command, log, environment))
+            self.children.append(child)
+        return child
+
+    def revive(self) -> list[str]:
+        """Start again what has died, each service three times at most; return a line for people for each.
+
+        Raises:
+            ChildProcessError: one died once more; how, and the end of its log.
+        """
+        said: list[str] = []
+        with self._lock:
+            for child in self.children:
+                obituary = None if self.stopped.is_set() else child.obituary()
+                if obituary is None:
+                    continue
+                if child.restarts == RESTARTS:
+                    raise ChildProcessError(f"{obituary}\nIt was started again {RESTARTS} times before.")
+                end_groups([child.process.pid])  # what it leaves behind may hold its port
+                self._tell_watchdog(-child.process.pid)
+                child.restarts += 1
+                said.append(
+                    f"{child.name} ended with code {child.process.returncode}; "
+                    f"it is started again ({child.restarts} of {RESTARTS}); its log: {child.log}"
+                )
+                child.process = self._launch(child.command, child.log, child.environment)
+        return said
+
+    def stop(self) -> None:
+        """Stop all services, the youngest first, politely and then not; safe to call twice."""
+        self.stopped.set()
+        with self._lock:
+            for child in reversed(self.children):
+                end_groups([child.process.pid], child.process.poll)
+                child.process.wait()
+                self._tell_watchdog(-child.process.pid)
+            self.children.clear()
+            if self._watchdog and self._watchdog.stdin:
+                self._watchdog.stdin.close()
+                self._watchdog.wait()
+            self._watchdog = None
+
+    def _launch(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with log.open("ab") as out:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -67,21 +121,7 @@ class Family:
                 start_new_session=True,
             )
         self._tell_watchdog(process.pid)
-        child = Child(name, process, log)
-        self.children.append(child)
-        return child
-
-    def stop(self) -> None:
-        """Stop all services, the youngest first, politely and then not; safe to call twice."""
-        for child in reversed(self.children):
-            end_groups([child.process.pid], child.process.poll)
-            child.process.wait()
-            self._tell_watchdog(-child.process.pid)
-        self.children.clear()
-        if self._watchdog and self._watchdog.stdin:
-            self._watchdog.stdin.close()
-            self._watchdog.wait()
-        self._watchdog = None
+        return process
 
     def _tell_watchdog(self, group: int) -> None:
         if self._watchdog is None:

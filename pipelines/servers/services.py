@@ -4,33 +4,44 @@
 `wait_for_prefect` before its flow starts. Which server that is: `PREFECT_API_URL` if set, else the one of a living
 `mft up` (`$MFT_HOME/prefect/server.json`), else a private one. The private server is our own process and not Prefect's
 "ephemeral" mode, because that one imports the whole server into the client first, is hit by the terminal's Ctrl-C
-before the flow can report to it, and is left behind by a killed run. Importing this module imports neither of the two.
+before the flow can report to it, and is left behind by a killed run. Servers of our own ask for the string in
+`$MFT_HOME/prefect/auth`, which only its user can read, and are started again when they die. Importing this module
+imports neither of the two.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
+import contextlib
+import fcntl
 import http.client
 import json
 import os
+import secrets
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mft_core.errors import StageError
+from mft_core.errors import ConfigError, StageError
+from mft_core.names import without_secrets, without_user
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.servers.processes import Child, Family, is_alive
 
 START_SECONDS = 180.0
 """a server that is not healthy by then has failed; a first start on a busy machine takes half a minute"""
+
+ANSWER_SECONDS = 8.0
+"""a server that somebody else started and that has not answered by then is not there"""
 
 _PREFECT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -47,6 +58,8 @@ _PREFECT = {
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 _started: Future[None] | None = None
+_lost: list[str] = []
+"""why the private server was given up"""
 
 
 def prefect_home(home: Path) -> Path:
@@ -62,13 +75,29 @@ def mlflow_store(home: Path) -> str:
 
 
 def living_server(home: Path) -> dict[str, Any] | None:
-    """Return what `mft up` wrote about itself ({pid, prefect, mlflow}) if it lives and its API answers, else None."""
+    """Return what `mft up` wrote of itself ({pid, prefect, mlflow, own}) if it lives and its API answers, else None."""
     try:
         server = json.loads((home / "prefect" / "server.json").read_text())
         alive = is_alive(server["pid"]) and _answers(f"{server['prefect']}/health", timeout=1.0)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return server if alive else None
+
+
+def auth_string(home: Path) -> str:
+    """Return (and make) what the servers under this `MFT_HOME` ask for, `user:password`; a file that only we read."""
+    path = prefect_home(home) / "auth"
+    with ArtifactStore(home).lock("prefect-auth"):
+        if not (path.exists() and path.read_text().strip()):
+            path.touch(mode=0o600)
+            path.write_text(f"mft:{secrets.token_urlsafe(32)}\n")
+    return path.read_text().strip()
+
+
+def address_of(home: Path, living: dict[str, Any]) -> dict[str, str]:
+    """Return the settings by which Prefect finds the server of a living `mft up`, and is let in where it is our own."""
+    auth = {"PREFECT_API_AUTH_STRING": auth_string(home)} if living.get("own") else {}
+    return {"PREFECT_API_URL": living["prefect"], **auth}
 
 
 def use_prefect(home: Path) -> None:
@@ -86,39 +115,107 @@ def use_prefect(home: Path) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     # a failure is told once, by the command line; its traceback is in our log and in Prefect's UI
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    living = None if os.environ.get("PREFECT_API_URL") else living_server(home)
-    if living:
-        os.environ["PREFECT_API_URL"] = living["prefect"]
     if os.environ.get("PREFECT_API_URL"):
         _started.set_result(None)
         return
+    if living := living_server(home):
+        os.environ.update(address_of(home, living))
+        _started.set_result(None)
+        return
     port = free_port(None)
-    os.environ["PREFECT_API_URL"] = _api(port)
+    os.environ.update(address_of(home, {"prefect": _api(port), "own": True}))
     family = Family()
     atexit.register(_stop_private, family)
-    threading.Thread(target=_start_private, args=(home, port, family, _started), daemon=True).start()
+    threading.Thread(target=_keep_private, args=(home, port, family, _started), daemon=True).start()
 
 
 def wait_for_prefect() -> None:
     """Wait until the server that `use_prefect` chose can be used.
 
     Raises:
+        ConfigError: the server that the user named, or `mft up` started, does not answer.
         StageError: the private server did not come up; with the end of its log.
     """
     if _started is None:
         raise RuntimeError("use_prefect must be called first")
+    private = not _started.done()
     _started.result()
+    if not private:
+        check_answers()
 
 
-def _start_private(home: Path, port: int, family: Family, started: Future[None]) -> None:
+def check_answers() -> None:
+    """Raise a ConfigError unless the server at `PREFECT_API_URL` does what it is asked; the way Prefect will ask."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    try:
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client,
+        ):
+            client.read_flows(limit=1)
+    except Exception as error:  # whatever answers there
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, httpx.TimeoutException):
+            why = f"no answer within {ANSWER_SECONDS:.0f} seconds"
+        elif isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+            why = "it asks for PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        raise ConfigError(
+            f"PREFECT_API_URL = {without_secrets(os.environ['PREFECT_API_URL'])}: no Prefect server can be used there "
+            f"({why}). Start it or correct the address; without PREFECT_API_URL a server is started for the run."
+        ) from error
+
+
+def lost_server() -> str:
+    """Say what is known of a Prefect server that a flow could not go on without."""
+    return "\n".join(_lost) or f"the Prefect server at {os.environ.get('PREFECT_API_URL')} does not answer any more"
+
+
+def _keep_private(home: Path, port: int, family: Family, started: Future[None]) -> None:
+    """Start the private server, and again when it dies, until the family is stopped."""
     try:
         with ArtifactStore(home).lock("prefect-init"):  # two servers must not migrate one database at once
+            _set_damaged_aside(home, _warn)
             child = start_prefect(home, family, port, ui=False)
             wait_healthy([child], f"{_api(port)}/health")
     except BaseException as error:
         started.set_exception(error)
-    else:
-        started.set_result(None)
+        return
+    started.set_result(None)
+    try:
+        while not family.stopped.wait(0.5):
+            for line in family.revive():
+                _warn(line)
+    except ChildProcessError as error:
+        _lost.append(str(error))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _set_damaged_aside(home: Path, say: Callable[[str], None]) -> None:
+    """Rename our own Prefect database if SQLite finds it damaged: nothing in it is needed, and a new one is made."""
+    database = prefect_home(home) / "prefect.db"
+    elsewhere = {"PREFECT_API_DATABASE_CONNECTION_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL"} & set(os.environ)
+    if elsewhere or os.environ["PREFECT_HOME"] != str(database.parent) or not database.exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(database, timeout=ANSWER_SECONDS)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:  # busy: in use, so readable
+        return
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found == "ok":
+        return
+    suffix = f".damaged-{datetime.now():%Y%m%d-%H%M%S}"
+    for part in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{database}{part}").rename(f"{database}{part}{suffix}")
+    say(f"Prefect's database is damaged ({found}); it is kept as {database}{suffix}, and a new one is made")
 
 
 def _stop_private(family: Family) -> None:
@@ -131,26 +228,42 @@ def _stop_private(family: Family) -> None:
 def _prefect_settings(home: Path) -> None:
     """Set Prefect's settings for this process and its children; what the user has set wins."""
     os.environ.setdefault("PREFECT_HOME", str(prefect_home(home)))
+    try:
+        Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"PREFECT_HOME = {os.environ['PREFECT_HOME']}: not writable ({error.strerror}); correct or unset it."
+        ) from error
     for name, value in _PREFECT.items():
         os.environ.setdefault(name, value)
 
 
 def start_prefect(home: Path, family: Family, port: int, *, ui: bool) -> Child:
     """Start a Prefect server on loopback; its database is under `MFT_HOME` unless Prefect's settings say otherwise."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "pipelines.servers.prefect_server", "127.0.0.1", str(port)]
+    environment = {
+        "PREFECT_SERVER_UI_ENABLED": str(ui),
+        "PREFECT_SERVER_API_AUTH_STRING": auth_string(home),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
+    }
+    if not ui:  # automations belong to a server that people use
+        environment["PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED"] = "false"
     log = home / "logs" / ("prefect.log" if ui else f"prefect-{os.getpid()}.log")
-    # automations belong to a server that people use
-    environment = {} if ui else {"PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false"}
-    return family.start("Prefect server", [*command, "--ui" if ui else "--no-ui"], log, environment)
+    return family.start("Prefect server", command, log, environment)
 
 
 def start_mlflow(home: Path, family: Family, port: int) -> Child:
-    """Start MLflow's UI on loopback: one worker, no job runners, host-name check on."""
+    """Start MLflow's UI on loopback: one worker, no job runners, host-name check on; its store is nobody's to see."""
     artifacts = (home / "mlartifacts").absolute()
     artifacts.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", mlflow_store(home), "--artifacts-destination", artifacts.as_uri()]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    command += ["--artifacts-destination", artifacts.as_uri()]
+    command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]
+    environment = {
+        "MLFLOW_BACKEND_STORE_URI": mlflow_store(home),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     return family.start("MLflow server", command, home / "logs" / "mlflow.log", environment)
 
 
@@ -171,35 +284,87 @@ def up(
         say: prints a line for people.
 
     Raises:
-        StageError: a service did not start or died; with the end of its log.
+        ConfigError: another `mft up` is at work here; or the server that the user named does not answer.
+        StageError: a service did not start, or died again and again; with the end of its log.
     """
-    living = living_server(home)
-    if living:
-        say(f"already up (process {living['pid']})\n  Prefect  {_ui(living['prefect'])}\n  MLflow   {living['mlflow']}")
-        return
-    _prefect_settings(home)
-    os.environ["MFT_HOME"] = str(home.absolute())
-    family = Family()
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)  # also where the shell that put us in the background had it ignored
     record = prefect_home(home) / "server.json"
-    try:
-        prefect, mlflow = _start_servers(home, family, prefect_port, mlflow_port, say)
-        _start_deployments(home, family, prefect, deployments)
-        record.write_text(json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow}) + "\n")
-        say(f"Prefect  {_ui(prefect)}\nMLflow   {mlflow}\nlogs     {home / 'logs'}")
-        say("in another terminal, from this directory:  prefect deployment run mft-ablation --watch")
-        say("Ctrl-C stops everything")
-        while True:
-            raise_obituaries(family.children)
-            time.sleep(0.5)
-    except KeyboardInterrupt:
+    with _only_one(home, record), contextlib.ExitStack() as stack:
+        _prefect_settings(home)
+        os.environ["MFT_HOME"] = str(home.absolute())
+        family = Family()
+        signal.signal(signal.SIGTERM, _leave)
+        before = signal.signal(signal.SIGINT, _leave)  # also where the shell that put us in the background ignored it
+        stack.callback(signal.signal, signal.SIGINT, before)
+        stack.callback(_stop_all, family, record)
+        with contextlib.suppress(KeyboardInterrupt):
+            prefect, mlflow, own = _start_servers(home, family, prefect_port, mlflow_port, say)
+            _start_deployments(home, family, prefect, deployments)
+            ours = f"{prefect}/health" in own
+            record.write_text(
+                json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "own": ours}) + "\n"
+            )
+            say(f"Prefect  {_ui(prefect)}\nMLflow   {mlflow}\nlogs     {home / 'logs'}")
+            if ours:
+                say(f"Prefect's page asks for a password: what is in {prefect_home(home) / 'auth'}")
+            say("in another terminal, from this directory:  prefect deployment run mft-ablation --watch")
+            say("Ctrl-C stops everything")
+            _stay(family, own, say)
         say("stopping")
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave servers behind
-        record.unlink(missing_ok=True)
-        family.stop()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _only_one(home: Path, record: Path) -> Iterator[None]:
+    """Hold the lock of `mft up`.
+
+    Raises:
+        ConfigError: another process holds it; which, since when, and where its servers are.
+    """
+    path = home / "locks" / "up"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            living = living_server(home)
+            where = (
+                f"Prefect {_ui(living['prefect'])}, MLflow {living['mlflow']}" if living else "its servers start now"
+            )
+            raise ConfigError(
+                f"`mft up` is at work for MFT_HOME = {home}: {handle.read().strip()}; {where}. "
+                "Use it, or stop it first."
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        handle.flush()
+        yield
+
+
+def _stay(family: Family, own: list[str], say: Callable[[str], None]) -> None:
+    """Watch the services and start again those that die, until somebody interrupts.
+
+    Raises:
+        StageError: one died again and again.
+    """
+    while True:
+        try:
+            lines = family.revive()
+        except ChildProcessError as error:
+            raise StageError(str(error)) from None
+        for line in lines:
+            say(line)
+        if not lines:
+            time.sleep(0.5)
+            continue
+        for address in own:  # what needs the server is not to look for it too early
+            with contextlib.suppress(StageError):  # died again: the next turn's
+                wait_healthy(family.children, address)
+
+
+def _stop_all(family: Family, record: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave servers behind
+    record.unlink(missing_ok=True)
+    family.stop()
 
 
 def _leave(number: int, frame: object) -> None:
@@ -208,27 +373,35 @@ def _leave(number: int, frame: object) -> None:
 
 def _start_servers(
     home: Path, family: Family, prefect_port: int, mlflow_port: int, say: Callable[[str], None]
-) -> tuple[str, str]:
-    """Start those servers that the environment does not name; return the Prefect API's URL and MLflow's."""
+) -> tuple[str, str, list[str]]:
+    """Start those servers that the environment does not name.
+
+    Returns:
+        the Prefect API's URL, MLflow's, and where those that were started say that they are healthy.
+    """
     prefect, mlflow = os.environ.get("PREFECT_API_URL"), mlflow_store(home)
+    if prefect:
+        check_answers()
     store = ArtifactStore(home)
     with store.lock("prefect-init"), store.lock("mlflow-init"):  # first starts make the databases
-        waits = []
+        own = []
         if not prefect:
             port = free_port(prefect_port)
-            prefect = os.environ["PREFECT_API_URL"] = _api(port)
+            prefect = _api(port)
+            os.environ.update(address_of(home, {"prefect": prefect, "own": True}))
+            _set_damaged_aside(home, say)
             start_prefect(home, family, port, ui=True)
-            waits.append(f"{prefect}/health")
+            own.append(f"{prefect}/health")
         if not mlflow.startswith("http"):
             port = free_port(mlflow_port)
             start_mlflow(home, family, port)
             mlflow = f"http://127.0.0.1:{port}"
-            waits.append(f"{mlflow}/health")
-        if waits:
+            own.append(f"{mlflow}/health")
+        if own:
             say("starting the servers (10 to 30 seconds)")
-        for address in waits:
+        for address in own:
             wait_healthy(family.children, address)
-    return prefect, mlflow
+    return prefect, without_user(mlflow), own
 
 
 def _start_deployments(home: Path, family: Family, prefect: str, module: str) -> None:
@@ -236,9 +409,13 @@ def _start_deployments(home: Path, family: Family, prefect: str, module: str) ->
     begun = datetime.now(UTC)
     family.start("deployments", [sys.executable, "-m", module], home / "logs" / "deployments.log", {})
 
+    request = urllib.request.Request(f"{prefect}/deployments/name/mft-ablation/mft-ablation")
+    if auth := os.environ.get("PREFECT_API_AUTH_STRING"):
+        request.add_header("Authorization", f"Basic {base64.b64encode(auth.encode()).decode()}")
+
     def registered() -> bool:
         try:
-            with _DIRECT.open(f"{prefect}/deployments/name/mft-ablation/mft-ablation", timeout=5) as reply:
+            with _DIRECT.open(request, timeout=5) as reply:
                 return datetime.fromisoformat(json.load(reply)["updated"]) >= begun
         except (OSError, ValueError):
             return False

@@ -18,11 +18,12 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mft_core.names import without_secrets, without_user
 from mft_core.store import provenance
 from tasks.child import Child
 from tasks.mlflow.fields import columns, numbers, owner, table_metrics, variant_key, words
@@ -88,6 +89,7 @@ class Tracker:
         params: of the execution (profile, overrides, ...).
         tags: of the execution; git commit and owner are added.
         ui: address of the MLflow UI for links, when it is not the tracking URI itself.
+        warn: is told, by a thread, as soon as MLflow cannot be used.
     """
 
     def __init__(
@@ -99,12 +101,14 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         *,
         ui: str = "http://127.0.0.1:5000",
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
         self.problem: str | None = None
         """why nothing more is recorded, or None"""
         self._experiment = experiment
         self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute() / 'mlflow.db'}"
-        self._ui = self._uri if self._uri.startswith("http") else ui
+        self._ui = without_user(self._uri) if self._uri.startswith("http") else ui
+        self._warn = warn
         self._runs: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._experiment_id = ""
@@ -230,8 +234,8 @@ class Tracker:
 
     def _give_up(self, why: str) -> None:
         if self.problem is None:
-            self.problem = f"MLflow at {self._uri} cannot be used: {why}"
-            log.warning("%s. The run goes on; `mft report %s --sync` records it later.", self.problem, self._experiment)
+            self.problem = without_secrets(f"MLflow at {self._uri} cannot be used: {why}")
+            self._warn(f"{self.problem}. The run goes on; `mft report {self._experiment} --sync` records it later.")
 
 
 def prepare(home: Path) -> None:
