@@ -288,7 +288,7 @@ def up(
         StageError: a service did not start, or died again and again; with the end of its log.
     """
     record = prefect_home(home) / "server.json"
-    with _only_one(home, record), contextlib.ExitStack() as stack:
+    with _only_one(home), contextlib.ExitStack() as stack:
         _prefect_settings(home)
         os.environ["MFT_HOME"] = str(home.absolute())
         family = Family()
@@ -313,7 +313,7 @@ def up(
 
 
 @contextlib.contextmanager
-def _only_one(home: Path, record: Path) -> Iterator[None]:
+def _only_one(home: Path) -> Iterator[None]:
     """Hold the lock of `mft up`.
 
     Raises:

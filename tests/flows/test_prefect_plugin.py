@@ -113,12 +113,22 @@ def test_the_client_is_left_alone_outside_of_deployment_commands(monkeypatch: py
     assert PrefectClient.read_deployment_by_name is stock
 
 
-def test_the_living_server_is_used_only_when_no_api_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "living_server", lambda home: {"prefect": "http://127.0.0.1:1/api"})
-    for configured, expected in (("http://mine", None), (None, {"PREFECT_API_URL": "http://127.0.0.1:1/api"})):
+def test_the_living_server_and_its_string_are_used_only_when_no_other_api_is_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "http://127.0.0.1:1/api"
+    monkeypatch.setenv("MFT_HOME", str(tmp_path))
+    monkeypatch.setattr(services, "living_server", lambda home: {"prefect": own, "own": True})
+    found = {"PREFECT_API_URL": own, "PREFECT_API_AUTH_STRING": services.auth_string(tmp_path)}
+    for configured, expected in (("http://mine", None), (None, found), (own, found)):
         context = HookContext(prefect_version="3", api_url=configured, logger_factory=lambda name: None)
         result = prefect_plugin.setup_environment(ctx=context)
         assert (result.env if result else None) == expected
+    monkeypatch.setattr(services, "living_server", lambda home: {"prefect": "http://mine", "own": False})
+    context = HookContext(prefect_version="3", api_url=None, logger_factory=lambda name: None)
+    result = prefect_plugin.setup_environment(ctx=context)
+    assert result
+    assert result.env == {"PREFECT_API_URL": "http://mine"}, "what only our own servers ask for goes to no other"
 
 
 def test_a_prefect_without_the_look_up_fails_with_an_explanation(monkeypatch: pytest.MonkeyPatch) -> None:

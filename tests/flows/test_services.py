@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import functools
 import json
 import os
 import signal
 import socket
+import sqlite3
+import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from mft_core.errors import StageError
+from mft_core.errors import ConfigError, StageError
 from pipelines.servers import services
 from pipelines.servers.processes import Family, is_alive
 
@@ -48,9 +56,9 @@ def eventually(true: Callable[[], object], seconds: float = 60.0) -> bool:
 
 def group_is_gone(group: int) -> bool:
     """Whether no process of the group runs any more (a zombie that nobody has fetched does not run)."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _, pgrp = status.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
         if int(pgrp) == group and state != "Z":
@@ -121,28 +129,185 @@ def test_the_record_of_a_dead_or_silent_server_is_not_believed(tmp_path: Path) -
     assert services.living_server(tmp_path) is None
 
 
-def test_a_configured_api_is_used_and_no_server_is_started(
+USE = """
+import sys
+from pathlib import Path
+from mft_core.errors import ConfigError
+from pipelines.servers.services import use_prefect, wait_for_prefect
+
+use_prefect(Path(sys.argv[1]))
+try:
+    wait_for_prefect()
+except ConfigError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.parametrize(("silent", "why"), [(False, "Connection refused"), (True, "no answer within 8 seconds")])
+def test_a_configured_api_that_does_not_answer_is_refused_in_one_sentence_within_twenty_seconds(
+    silent: bool, why: str, tmp_path: Path, clean: dict[str, str]
+) -> None:
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        if silent:
+            there.listen()
+        api = f"http://me:hush-hush@127.0.0.1:{there.getsockname()[1]}/api"
+        run = subprocess.run(
+            [sys.executable, "-c", USE, str(tmp_path)],
+            cwd=ROOT, env={**clean, "PREFECT_API_URL": api}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert run.returncode == 1
+    (line,) = [line for line in run.stderr.splitlines() if "refused:" in line]
+    assert why in line
+    assert "without PREFECT_API_URL a server is started" in line
+    assert "hush-hush" not in run.stderr
+    assert "Traceback" not in run.stderr
+    assert services.ANSWER_SECONDS < 10
+    assert not (tmp_path / "logs").exists(), "no server of our own was started beside it"
+
+
+def test_a_prefect_home_that_cannot_be_made_is_refused(
     tmp_path: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PREFECT_HOME", "/proc/nowhere")
+    with pytest.raises(ConfigError, match="PREFECT_HOME = /proc/nowhere: not writable"):
+        services._prefect_settings(tmp_path)
+
+
+def test_what_dies_is_started_again_three_times_and_then_given_up(family: Family, tmp_path: Path) -> None:
+    doomed = family.start("thing", ["sh", "-c", "echo the reason; exit 3"], tmp_path / "thing.log", {})
+    for count in (1, 2, 3):
+        doomed.process.wait()
+        (line,) = family.revive()
+        assert f"thing ended with code 3; it is started again ({count} of 3)" in line
+    doomed.process.wait()
+    with pytest.raises(ChildProcessError, match=r"the reason(.|\n)*started again 3 times before"):
+        family.revive()
+
+
+def test_only_one_up_works_at_a_time_and_the_second_says_who_has_it(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from pipelines.servers import services\n"
-        "services.use_prefect(Path(sys.argv[1])); services.wait_for_prefect()\n"
-        "assert 'prefect' not in sys.modules; print(os.environ['PREFECT_API_URL'], os.environ['PREFECT_HOME'])\n"
+        "import sys, time; from pathlib import Path; from pipelines.servers import services\n"
+        "home = Path(sys.argv[1])\n"
+        "with services._only_one(home): print('mine', flush=True); time.sleep(60)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=ROOT, env={**clean, "PREFECT_API_URL": "http://mine/api"}, capture_output=True, text=True, check=True,
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )  # fmt: skip
-    assert run.stdout.split() == ["http://mine/api", str(tmp_path / "prefect")]
-    assert not (tmp_path / "logs").exists()
+    try:
+        assert first.stdout
+        assert first.stdout.readline() == "mine\n"
+        with pytest.raises(ConfigError, match=rf"process {first.pid} since 20\d\d-(.|\n)*Use it, or stop it first"):
+            services.up(tmp_path)
+    finally:
+        first.kill()
+        first.communicate()
+    with services._only_one(tmp_path):  # the dead hold no lock
+        pass
+
+
+def test_a_damaged_database_of_prefect_is_set_aside_and_a_whole_one_is_kept(
+    tmp_path: Path, clean: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = services.prefect_home(tmp_path) / "prefect.db"
+    monkeypatch.setenv("PREFECT_HOME", str(database.parent))
+    said: list[str] = []
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("CREATE TABLE numbers (number)")
+        connection.executemany("INSERT INTO numbers VALUES (?)", [(n,) for n in range(10_000)])
+        connection.commit()
+    services._set_damaged_aside(tmp_path, said.append)
+    assert not said
+    whole = database.read_bytes()
+    for start in (0, 8192):  # the header, and a page of the table
+        database.write_bytes(whole[:start] + b"\xaa" * 2000 + whole[start + 2000 :])
+        services._set_damaged_aside(tmp_path, said.append)
+        assert not database.exists()
+    assert len(said) == 2
+    assert len(list(database.parent.glob("prefect.db.damaged-*"))) >= 1
+    database.write_bytes(b"no database")
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://mine")
+    services._set_damaged_aside(tmp_path, said.append)
+    assert database.exists(), "not the one that is used"
+
+
+def test_the_string_that_servers_ask_for_is_made_once_and_only_its_user_can_read_it(tmp_path: Path) -> None:
+    first = services.auth_string(tmp_path)
+    path = tmp_path / "prefect" / "auth"
+    assert first == services.auth_string(tmp_path) == path.read_text().strip()
+    assert len(first) > 30
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_text("")
+    assert len(services.auth_string(tmp_path)) > 30, "an empty string would let everybody in"
+
+
+def status_of(address: str, method: str = "GET", body: bytes | None = None, **headers: str) -> int:
+    request = urllib.request.Request(address, body, {k.replace("_", "-"): v for k, v in headers.items()}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def basic(auth: str) -> str:
+    return f"Basic {base64.b64encode(auth.encode()).decode()}"
+
+
+def test_servers_refuse_who_comes_from_elsewhere_or_without_the_string(
+    tmp_path: Path, clean: dict[str, str], family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(services.prefect_home(tmp_path)))
+    auth = services.auth_string(tmp_path)
+    port, mlflow_port = services.free_port(None), services.free_port(None)
+    services.start_prefect(tmp_path, family, port, ui=True)
+    services.start_mlflow(tmp_path, family, mlflow_port)
+    own, mlflow = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{mlflow_port}"
+    services.wait_healthy(family.children, f"{own}/api/health")
+    ask = functools.partial(status_of, f"{own}/api/deployments/filter", "POST", b"{}", Content_Type="application/json")
+    assert ask(Authorization=basic(auth)) == 200
+    assert ask() == 401
+    assert ask(Authorization=basic(auth + "x")) == 401
+    assert ask(Authorization=basic("")) == 401
+    assert ask(Authorization=basic(auth), Host=f"evil.example:{port}") == 400
+    assert ask(Origin="http://evil.example") == 401
+    preflight = functools.partial(
+        status_of, f"{own}/api/deployments/filter", "OPTIONS", Access_Control_Request_Method="POST"
+    )
+    assert preflight(Origin="http://evil.example") == 400
+    assert preflight(Origin=f"http://localhost:{port}") == 200
+    with urllib.request.urlopen(f"{own}/ui-settings", timeout=30) as reply:
+        assert json.load(reply)["auth"] == "BASIC", "the page asks for it"
+    socket_headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": "13"}
+    socket_headers |= {"Sec_WebSocket_Key": "MDEyMzQ1Njc4OWFiY2RlZg==", "Host": "evil.example"}
+    assert status_of(f"{own}/api/events/in", **socket_headers) == 400
+
+    services.wait_healthy(family.children, f"{mlflow}/health")
+    search = functools.partial(
+        status_of, f"{mlflow}/api/2.0/mlflow/experiments/search", "POST", b'{"max_results": 1}',
+        Content_Type="application/json",
+    )  # fmt: skip
+    assert search() == 200
+    assert search(Host=f"evil.example:{mlflow_port}") == 403
+    assert search(Origin="http://evil.example") == 403
+    for child in family.children:
+        for process in [psutil.Process(child.process.pid), *psutil.Process(child.process.pid).children(recursive=True)]:
+            assert auth.split(":")[1] not in " ".join(process.cmdline())
+
+
+def test_a_server_without_a_string_does_not_start(clean: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pipelines.servers.prefect_server", "127.0.0.1", "0"]
+    run = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert "takes commands from anybody" in run.stderr
 
 
 def test_up_says_which_service_died_and_why(tmp_path: Path, clean: dict[str, str]) -> None:
     code = (
         "import sys; from pathlib import Path; from pipelines.servers import services\n"
-        "services.up(Path(sys.argv[1]), deployments='tests.flows.no_such_module')\n"
+        "services.up(Path(sys.argv[1]), prefect_port=0, deployments='tests.flows.no_such_module')\n"
     )
-    env = {**clean, "PREFECT_API_URL": "http://127.0.0.1:9/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    env = {**clean, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
@@ -198,6 +363,48 @@ def test_a_private_server_runs_cached_flows_and_goes_with_its_run(tmp_path: Path
     assert eventually(lambda: not can_connect(address), 30)
 
 
+KILLED = """
+import os, sys, time
+from pathlib import Path
+import psutil
+from pipelines.servers.services import use_prefect, wait_for_prefect
+
+use_prefect(Path(sys.argv[1]))
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+
+def server():
+    return [child for child in psutil.Process().children() if "pipelines.servers.prefect_server" in child.cmdline()]
+
+@task
+def wait():
+    time.sleep(1)
+    return 1
+
+@flow
+def quick():
+    for process in server():
+        process.kill()
+    found = sum(future.result() for future in [wait.submit(), wait.submit()])
+    create_markdown_artifact("text", key="after")
+    return found
+
+wait_for_prefect()
+print(quick(), len(server()))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_its_prefect_server_is_killed_and_says_so(tmp_path: Path, clean: dict[str, str]) -> None:
+    database = services.prefect_home(tmp_path) / "prefect.db"
+    database.write_bytes(b"no database at all" * 100)
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=240)
+    assert run.stdout.split() == ["2", "1"], run.stderr
+    assert "Prefect's database is damaged" in run.stderr
+    assert "Prefect server ended with code -9; it is started again (1 of 3)" in run.stderr
+
+
 @pytest.mark.slow
 def test_up_serves_deployments_by_bare_name_and_stops_everything(tmp_path: Path, clean: dict[str, str]) -> None:
     home = tmp_path / "home"
@@ -219,11 +426,19 @@ def test_up_serves_deployments_by_bare_name_and_stops_everything(tmp_path: Path,
             assert services.living_server(home) == server
             assert str(taken.getsockname()[1]) not in server["prefect"]
             assert services._answers(server["mlflow"] + "/health", 30)
+            with pytest.raises(ConfigError, match=rf"process {up.pid} since(.|\n)*{server['prefect'][:-4]}"):
+                services.up(home)
+            for process in psutil.Process(up.pid).children():
+                if "pipelines.servers.prefect_server" in process.cmdline():
+                    process.kill()
+            assert eventually(lambda: not can_connect(server["prefect"]), 10)
+            assert eventually(lambda: services._answers(server["prefect"] + "/health", 5), 120)
             runs = [_prefect(clean, home, name, *rest) for name, *rest in _WANTED]
         finally:
             up.terminate()
             output = up.communicate(timeout=90)[0]
     assert up.returncode == 0, output
+    assert "Prefect server ended with code -9; it is started again (1 of 3)" in output
     assert [code for code, _ in runs] == [0, 0, 1, 1], runs
     assert "Flow run finished successfully" in runs[0][1]
     assert "'study': 'layers', 'profile': 'tiny'" in runs[0][1]
@@ -258,10 +473,10 @@ def test_a_killed_up_leaves_no_server_behind(tmp_path: Path, clean: dict[str, st
     )
     env = {**clean, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     up = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
-    log = tmp_path / "logs" / "prefect.log"
-    assert eventually(lambda: log.exists() and "Check out the dashboard" in log.read_text(), 240)
-    address = next(word for word in log.read_text().split() if word.startswith("http://127.0.0.1:"))
-    assert eventually(lambda: can_connect(address), 240)
+    record = tmp_path / "prefect" / "server.json"
+    assert eventually(record.exists, 240)
+    address = json.loads(record.read_text())["prefect"]
+    assert can_connect(address)
     up.send_signal(signal.SIGKILL)
     up.wait()
     assert eventually(lambda: not can_connect(address), 30)

@@ -14,7 +14,7 @@ from mft_core.evaluation.benchmarks import data_files
 from mft_core.masks.mask_file import save_mask
 from mft_core.masks.masked_sites import MaskedSite
 from mft_core.masks.merge import merge
-from mft_core.names import inside, printable
+from mft_core.names import inside, printable, without_secrets, without_user
 from mft_core.store import manifests
 from tests.mft_core.masks.test_mask_file import make_small_mask
 from tests.support.tiny import make_model, save_checkpoint
@@ -80,3 +80,13 @@ def test_a_mask_whose_matrix_steers_the_terminal_is_refused() -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("a\n\tb \x1b[31m é \u202e") == "a\n\tb \ufffd[31m é \ufffd"
+
+
+def test_no_text_names_a_password_of_an_address_or_a_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:p%40ssw0rd@host/db")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallelism")
+    told = without_secrets("sk-canary; p@ssw0rd; p%40ssw0rd; parallelism; http://you:other@host:1/x?y=1")
+    assert told == "***; ***; ***; parallelism; http://you:***@host:1/x?y=1"
+    assert without_user("http://you:other@host:1/x@y") == "http://host:1/x@y"
+    assert without_user("sqlite:////home/me@work/m.db") == "sqlite:////home/me@work/m.db"

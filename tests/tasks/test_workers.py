@@ -42,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """One pool for the tests that leave its process alive: each process loads torch."""
-    with Workers(tmp_path_factory.mktemp("logs")) as workers:
+    with Workers(tmp_path_factory.mktemp("logs"), print) as workers:
         yield workers
 
 
@@ -123,7 +123,7 @@ def test_what_the_caller_raises_at_a_report_stops_the_stage_which_goes_on_from_t
             raise Enough
 
     seen: list[int] = []
-    with Workers(tmp_path / "logs") as workers:
+    with Workers(tmp_path / "logs", print) as workers:
         with pytest.raises(Enough):
             workers.build(job(tmp_path, inputs), until_step_four, LOG)
         resumed = workers.build(job(tmp_path, inputs), lambda progress: seen.append(progress.step), LOG)
@@ -132,14 +132,38 @@ def test_what_the_caller_raises_at_a_report_stops_the_stage_which_goes_on_from_t
     assert resumed == whole
 
 
-def test_a_killed_worker_is_an_error_that_says_so_and_the_next_stage_has_another(inputs, tmp_path: Path) -> None:
+def test_a_stage_whose_worker_is_killed_goes_on_from_its_state_in_another(inputs, tmp_path: Path) -> None:
+    seen: list[int] = []
+    said: list[str] = []
+
+    def kill_the_worker_once(progress: Progress) -> None:
+        seen.append(progress.step)
+        if seen == [1, 2, 3, 4, 5]:
+            for process in processes():
+                process.kill()
+
+    with Workers(tmp_path / "logs", said.append) as workers:
+        disturbed = workers.build(job(tmp_path, inputs), kill_the_worker_once, LOG)
+        whole = workers.build(job(tmp_path / "other", inputs), nothing, LOG)
+    assert disturbed == whole
+    assert min(seen[5:]) >= 4, "from where it was last kept"
+    (line,) = said
+    assert "SIGKILL" in line
+    assert "learn-mask is started again (1 of 3)" in line
+    assert not processes()
+
+
+def test_a_stage_whose_worker_is_killed_again_and_again_is_given_up_with_the_reason(inputs, tmp_path: Path) -> None:
+    said: list[str] = []
+
     def kill_the_worker(progress: Progress) -> None:
         for process in processes():
             process.kill()
 
-    with Workers(tmp_path / "logs") as workers:
-        with pytest.raises(StageError, match="SIGKILL"):
+    with Workers(tmp_path / "logs", said.append) as workers:
+        with pytest.raises(StageError, match=r"SIGKILL(.|\n)*started again 3 times before"):
             workers.build(job(tmp_path, inputs), kill_the_worker, LOG)
+        assert len(said) == 3
         assert not list((tmp_path / "artifacts" / "learn-mask").glob("[!.]*"))
         workers.build(job(tmp_path, inputs), nothing, LOG)
     assert not processes()
@@ -154,7 +178,7 @@ def test_stages_of_two_threads_run_in_two_processes(inputs, tmp_path: Path) -> N
             both.wait()  # passes only if both stages run at one time
             seen.update(process.pid for process in processes())
 
-    with Workers(tmp_path / "logs") as workers:
+    with Workers(tmp_path / "logs", print) as workers:
         calls = [job(tmp_path, inputs, epochs=epochs) for epochs in (1, 2)]
         threads = [threading.Thread(target=workers.build, args=(call, meet, LOG)) for call in calls]
         for thread in threads:
@@ -176,7 +200,8 @@ def test_a_worker_whose_parent_is_killed_ends(inputs, tmp_path: Path) -> None:
         def die(progress):
             print(processes()[0].pid, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        Workers(Path({str(tmp_path)!r})).build(job(Path({str(tmp_path)!r}), given), die, logging.getLogger("mft"))
+        home = Path({str(tmp_path)!r})
+        Workers(home, print).build(job(home, given), die, logging.getLogger("mft"))
     """
     import pickle
 

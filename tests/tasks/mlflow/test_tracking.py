@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import queue
 import shutil
 import socket
 import subprocess
@@ -255,6 +256,19 @@ class Answering(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         """Say nothing on stderr."""
+
+
+def test_who_watches_is_told_at_once_that_mlflow_is_down_and_no_password(
+    home: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hush-hush@127.0.0.1:{closed_port}")
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    tracker = Tracker(home, "sparsity", "while it runs", warn=told.put)
+    line = told.get(timeout=60)  # not at the end
+    assert f"me:***@127.0.0.1:{closed_port} cannot be used" in line
+    assert "mft report sparsity --sync" in line
+    tracker.finish()
+    assert told.empty()
 
 
 def test_an_mlflow_that_never_answers_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
