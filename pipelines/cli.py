@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,7 @@ def main() -> None:
     except BrokenPipeError:  # `| head -1` has seen enough; typer ends with 1 where it notices earlier
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    interrupt.end_at_once()  # what is left is to stop servers, which happens without us too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is to stop servers, which happens without us too
     sys.exit(code)
 
 

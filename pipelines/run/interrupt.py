@@ -25,11 +25,6 @@ def handle_ctrl_c() -> None:
     signal.signal(signal.SIGINT, _on_interrupt)
 
 
-def end_at_once() -> None:
-    """Let the next Ctrl-C end the process: it has done its work."""
-    _asked.set()
-
-
 def asked() -> bool:
     """Whether Ctrl-C was pressed."""
     return _asked.is_set()

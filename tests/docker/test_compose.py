@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ import yaml
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 PASSWORD = "0f1e2d3c4b5a"
+AUTH = "mft:a5b4c3d2e1f0"
 PORTS = (4200, 5000, 5432, 8080)
 
 
 def compose_services() -> dict[str, dict[str, Any]]:
     """Return the services with anchors resolved, `${...}` filled in and `$$` read as `$`."""
-    given = {"POSTGRES_PASSWORD": PASSWORD}
+    given = {"POSTGRES_PASSWORD": PASSWORD, "PREFECT_AUTH_STRING": AUTH}
 
     def fill(match: re.Match[str]) -> str:
         if match[0] == "$$":
@@ -64,7 +66,7 @@ def test_every_service_has_a_health_check_and_waits_for_healthy_ones() -> None:
 
 def test_no_secret_has_a_default() -> None:
     for path in (*DOCKER.glob("*.yaml"), DOCKER / "Dockerfile", DOCKER / ".env.example"):
-        for name, default in re.findall(r"(\w*(?:PASSWORD|TOKEN)\w*)(?::-|=)[ \t]*([^\s}]*)", path.read_text()):
+        for name, default in re.findall(r"(\w*(?:PASSWORD|TOKEN|AUTH)\w*)(?::-|=)[ \t]*([^\s}]*)", path.read_text()):
             assert default in ("", '"$$POSTGRES_PASSWORD"'), f"{path.name}: {name}"
 
 
@@ -97,7 +99,8 @@ def test_docker_compose_accepts_the_file_and_refuses_it_without_a_password(tmp_p
         compose = ["docker-compose"]
     else:
         pytest.skip("no docker compose here; its rules for the file are tested above in any case")
-    without = {key: value for key, value in os.environ.items() if key != "POSTGRES_PASSWORD"}
+    secrets = {"POSTGRES_PASSWORD": PASSWORD, "PREFECT_AUTH_STRING": AUTH}
+    without = {key: value for key, value in os.environ.items() if key not in secrets}
     no_file = tmp_path / "empty.env"  # in the place of docker/.env
     no_file.touch()
 
@@ -105,11 +108,12 @@ def test_docker_compose_accepts_the_file_and_refuses_it_without_a_password(tmp_p
         command = [*compose, "--env-file", str(no_file), *(part for file in files for part in ("-f", file)), "config"]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=DOCKER)
 
-    refused = config(["compose.yaml"], without)
-    assert refused.returncode != 0
-    assert "docker/.env" in refused.stderr  # where to set it
+    for name in secrets:
+        refused = config(["compose.yaml"], without | {key: value for key, value in secrets.items() if key != name})
+        assert refused.returncode != 0
+        assert "docker/.env" in refused.stderr  # where to set it
     for files in (["compose.yaml"], ["compose.yaml", "compose.cuda.yaml"]):
-        accepted = config(files, without | {"POSTGRES_PASSWORD": PASSWORD})
+        accepted = config(files, without | secrets)
         assert accepted.returncode == 0, accepted.stderr
         assert "warn" not in accepted.stderr.lower()
         assert set(yaml.safe_load(accepted.stdout)["services"]) == set(SERVICES)
@@ -260,15 +264,20 @@ def test_each_services_command_starts_and_passes_its_health_check(machine: Machi
     deadline = time.monotonic() + 60
     expected = {"mft-ablation", "mft-pipeline", "prepare-data", "fine-tune", "learn-mask", "merge-mask", "evaluate"}
     while True:
-        request = urllib.request.Request(
-            f"{api}/deployments/filter", data=b"{}", headers={"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {b64encode(AUTH.encode()).decode()}"}
+        request = urllib.request.Request(f"{api}/deployments/filter", data=b"{}", headers=headers)
         with urllib.request.urlopen(request, timeout=10) as reply:
             served = {deployment["name"] for deployment in json.load(reply)}
         if expected <= served:
             break
         assert time.monotonic() < deadline, served
         time.sleep(1)
+
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        get(f"{api}/admin/version")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        get(f"{api}/health", host="elsewhere.example")
+    assert get(f"{api}/health", host="prefect:4200")
 
     mlflow = f"http://127.0.0.1:{machine.ports['5000']}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
     assert b"Default" in get(mlflow, host=f"127.0.0.1:{machine.ports['5000']}")

@@ -1,0 +1,85 @@
+"""What a shell does to the command line, closed outputs and Ctrl-C, ends quietly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.mini import write_profile, write_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("cli")
+    write_profile(folder)
+    return [str(write_study(folder)), "--profile", str(folder / "mini.yaml")]
+
+
+def start(home: Path, command: Sequence[str], **streams: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MFT_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+    environment.pop("PREFECT_API_URL", None)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, **streams)
+
+
+def mft(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *arguments]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_who_has_seen_enough_is_no_error(options: list[str], study: list[str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head -0` does
+    process = start(tmp_path, mft("plan", *study, *options), stdout=writing)
+    os.close(writing)
+    _, err = process.communicate(timeout=60)
+    assert "Broken" not in err
+    assert "Traceback" not in err
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
+def test_a_closed_output_is_written_to_nowhere(closed: str, study: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, ["sh", "-c", f'exec "$@" {closed}', "sh", *mft("plan", *study)])
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize("pause", [0.0, 1.0])
+def test_a_double_ctrl_c_ends_at_once_without_a_traceback(pause: float, study: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)
+    assert process.stderr
+    told = ""
+    while "] computed" not in told:
+        told += process.stderr.readline()
+        assert process.poll() is None, told
+    for _ in range(2):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    told += process.communicate(timeout=30)[1]
+    assert process.returncode == 130 or process.returncode == -signal.SIGINT
+    assert "Traceback" not in told
+    assert "Exception ignored" not in told
+
+
+@pytest.mark.parametrize("seconds", [0.7, 2.0, 4.0])
+def test_ctrl_c_before_the_study_runs_is_as_quiet(seconds: float, study: list[str], tmp_path: Path) -> None:
+    process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)
+    assert process.stderr
+    while not (tmp_path / "locks").exists():  # the command line has begun its work
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (1, 130)
+    assert "Traceback" not in told
+    assert "Exception ignored" not in told
