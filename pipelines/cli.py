@@ -182,7 +182,7 @@ def report(
 
 @app.command()
 def up() -> None:
-    """Start (or use) the Prefect server, the MLflow UI and the served deployments; Ctrl-C stops them."""
+    """Start the Prefect server, the MLflow UI and the served deployments; Ctrl-C stops them."""
     from mft_core.store.artifacts import ArtifactStore
     from pipelines.servers.services import up as start_services
 

@@ -29,6 +29,8 @@ def setup_environment(*, ctx: HookContext) -> SetupResult | None:
     """Point Prefect at the server of a living `mft up` unless another is configured; teach the command bare names."""
     if {"deployment", "deployments"} & set(sys.argv[1:]):
         accept_bare_names()
+    if ctx.api_url and os.environ.get("PREFECT_API_AUTH_STRING"):
+        return None
     from pipelines.servers.services import address_of, living_server
 
     home = Path(os.environ.get("MFT_HOME") or ".mft")

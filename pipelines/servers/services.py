@@ -58,6 +58,8 @@ _PREFECT = {
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
 _started: Future[None] | None = None
+_named = False
+"""the user said which server"""
 _lost: list[str] = []
 """why the private server was given up"""
 
@@ -105,7 +107,7 @@ def use_prefect(home: Path) -> None:
 
     Returns at once. Call `wait_for_prefect` before the first flow run.
     """
-    global _started
+    global _started, _named
     if _started is not None:
         return
     if "prefect" in sys.modules:
@@ -116,6 +118,7 @@ def use_prefect(home: Path) -> None:
     # a failure is told once, by the command line; its traceback is in our log and in Prefect's UI
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     if os.environ.get("PREFECT_API_URL"):
+        _named = True
         _started.set_result(None)
         return
     if living := living_server(home):
@@ -133,14 +136,13 @@ def wait_for_prefect() -> None:
     """Wait until the server that `use_prefect` chose can be used.
 
     Raises:
-        ConfigError: the server that the user named, or `mft up` started, does not answer.
+        ConfigError: the server that the user named does not answer.
         StageError: the private server did not come up; with the end of its log.
     """
     if _started is None:
         raise RuntimeError("use_prefect must be called first")
-    private = not _started.done()
     _started.result()
-    if not private:
+    if _named:
         check_answers()
 
 
@@ -275,7 +277,7 @@ def up(
     deployments: str = "pipelines.deployments",
     say: Callable[[str], None] = print,
 ) -> None:
-    """Start (or use) the servers, serve the deployments, and stay until Ctrl-C or SIGTERM; stops what it started.
+    """Start the servers, serve the deployments, and stay until Ctrl-C or SIGTERM; stops what it started.
 
     Args:
         home: the `MFT_HOME`.
