@@ -14,7 +14,6 @@ import typer
 
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.names import printable, without_secrets
-from pipelines.run import interrupt
 
 if TYPE_CHECKING:
     from mft_core.store.artifacts import ArtifactStore
@@ -39,7 +38,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 def main() -> None:
     """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage, 130 Ctrl-C (by typer)."""
-    interrupt.handle_ctrl_c()
     _open_closed_streams()
     code: Any = 0
     try:
@@ -57,7 +55,7 @@ def main() -> None:
     except BrokenPipeError:  # `| head -1` has seen enough; typer ends with 1 where it notices earlier
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left is to stop servers, which happens without us too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left, to stop servers, happens without us too
     sys.exit(code)
 
 
@@ -224,6 +222,7 @@ def _checked_plans(
     from pipelines.config.catalogue import load_profile, load_studies
     from pipelines.plan.preflight import checked_plans
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the study runs there is nothing to stop and nothing to say
     asked = overrides or [], _seeds(seeds), rerun or []
     return checked_plans(load_studies(study), load_profile(profile), *asked)
 
@@ -244,8 +243,10 @@ def _run_flow(
     import httpx
 
     from pipelines import flows
+    from pipelines.run import interrupt
 
     wait_for_prefect()
+    interrupt.handle_ctrl_c()
     given = {"study": study, "profile": profile, "overrides": overrides or [], "seeds": _seeds(seeds)}
     try:
         return pick(flows)(**given, rerun=rerun or [])

@@ -21,7 +21,7 @@ class Interrupted(StageError):  # noqa: N818  not an error: it was asked for
 
 
 def handle_ctrl_c() -> None:
-    """Install the handler; called by the command line before all else, in the main thread."""
+    """Install the handler; called by the command line when a study begins, in the main thread."""
     signal.signal(signal.SIGINT, _on_interrupt)
 
 

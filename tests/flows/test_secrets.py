@@ -80,7 +80,7 @@ def test_a_study_writes_prints_and_shows_no_secret_and_its_files_are_its_users_o
 def test_the_address_of_mlflows_database_is_in_no_process_list_and_no_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql://me:{CANARY}-of-mlflow@127.0.0.1:9/db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"postgresql+psycopg2://me:{CANARY}-of-mlflow@127.0.0.1:9/db")
     family = Family()
     try:
         server = services.start_mlflow(tmp_path, family, services.free_port(None))

@@ -52,8 +52,7 @@ def test_a_closed_output_is_written_to_nowhere(closed: str, study: list[str], tm
     assert process.returncode == 0, err
 
 
-@pytest.mark.parametrize("pause", [0.0, 1.0])
-def test_a_double_ctrl_c_ends_at_once_without_a_traceback(pause: float, study: list[str], tmp_path: Path) -> None:
+def test_a_double_ctrl_c_ends_at_once_without_a_traceback(study: list[str], tmp_path: Path) -> None:
     process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)
     assert process.stderr
     told = ""
@@ -63,14 +62,14 @@ def test_a_double_ctrl_c_ends_at_once_without_a_traceback(pause: float, study: l
     for _ in range(2):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-        time.sleep(pause)
+        time.sleep(0.2)
     told += process.communicate(timeout=30)[1]
-    assert process.returncode == 130 or process.returncode == -signal.SIGINT
+    assert process.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in told
     assert "Exception ignored" not in told
 
 
-@pytest.mark.parametrize("seconds", [0.7, 2.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
 def test_ctrl_c_before_the_study_runs_is_as_quiet(seconds: float, study: list[str], tmp_path: Path) -> None:
     process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)
     assert process.stderr
@@ -80,6 +79,6 @@ def test_ctrl_c_before_the_study_runs_is_as_quiet(seconds: float, study: list[st
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode in (1, 130)
+    assert process.returncode in (1, 130, -signal.SIGINT)
     assert "Traceback" not in told
     assert "Exception ignored" not in told
