@@ -117,6 +117,7 @@ def use_prefect(home: Path) -> None:
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     # a failure is told once, by the command line; its traceback is in our log and in Prefect's UI
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")  # its threads' traces, while the server is gone
     if os.environ.get("PREFECT_API_URL"):
         _named = True
         _started.set_result(None)
