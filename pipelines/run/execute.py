@@ -25,6 +25,7 @@ from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan
 from pipelines.run import interrupt
 from pipelines.run.display import Display
+from pipelines.servers.services import end_if_lost
 from tasks.stage_task import Made, StageCall, Workplace, run_stage
 from tasks.workers import Workers
 
@@ -85,6 +86,7 @@ def run_nodes(
             futures[node.id] = future
             by_future[future] = node
         wait(list(futures.values()))
+    end_if_lost()
     outcomes: dict[str, Outcome] = {}
     failures: list[tuple[Node, Any]] = []
     for future, node in by_future.items():

@@ -176,6 +176,17 @@ def lost_server() -> str:
     return "\n".join(_lost) or f"the Prefect server at {os.environ.get('PREFECT_API_URL')} does not answer any more"
 
 
+def end_if_lost() -> None:
+    """End the process with the reason, once the private server is given up and what could be computed has been.
+
+    At once: Prefect would try for many minutes to deliver to the dead what it has to say of this run.
+    """
+    if _lost:
+        print(f"failed: {lost_server()}", file=sys.stderr)
+        print("The same command continues where this one stopped.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
 def _keep_private(home: Path, port: int, family: Family, started: Future[None]) -> None:
     """Start the private server, and again when it dies, until the family is stopped."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.mini import write_profile, write_study
@@ -82,3 +84,27 @@ def test_ctrl_c_before_the_study_runs_is_as_quiet(seconds: float, study: list[st
     assert process.returncode in (1, 130, -signal.SIGINT)
     assert "Traceback" not in told
     assert "Exception ignored" not in told
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_dies_again_and_again_computes_what_it_can_and_ends_with_the_reason(
+    study: list[str], tmp_path: Path
+) -> None:
+    process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)
+    assert process.stderr
+    told = process.stderr.readline()
+    while "] computed" not in told:
+        told += process.stderr.readline()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children():
+                if "pipelines.servers.prefect_server" in child.cmdline():
+                    child.kill()
+        time.sleep(0.1)
+    told += process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert "started again (3 of 3)" in told
+    assert "failed: Prefect server ended with code -9" in told
+    assert "] computed compare" in told, "other stages went on"
+    assert "Traceback" not in told
