@@ -5,6 +5,7 @@ Reads profiles, studies and the values of `--set`; whoever reads YAML that a use
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ _MOST_NODES = 50_000
 class _Loader(yaml.SafeLoader):
     """The safe loader, which refuses a key that stands twice in a mapping."""
 
+    tags: Tags
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag in self.tags:
+            return self.tags[node.tag](node.value)
+        return super().construct_object(node, deep)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
         for key, _ in node.value:
@@ -34,7 +42,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+Tags = Mapping[str, Callable[[str], Any]]
+"""what becomes of the text behind a tag such as `!function`; any other tag is refused"""
+
+
+def read_yaml(path: Path, tags: Tags | None = None) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
     Raises:
@@ -48,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
-    loaded = parse_yaml(text, str(path))
+    loaded = parse_yaml(text, str(path), tags)
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: a mapping of keys to values is expected, found {type(loaded).__name__}.")
     for key in loaded:
@@ -57,10 +69,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str, tags: Tags | None = None) -> Any:
     """Return the value of a YAML text; `where` begins the message of an error."""
     try:
         loader = _Loader(text)
+        loader.tags = tags or {}
     except yaml.YAMLError as error:  # of control characters
         raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
     try:

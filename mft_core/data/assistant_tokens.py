@@ -22,9 +22,10 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mft_core.data.rows import Conversation, iterate_rows
+from mft_core.data.rows import Conversation, Message, iterate_rows
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
+from mft_core.sandbox import TimeLimit, UnstableTemplateError, steady_chat_template
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()
@@ -32,8 +33,20 @@ _RENDERING = threading.Lock()
 _BATCH = 1_000  # conversations rendered and tokenised together, and between two reports
 _BATCH_OF_CHECK = 64  # the first rows nearly always fit
 
+_QUESTION, _ANSWER = "What is it?", "Qzx"
+"""a turn whose words stand in no template"""
+
 Span = tuple[int, int]
 """characters [start, end) of a rendered conversation"""
+
+
+@dataclass(frozen=True)
+class EndOfTurn:
+    """What ends the assistant's turns in training, and so must end them in generation."""
+
+    text: str
+    token: int | None
+    """None: no token of its own, but ordinary text"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the tokenizer's chat template.
 
     Raises:
-        ConfigError: it has none, or it is a slow tokenizer, which cannot say where a token stands in the text.
+        ConfigError: it has none or one that cannot be read, or it is a slow tokenizer, which cannot say where a token
+            stands in the text.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     try:
@@ -67,6 +81,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError(
             f"tokenizer {name}: a slow tokenizer; valid: a fast one (with a tokenizer.json), for token offsets."
         )
+    steady_chat_template(template)
     return template
 
 
@@ -115,6 +130,109 @@ def load_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTra
     return tokenizer
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
+    """Return what the template lets the assistant say when its turn is over; None: nothing of the kind is in the loss.
+
+    Raises:
+        ConfigError: see `encode`.
+    """
+    text, after, end = _turn(tokenizer)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for token, (start, stop) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+        if after <= start < end and token in tokenizer.added_tokens_decoder:
+            return EndOfTurn(text[start:stop], token)
+    return EndOfTurn(text[after:end], None) if after < end else None
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
+    """Return a conversation's text, and where in it the assistant's words end and where the loss does."""
+    template = check_tokenizer(tokenizer)
+    conversation = (Message("user", _QUESTION), Message("assistant", _ANSWER))
+    [(text, spans)] = _rendered([conversation], 0, tokenizer, template)
+    return text, text.rfind(_ANSWER) + len(_ANSWER), spans[-1][1]
+
+
+def check_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that an end of turn is trained.
+
+    Raises:
+        ConfigError: it is not; or see `encode`.
+    """
+    text, after, end = _turn(tokenizer)
+    if after < end:
+        return
+    written = text[after:].strip()
+    what = f"the template writes {written!r} there, but leaves it out of the loss" if written else (
+        f"the template writes none, and the tokenizer's is {tokenizer.eos_token!r}")  # fmt: skip
+    raise ConfigError(
+        f"chat template: no end of turn is trained ({what}), so that the model would never learn to stop. Set "
+        "model.chat_template to one that ends the assistant's turns with such a token, within its generation marks if "
+        "it has them."
+    )
+
+
+def stop_tokens(given: int | list[int] | None, end: int) -> int | list[int]:
+    """Return the tokens at which generation stops, with the end of turn among them."""
+    tokens = [] if given is None else [given] if isinstance(given, int) else given
+    return given if given is not None and end in tokens else [*tokens, end]
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer_begins: bool = False) -> str:
+    """Return the prompt that asks for an answer.
+
+    Args:
+        messages: turns with role and content.
+        answer_begins: the last turn is the beginning of the answer.
+
+    Raises:
+        ConfigError: the tokenizer has no usable template, or this one cannot show these turns.
+    """
+    check_tokenizer(tokenizer)
+    try:
+        with _RENDERING, TimeLimit("chat template"):
+            prompt = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not answer_begins,
+                continue_final_message=answer_begins,
+            )
+    except UnstableTemplateError as error:
+        raise ConfigError(f"chat template: {error}.") from error
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(f"chat template: it cannot show a prompt of the roles {roles}: {error}.") from error
+    return str(prompt)
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[list[dict[str, str]], str]]) -> None:
+    """Check that prompts have the tokens in evaluation that they have in training, and the answer follows them there.
+
+    Args:
+        prompts: turns, and the text that `chat_prompt` made of them.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    template = check_tokenizer(tokenizer)
+    for answer in ("Yes", "42"):
+        conversations = [
+            (*(Message(turn["role"], turn["content"]) for turn in messages), Message("assistant", answer))
+            for messages, _ in prompts
+        ]
+        for (ids, in_loss), (_, text) in zip(
+            _encode_batch(conversations, 0, tokenizer, template), prompts, strict=True
+        ):
+            asked = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids[: len(asked)].tolist() != asked or not in_loss[len(asked) : len(asked) + 1].all():
+                first = int(np.argmax(in_loss))
+                raise ConfigError(
+                    "chat template: a model is asked otherwise than it was trained. Evaluation ends the prompt with "
+                    f"{tokenizer.convert_ids_to_tokens(asked[-4:])}, in training the answer {answer!r} begins as "
+                    f"{tokenizer.convert_ids_to_tokens(ids[max(0, first - 4) : first + 1].tolist())}. Set "
+                    "model.chat_template to one whose generation prompt is what stands before the assistant's words."
+                )
+
+
 def check_fits(sources: list[Path], tokenizer: Path, max_length: int, chat_template: Path | None) -> None:
     """Check before any compute that at least one row keeps an assistant token; reads no further than that row.
 
@@ -155,8 +273,7 @@ def _encode_batch(
     Args:
         first: number of the batch's first conversation, for errors.
     """
-    render = _render_marked if _MARKS.search(template) else _render_by_prefix
-    rendered = [_located(render, tokenizer, template, batch[i], first + i) for i in range(len(batch))]
+    rendered = _rendered(batch, first, tokenizer, template)
     tokens = tokenizer(
         [text for text, _ in rendered],
         add_special_tokens=False,
@@ -170,6 +287,19 @@ def _encode_batch(
         yield np.asarray(tokens["input_ids"][i], np.int32), in_loss
 
 
+def _rendered(
+    batch: Sequence[Conversation], first: int, tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[tuple[str, list[Span]]]:
+    """Return text and spans of the assistant of each conversation."""
+    render = _render_marked if _MARKS.search(template) else _render_by_prefix
+    rendered = []
+    with TimeLimit("chat template") as limit:
+        for row, conversation in enumerate(batch, first):
+            limit.renew()
+            rendered.append(_located(render, tokenizer, template, conversation, row))
+    return rendered
+
+
 Renderer = Callable[[PreTrainedTokenizerBase, str, Conversation], tuple[str, list[Span]]]
 
 
@@ -179,6 +309,8 @@ def _located(
     """Render one conversation and say which characters are the assistant's; errors name the conversation."""
     try:
         text, spans = render(tokenizer, template, conversation)
+    except UnstableTemplateError as error:
+        raise ConfigError(f"chat template: {error}.") from error
     except (TemplateError, _UnfitTemplateError, ValueError) as error:
         first = conversation[0].content
         roles = ", ".join(message.role for message in conversation)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from mft_core import compute
 from mft_core.checkpoints.files import DTYPES, check_written, load_model, save_model
+from mft_core.data.assistant_tokens import end_of_turn, stop_tokens
 from mft_core.masks.sites import find_sites
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import FineTune
@@ -54,6 +55,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     save_model(result, out / "model", DTYPES[training.precision], inputs["model"])
     if "chat_template" in inputs:
         _set_chat_template(out / "model", inputs["chat_template"])
+    _set_end_of_turn(out / "model")
     check_written(out / "model")
     history.write(out / "history.jsonl")
     return history.summary()
@@ -83,4 +85,20 @@ def _set_chat_template(checkpoint: Path, template: Path) -> None:
     settings = checkpoint / "tokenizer_config.json"
     config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if config.pop("chat_template", None) is not None:
+        settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _set_end_of_turn(checkpoint: Path) -> None:
+    """Tell whoever generates with the checkpoint to stop where the assistant's turns end in training."""
+    if not (checkpoint / "tokenizer.json").is_file():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    end = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    settings = checkpoint / "generation_config.json"
+    config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if end is None or end.token is None:
+        return
+    tokens = stop_tokens(config.get("eos_token_id"), end.token)
+    if tokens != config.get("eos_token_id"):
+        config["eos_token_id"] = tokens
         settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mft_core.data.assistant_tokens import check_fits, encode
+from mft_core.data.assistant_tokens import (
+    EndOfTurn,
+    chat_prompt,
+    check_end_of_turn,
+    check_fits,
+    check_same_tokens,
+    encode,
+    end_of_turn,
+    stop_tokens,
+)
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
 from tests.support.tiny import make_tokenizer
@@ -287,3 +296,69 @@ def test_data_prepared_in_two_threads_at_once_is_that_of_one():
     for one in found:
         for index in range(len(rows)):
             assert all(map(np.array_equal, one.example(index), expected.example(index)))
+
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+LEFT_OUT = TOKENIZER.chat_template.replace(
+    "{{- message['content'] + eos_token }}\n{%- endgeneration %}",
+    "{{- message['content'] }}\n{%- endgeneration %}\n{{- eos_token }}",
+)
+
+
+def chatml():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return with_template(CHATML, tokenizer)
+
+
+def test_the_end_of_turn_is_what_the_template_puts_into_the_loss_behind_the_answer():
+    assert end_of_turn(TOKENIZER) == EndOfTurn("</s>", TOKENIZER.eos_token_id)
+    tokenizer = chatml()
+    assert end_of_turn(tokenizer) == EndOfTurn("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    text = with_template(PLAIN.replace("{{ m.content }}", "{{ m.content }} ###"))
+    assert end_of_turn(text) == EndOfTurn(" ###", None)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [(PLAIN, "the template writes none, and the tokenizer's is '</s>'"), (LEFT_OUT, "writes '</s>' there, but leaves")],
+)
+def test_a_template_that_trains_no_end_of_turn_is_refused_with_the_token(template, words):
+    tokenizer = with_template(template)
+    assert end_of_turn(tokenizer) is None
+    with pytest.raises(ConfigError, match=words):
+        check_end_of_turn(tokenizer)
+    check_end_of_turn(TOKENIZER)
+
+
+def test_generation_stops_at_the_end_of_turn_and_where_it_did_before():
+    assert stop_tokens(None, 2) == [2]
+    assert stop_tokens(2, 2) == 2
+    assert stop_tokens(1, 2) == [1, 2]
+    assert stop_tokens([1, 2], 2) == [1, 2]
+
+
+def prompts(tokenizer, *turns):
+    messages = [{"role": message.role, "content": message.content} for message in conversation(*turns)]
+    return [(messages, chat_prompt(tokenizer, messages))]
+
+
+def test_a_prompt_has_the_tokens_in_evaluation_that_it_has_in_training():
+    check_same_tokens(TOKENIZER, prompts(TOKENIZER, "s:Be", "u:What?", "a:7", "u:Sure?"))
+    tokenizer = chatml()
+    check_same_tokens(tokenizer, prompts(tokenizer, "u:What?"))
+    thinks = "{%- if add_generation_prompt %}\n{{- '<|assistant|>\\n"
+    extra = with_template(TOKENIZER.chat_template.replace(thinks, thinks + "<think>"))
+    with pytest.raises(ConfigError, match=r"asked otherwise than it was trained.*'n', 'k', '>'"):
+        check_same_tokens(extra, prompts(extra, "u:What?"))
+
+
+def test_a_header_whose_end_melts_into_the_answer_is_refused():
+    glues = Tokenizer(models.BPE(vocab={"a": 0, ":": 1, " ": 2, "4": 3, "2": 4, " 4": 5, "u": 6}, merges=[(" ", "4")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=glues, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}"
+    )
+    with pytest.raises(ConfigError, match=r"asked otherwise than it was trained.*' 4'"):
+        check_same_tokens(tokenizer, prompts(tokenizer, "u:a"))

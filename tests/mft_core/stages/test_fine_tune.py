@@ -28,7 +28,7 @@ from mft_core.store.sources import local_checkpoint, local_files, parts
 from mft_core.training.loop import TrainingData
 from mft_core.training.loss import LossHead
 from tests.support.small_training import make_context, make_job, make_recipe, save_data
-from tests.support.tiny import TULU, make_model, save_checkpoint
+from tests.support.tiny import TULU, make_model, make_tokenizer, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -222,3 +222,15 @@ def test_a_broken_tokenizer_that_would_make_the_result_unloadable_commits_nothin
     with pytest.raises(StageError, match="the checkpoint that was made cannot be loaded, nothing of it is kept"):
         store.build(stage, recipe, inputs, make_context(tmp_path / "work").runtime)
     assert store.damage(stage.name, store.key(stage, recipe, inputs)) == "missing"
+
+
+def test_a_checkpoint_tells_whoever_generates_where_its_turns_end(tmp_path: Path) -> None:
+    other, asis = save_checkpoint(tmp_path / "other"), save_checkpoint(tmp_path / "base")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("eos_token", "pad_token"))
+    save_data(tmp_path / "data")
+    ends = json.loads((fine_tune(tmp_path, "a", base=other, max_steps=1) / "model/generation_config.json").read_text())
+    tokenizer = make_tokenizer()
+    assert ends["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    kept = fine_tune(tmp_path, "b", base=asis, max_steps=1) / "model/generation_config.json"
+    assert kept.read_bytes() == (asis / "generation_config.json").read_bytes()
