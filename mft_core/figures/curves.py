@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from mft_core.figures import style
 from mft_core.figures.quantities import Axis, Quantity, axis_of, quantities
 from mft_core.figures.style import Published, Row, Style
-from mft_core.statistics.tables import apart, method_label, pooled
+from mft_core.statistics.tables import apart, direction, method_label, pooled
 
 _LEAST_GAP = 0.1
 """between two numbers that are written under the axis, as a share of its length"""
@@ -69,7 +69,8 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
             axes.set_visible(True)
             mine = [row for row in shown if row["benchmark"] == benchmark and facet.takes(row)]
             _panel(axes, mine, layout, styles, own.get((facet.domain, benchmark)))
-            axes.set_title(facet.title(benchmark, facets), fontsize=10, fontweight="bold")
+            title = facet.title(benchmark, facets) + direction(mine[0])
+            axes.set_title(title, fontsize=10, fontweight="bold")
             if index % across_page == 0:
                 axes.set_ylabel("Gain over FFT\n(percentage points)")
             else:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from mft_core.figures import style
 from mft_core.figures.quantities import Quantity, quantities
 from mft_core.figures.style import Published, Row
-from mft_core.statistics.tables import apart, method_label, pooled
+from mft_core.statistics.tables import apart, direction, method_label, pooled
 
 _LINE = 0.3
 """inches"""
@@ -40,7 +40,8 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
             _panel(axes, mine, names[domain], varied, own.get((domain, benchmark)))
             axes.set_yticks(range(len(names[domain])), names[domain] if column == 0 else [])
             several = len(domains) > 1 and not benchmark.startswith(domain)
-            axes.set_title(f"{domain}: {benchmark}" if several else benchmark, fontsize=10, fontweight="bold")
+            title = (f"{domain}: {benchmark}" if several else benchmark) + direction(mine[0])
+            axes.set_title(title, fontsize=10, fontweight="bold")
             if not any(column < len(benchmarks[later]) for later in domains[line + 1 :]):
                 axes.set_xlabel("Gain over FFT\n(percentage points)")
                 axes.tick_params(labelbottom=True)

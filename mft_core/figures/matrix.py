@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from mft_core.figures import style
 from mft_core.figures.style import Published, Row
 from mft_core.methods import CONTROLS
-from mft_core.statistics.tables import domain_of_data, method_label, percent, pooled
+from mft_core.statistics.tables import direction, domain_of_data, method_label, percent, pooled
 
 _COLOURS = "RdBu"
 _CELL = (1.25, 0.62)
@@ -104,7 +104,9 @@ def _panel(
     axes.set_facecolor("0.9")  # not asked
     axes.pcolormesh(gains, cmap=_COLOURS, norm=scale, edgecolors="white", linewidth=2)
     axes.set_ylim(len(domains), 0)
-    axes.set_xticks([index + 0.5 for index in range(len(benchmarks))], [_in_two_lines(name) for name in benchmarks])
+    said = {row["benchmark"]: direction(row) for row in rows}
+    names = [_in_two_lines(name) + said.get(name, "") for name in benchmarks]
+    axes.set_xticks([index + 0.5 for index in range(len(benchmarks))], names)
     axes.set_yticks([index + 0.5 for index in range(len(domains))], domains)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

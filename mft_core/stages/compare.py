@@ -130,6 +130,7 @@ def _read(directory: Path, described: Mapping[str, Any]) -> tuple[Outcomes, floa
         metric=summary["metric"],
         items=tuple(row["item"] for row in rows),
         values=np.array([row["outcome"] for row in rows], dtype=float),
+        higher_is_better=summary.get("higher_is_better", True),
     )
     return outcomes, summary["commonest_target_share"]
 
@@ -214,6 +215,8 @@ def _row(
         "seed_sd": noise.deviation([pairs.differences]) if noise and pairs else None,
         "items_for_80_power": items_needed(pairs.differences, 1 - recipe.confidence) if pairs else None,
     }
+    if not outcomes[0].higher_is_better:
+        row["higher_is_better"] = False
     return row, comparison
 
 

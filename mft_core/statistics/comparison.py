@@ -50,6 +50,7 @@ class Outcomes:
     """item ids of `mft_core.evaluation.lm_eval_harness`: equal ids mean the same question in the same prompt"""
     values: Array
     """one outcome per item, 0/1 or a number"""
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Pairs:
 
     baseline: Array
     variant: Array
+    higher_is_better: bool = True
 
     @classmethod
-    def of(cls, baseline: ArrayLike, variant: ArrayLike) -> Pairs:
+    def of(cls, baseline: ArrayLike, variant: ArrayLike, higher_is_better: bool = True) -> Pairs:
         """Pair outcomes, of shape (items,) or (seeds, items); one baseline may serve all seeds.
 
         Raises:
@@ -70,25 +72,25 @@ class Pairs:
         theirs = np.atleast_2d(np.asarray(baseline, dtype=float))
         if theirs.shape[1] != ours.shape[1] or theirs.shape[0] not in (1, ours.shape[0]) or ours.size == 0:
             raise ValueError(f"outcomes do not pair: baseline {theirs.shape}, variant {ours.shape}")
-        return cls(np.broadcast_to(theirs, ours.shape), ours)
+        return cls(np.broadcast_to(theirs, ours.shape), ours, higher_is_better)
 
     @property
     def differences(self) -> Array:
-        """Variant less baseline, (seeds, items)."""
-        return self.variant - self.baseline
+        """How much better the variant is than the baseline, (seeds, items): above it, or where less is better below."""
+        return self.variant - self.baseline if self.higher_is_better else self.baseline - self.variant
 
     def seed(self, index: int) -> Pairs:
         """Return one of the seeds alone."""
-        return Pairs(self.baseline[[index]], self.variant[[index]])
+        return replace(self, baseline=self.baseline[[index]], variant=self.variant[[index]])
 
     def items(self, kept: NDArray[np.bool_]) -> Pairs:
         """Return some of the items, (items,) of truth values."""
-        return Pairs(self.baseline[:, kept], self.variant[:, kept])
+        return replace(self, baseline=self.baseline[:, kept], variant=self.variant[:, kept])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against its baseline on the same items. Shares, not percentages; gain = accuracy - baseline."""
+    """A variant against its baseline on the same items. Shares, not percentages; the gain is how much better it is."""
 
     n: int
     """items, of all benchmarks together"""
@@ -99,7 +101,7 @@ class Comparison:
     gain_low: float
     gain_high: float
     wins: int
-    """(seed, item) pairs on which the variant is above its baseline"""
+    """(seed, item) pairs on which the variant is better than its baseline"""
     losses: int
     p_value: float
     p_holm: float | None = None
@@ -266,4 +268,5 @@ def pair(baselines: Sequence[Outcomes], variants: Sequence[Outcomes]) -> Pairs:
     for baseline, variant in zip(baselines, variants, strict=True):
         require_same_items(baseline, variant)
         require_same_items(variants[0], variant)
-    return Pairs(np.stack([one.values for one in baselines]), np.stack([one.values for one in variants]))
+    theirs, ours = (np.stack([one.values for one in side]) for side in (baselines, variants))
+    return Pairs(theirs, ours, variants[0].higher_is_better)

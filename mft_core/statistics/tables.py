@@ -17,7 +17,7 @@ _STANDARD = {
     *_IDENTITY, "variant", "seed", "seeds", "benchmark", "metric", "n", "accuracy", "commonest_target_share", "family",
     "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses", "verdict", "seed_sd",
     "items_for_80_power",
-    "study", "profile", "cached", "seconds", "validation_loss",
+    "study", "profile", "cached", "seconds", "validation_loss", "higher_is_better",
 }  # fmt: skip
 """the columns of every study; any other one is a setting that the study varies, named by its key"""
 _WINNERS_LEGEND = (
@@ -98,6 +98,11 @@ def gain_cell(row: Row) -> str:
     return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}] {_WORDS[row['verdict']]}"
 
 
+def direction(row: Row) -> str:
+    """Return what is to be said of a benchmark whose number should fall; its gains are the points that it fell by."""
+    return "" if row.get("higher_is_better", True) else ", less is better"
+
+
 def cells(rows: Sequence[Row], show: Callable[[Row], str] = cell) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of the table; only the columns that tell variants apart are there.
 
@@ -124,8 +129,8 @@ def cells(rows: Sequence[Row], show: Callable[[Row], str] = cell) -> tuple[list[
     if len({tuple(head) for head in heads}) < len(heads):  # the names then are all that tells them apart
         columns = ["variant", *columns]
         heads = [_head(row, columns) for row in firsts]
-    sizes = {row["benchmark"]: row["n"] for row in rows}
-    header = ["method", *columns, *(f"{name} (n = {sizes[name]:,})" for name in benchmarks)]
+    sizes = {row["benchmark"]: f"n = {row['n']:,}" + direction(row) for row in rows}
+    header = ["method", *columns, *(f"{name} ({sizes[name]})" for name in benchmarks)]
     answers = [[show(line[name]) if name in line else "-" for name in benchmarks] for line in lines.values()]
     return header, [[*head, *answer] for head, answer in zip(heads, answers, strict=True)]
 
@@ -221,13 +226,15 @@ def _legend(rows: Sequence[Row], confidence: float) -> str:
         "of few variants that is little known, and the interval is wide. That noise is pooled over the variants of a "
         "study: in another study the same variant can have another interval and verdict. "
     )
+    falls = "Where less is better, the gain is the points by which the number fell. "
     return (
         "Accuracy in %; in brackets the gain over the baseline (FFT) on the same items, in percentage points, with its "
         f"{percent(confidence)} interval from the paired bootstrap over items. *better*, *worse*: the "
         "sign-flip test (for one seed: McNemar's exact test), adjusted by Holm over the study (base: unadjusted), has "
         f"p < {1 - confidence:.2g}, and the interval excludes zero. *noise*: not distinguishable from noise. "
         "*identical*: right and wrong on the same items. "
-        f"{seeds if apart(rows) else ''}Sparsity: share of each masked matrix set to zero."
+        f"{falls if any(map(direction, rows)) else ''}{seeds if apart(rows) else ''}"
+        "Sparsity: share of each masked matrix set to zero."
     )
 
 

@@ -84,7 +84,8 @@ def winner(
     """
 
     def accuracy(strata: Sequence[Pairs]) -> float:
-        return float(np.mean([pairs.variant.mean() for pairs in strata]))
+        means = [pairs.variant.mean() if pairs.higher_is_better else 1 - pairs.variant.mean() for pairs in strata]
+        return float(np.mean(means))
 
     def gain(strata: Sequence[Pairs]) -> float:
         return float(np.mean([pairs.differences.mean() for pairs in strata]))

@@ -31,7 +31,9 @@ class Study:
         self.variants: list[dict[str, Any]] = []
         self.inputs: dict[str, Path] = {}
 
-    def add(self, outcomes: np.ndarray, method: str, benchmark: str = "gcd", **columns: Any) -> int:
+    def add(
+        self, outcomes: np.ndarray, method: str, benchmark: str = "gcd", higher_is_better: bool = True, **columns: Any
+    ) -> int:
         """Add one evaluation and return its index."""
         index = len(self.variants)
         directory = self.folder / f"eval-{index}"
@@ -39,6 +41,7 @@ class Study:
         items = [{"item": f"{benchmark}/{i}", "outcome": int(value)} for i, value in enumerate(outcomes)]
         (directory / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
         summary = {"metric": "exact_match", "commonest_target_share": 0.125}
+        summary |= {} if higher_is_better else {"higher_is_better": False}
         (directory / "summary.json").write_text(json.dumps(summary))
         described = {"variant": method, "method": method, "domain": "maths", "benchmark": benchmark}
         empty = dict.fromkeys(("layers", "modules", "sparsity", "seed", "baseline"))
@@ -276,3 +279,28 @@ def test_a_quick_look_at_a_few_items_has_a_table_too(items: int, tmp_path: Path)
     rows = study.compare(tmp_path / "out")
     assert all(row["verdict"] in (None, "not distinguishable from noise", "identical") for row in rows)
     assert len(json.loads((tmp_path / "out" / "winners.json").read_text())) == (items > 1)
+
+
+def test_where_less_is_better_a_rate_that_falls_is_a_gain(tmp_path: Path):
+    study = Study(tmp_path)
+    bad = np.repeat([1, 0], N // 2)
+    fft = study.add(bad, "fft", higher_is_better=False, baseline=None)
+    study.add(np.ones(N), "base", higher_is_better=False, baseline=fft)
+    study.add(changed(bad, 0, 60), "mft", higher_is_better=False, sparsity=0.1, baseline=fft)
+    rows = {row["method"]: row for row in study.compare(tmp_path / "out")}
+    assert (rows["mft"]["verdict"], rows["base"]["verdict"]) == ("better", "worse")
+    assert rows["mft"]["gain"] == pytest.approx(0.3)
+    assert rows["mft"]["gain_low"] > 0 > rows["base"]["gain_high"]
+    assert (rows["mft"]["accuracy"], rows["mft"]["wins"], rows["mft"]["losses"]) == (0.2, 60, 0)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "gcd (n = 200, less is better)" in table
+    assert "20.0 (+30.0 [" in table
+    assert "the points by which the number fell" in table
+
+
+def test_where_more_is_better_nothing_is_said_of_it(tmp_path: Path):
+    study = Study(tmp_path)
+    fft = study.add(np.repeat([1, 0], N // 2), "fft")
+    study.add(np.ones(N), "mft", sparsity=0.1, baseline=fft)
+    assert all("higher_is_better" not in row for row in study.compare(tmp_path / "out"))
+    assert "less is better" not in (tmp_path / "out" / "table.md").read_text()

@@ -123,3 +123,14 @@ def test_the_noise_of_seeds_is_that_of_the_luckiest_of_the_candidates():
     assert best.reported.gain == plain.gain
     assert best.reported.p_value >= plain.p_value
     assert best.reported.gain_high - best.reported.gain_low >= plain.gain_high - plain.gain_low
+
+
+def test_where_less_is_better_the_best_is_the_lowest():
+    better, worse = FFT.copy(), FFT.copy()
+    better[:40], worse[-40:] = 0, 1  # fewer bad answers, and more
+    rows = best_of_sweeps([
+        Entry({**entry(answers, sparsity).columns}, "gcd", ITEMS, Pairs.of(FFT, answers, higher_is_better=False), None)
+        for answers, sparsity in ((worse, 0.1), (better, 0.2), (FFT, 0.3))
+    ])  # fmt: skip
+    assert [(row["variant"], row["verdict"]) for row in rows] == [("mft sparsity=0.2", "better")]
+    assert rows[0]["gain"] > 0 > rows[0]["accuracy"] - rows[0]["baseline"]
