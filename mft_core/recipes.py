@@ -178,6 +178,7 @@ class Evaluate(Recipe):
     apply_chat_template: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(1234, ge=0, description="of the few-shot draw, and of answers where the task samples them")
+    allow_code: bool = Field(False, description="run the code that a local-file task names")
 
 
 class Compare(Recipe):

@@ -1,10 +1,11 @@
 """What must not stand in the training data: the benchmarks' questions, and the same conversation twice.
 
-Two tests against the benchmarks. A user turn that equals a question (after normalising case, width and
-spaces) always counts. Longer texts also count when they share 13 consecutive words with a question, the
-collision rule of Brown et al. 2020 ("Language Models are Few-Shot Learners", arXiv 2005.14165, appendix
-C), which also passes over 13-grams found in more than ten training documents: those are phrasing that
-tasks share, not copied items.
+Three tests against the benchmarks. A user turn that equals a question (after normalising case, width and
+spaces) always counts, and so does a text that holds a whole question of eight words or more, however many
+rows do. Longer texts also count when they share 13 consecutive words with a question, the collision rule
+of Brown et al. 2020 ("Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C; 8 is the least
+length of theirs), which also passes over 13-grams found in more than ten training documents: those are
+phrasing that tasks share, not copied items.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from mft_core.data.rows import Conversation, read_json_lines
 from mft_core.errors import ConfigError
 
 NGRAM_WORDS = 13
+LEAST_WORDS = 8
+"""of a question that is looked for within longer texts"""
 COMMON_NGRAM_ROWS = 10
 _QUESTION_FIELDS = ("question", "prompt", "problem", "instruction", "query", "input", "text")
 _PUNCTUATION = ".,;:!?\"'()[]{}`*_"  # at the ends of words only; operators and signs carry meaning in sums
@@ -35,7 +38,7 @@ class Cleaned:
     equal_questions: int
     """rows with a user turn that is a benchmark's question"""
     shared_ngrams: int
-    """further rows that share 13 consecutive words with a benchmark's question"""
+    """further rows that hold a benchmark's question, or share 13 consecutive words with one"""
 
 
 def normalise(text: str) -> str:
@@ -49,18 +52,27 @@ def read_questions(benchmark: Path) -> list[str]:
     Raises:
         ConfigError: no such file, or an item without a text in any of the usual fields.
     """
-    return [_question(row, f"{benchmark} line {number}") for number, row in read_json_lines(benchmark)]
+    questions = []
+    for number, row in read_json_lines(benchmark):
+        question = question_of(row)
+        if question is None:
+            raise ConfigError(
+                f"{benchmark} line {number}: the benchmark item has no question, so training rows cannot be compared "
+                f"with it. Valid: a text in one of the fields {', '.join(_QUESTION_FIELDS)}."
+            )
+        questions.append(question)
+    return questions
 
 
-def _question(row: object, where: str) -> str:
-    if isinstance(row, dict):
-        for field in _QUESTION_FIELDS:
-            if isinstance(question := row.get(field), str):
-                return question
-    raise ConfigError(
-        f"{where}: the benchmark item has no question, so training rows cannot be compared with it. "
-        f"Valid: a text in one of the fields {', '.join(_QUESTION_FIELDS)}."
-    )
+def question_of(row: object) -> str | None:
+    """Return an item's question by the fields that benchmarks use; an instruction goes with its input."""
+    if not isinstance(row, dict):
+        return None
+    texts = {name: row[name] for name in _QUESTION_FIELDS if isinstance(row.get(name), str)}
+    name = next(iter(texts), None)
+    if name == "instruction" and texts.get("input", "").strip():
+        return f"{texts['instruction']}\n\n{texts['input']}"
+    return texts[name] if name else None
 
 
 def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
@@ -71,7 +83,8 @@ def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
         questions: the benchmarks' questions; may be empty.
     """
     known = {normalise(question) for question in questions}
-    grams_of_questions = {gram for question in known for gram in _ngrams(question)}
+    wholes = _by_beginning(known)
+    grams_of_questions = {gram for question in known for gram in _ngrams(_words(question), NGRAM_WORDS)}
     first_place: dict[Conversation, int] = {}
     for index, row in enumerate(rows):
         first_place.setdefault(row, index)
@@ -79,17 +92,20 @@ def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
 
     collisions: dict[int, set[str]] = {}
     equal: set[int] = set()
+    copied: set[int] = set()
     for index in distinct:
         users = [normalise(message.content) for message in rows[index] if message.role == "user"]
         if known.intersection(users):
             equal.add(index)
-        elif grams_of_questions:
-            texts = (normalise(message.content) for message in rows[index])
-            shared = {gram for text in texts for gram in _ngrams(text)} & grams_of_questions
-            if shared:
+        elif wholes:
+            texts = [_words(normalise(message.content)) for message in rows[index]]
+            shared = grams_of_questions.intersection(gram for text in texts for gram in _ngrams(text, NGRAM_WORDS))
+            if any(_holds(text, wholes) for text in texts):
+                copied.add(index)
+            elif shared:
                 collisions[index] = shared
     frequency = Counter(gram for shared in collisions.values() for gram in shared)
-    copied = {
+    copied |= {
         index for index, shared in collisions.items() if any(frequency[gram] <= COMMON_NGRAM_ROWS for gram in shared)
     }
     return Cleaned(
@@ -100,7 +116,29 @@ def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
     )
 
 
-def _ngrams(text: str) -> set[str]:
-    """Return the runs of 13 words of a normalised text; none if it is shorter."""
-    words = [word for word in (raw.strip(_PUNCTUATION) for raw in text.split()) if word]
-    return {" ".join(words[i : i + NGRAM_WORDS]) for i in range(len(words) - NGRAM_WORDS + 1)}
+def _by_beginning(questions: Iterable[str]) -> dict[str, list[list[str]]]:
+    """Return the words of each question that is long enough to be looked for, by its first words."""
+    found: dict[str, list[list[str]]] = {}
+    for words in map(_words, questions):
+        for beginning in _ngrams(words, LEAST_WORDS)[:1]:
+            found.setdefault(beginning, []).append(words)
+    return found
+
+
+def _holds(text: list[str], wholes: dict[str, list[list[str]]]) -> bool:
+    """Say whether a text holds one of the questions as a whole."""
+    return any(
+        text[start : start + len(whole)] == whole
+        for start, gram in enumerate(_ngrams(text, LEAST_WORDS))
+        for whole in wholes.get(gram, ())
+    )
+
+
+def _ngrams(words: list[str], length: int) -> list[str]:
+    """Return the runs of so many words, in order; none if there are fewer."""
+    return [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a normalised text."""
+    return [word for word in (raw.strip(_PUNCTUATION) for raw in text.split()) if word]

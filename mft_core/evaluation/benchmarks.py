@@ -2,79 +2,348 @@
 
     task: tiny_gcd
     dataset_path: json
-    dataset_kwargs: {data_files: {test: tiny_gcd.jsonl}}    # relative to the definition
+    dataset_kwargs: {data_files: {test: tiny_gcd.jsonl}}    # relative to the folder
     test_split: test
 
-The same folder works with stock `lm_eval --include_path FOLDER`, run from within it. Read here by plain YAML and JSON,
-fast enough for planning; `mft_core.evaluation.lm_eval_harness` runs them.
+The same folder works with stock `lm_eval --include_path FOLDER`, run from within it: `include:`, groups, tags and lists
+of files are read as there. Read here by plain YAML and JSON, fast enough for planning, and without running any code
+that a definition names; `mft_core.evaluation.lm_eval_harness` runs them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import ast
+import contextlib
+import functools
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jinja2 import Environment, TemplateError
+
+from mft_core.data.overlap import question_of
+from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError, unknown
 from mft_core.names import inside
+from mft_core.sandbox import environment, render
 from mft_core.yaml_files import read_yaml
 
+_OF_GROUPS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "task_list"})
+"""what a group's definition says of itself; the rest holds for its tasks"""
+_TEMPLATES = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix")
 
-def local_definition(folder: Path, name: str) -> dict[str, Any]:
-    """Return the definition in `folder` whose `task` is `name`."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.yaml")):
-        try:
-            loaded = read_yaml(path)
-        except ConfigError as error:
+
+class Function(NamedTuple):
+    """Code that a definition names: `!function module.name`, the module beside the definition."""
+
+    name: str
+    folder: Path
+
+
+class Item(NamedTuple):
+    """One item, and file and line where it stands."""
+
+    where: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One task, with what it includes and what its groups say of it."""
+
+    folder: Path
+    task: str
+    config: dict[str, Any]
+    """as lm-eval takes it; a `Function` where it names code"""
+    files: tuple[str, ...]
+    """the YAML files in which it stands, relative to the folder, and the modules of its functions"""
+
+    @property
+    def split(self) -> str:
+        """Return the name of the split whose items are asked.
+
+        Raises:
+            ConfigError: the definition names none.
+        """
+        split = self.config.get("test_split") or self.config.get("validation_split")
+        if not isinstance(split, str) or split not in self.data_files:
             raise ConfigError(
-                f"{path.name}: not plain YAML (lm-eval's !function needs an installed task): {error}"
-            ) from error
-        if isinstance(loaded, dict) and isinstance(loaded.get("task"), str):
-            found[loaded["task"]] = loaded
-    if name not in found:
-        raise unknown(f"task in benchmark folder {folder}", name, found)
-    return found[name]
+                f"task '{self.task}' in {self.folder}: test_split or validation_split must name a split of its "
+                f"data_files; it is {split!r}. Valid: {', '.join(self.data_files)}."
+            )
+        return split
+
+    @functools.cached_property
+    def data_files(self) -> dict[str, tuple[Path, ...]]:
+        """The JSONL files of each split; as in `datasets`, files without one are the split 'train'.
+
+        Raises:
+            ConfigError: the definition names none, or others than JSONL files within the folder.
+        """
+        if self.config.get("dataset_path", "json") != "json":
+            raise ConfigError(
+                f"task '{self.task}' in {self.folder}: dataset_path = {self.config['dataset_path']!r:.80}: the items "
+                "of a local benchmark are JSONL files; write dataset_path: json, and dataset_kwargs.data_files."
+            )
+        files = (self.config.get("dataset_kwargs") or {}).get("data_files")
+        splits = files if isinstance(files, dict) else {"train": files}
+        found = {}
+        for split, named in splits.items():
+            names = [named] if isinstance(named, str) else named
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise ConfigError(
+                    f"task '{self.task}' in {self.folder}: dataset_kwargs.data_files must name the JSONL files of a "
+                    f"split, for example {{test: {self.task}.jsonl}}; it is {files!r}."
+                )
+            said_by = f"task '{self.task}' in {self.folder}: dataset_kwargs.data_files"
+            found[split] = tuple(inside(self.folder, name, said_by) for name in names)
+        return found
+
+    def items(self, split: str) -> list[Item]:
+        """Return the items of a split.
+
+        Raises:
+            ConfigError: no such file, no items, or a line (named by its number) that is not a JSON object.
+        """
+        return [item for path in self.data_files[split] for item in read_items(path)]
+
+    def code(self) -> list[str]:
+        """Return what of the definition is code: functions, and what lm-eval loads from elsewhere to run it."""
+        found = [f"{key}: !function {value.name}" for key, value in _leaves(self.config) if isinstance(value, Function)]
+        found += [f"{key}: {value}" for key, value in _leaves(self.config) if key == "hf_evaluate" and value]
+        return found + ([f"use_prompt: {prompt}"] if (prompt := self.config.get("use_prompt")) else [])
+
+    def refuse_code(self, allowed: bool) -> None:
+        """Raise a ConfigError where the definition is code and the user has not allowed it."""
+        code = self.code()
+        if code and not allowed:
+            raise ConfigError(
+                f"task '{self.task}' in {self.folder} runs code of that folder ({'; '.join(code)}). Read it, and if "
+                "you trust it, allow it for this benchmark in your profile: allow_code: true."
+            )
+
+    def check_items(self) -> None:
+        """Check that every item has what the prompt and the target show; `lm_eval_harness.check_task` says when.
+
+        Raises:
+            ConfigError: naming file and line of the first that has not.
+        """
+        fewshot = self.config.get("fewshot_split")
+        for split in dict.fromkeys([self.split, *([fewshot] if fewshot in self.data_files else [])]):
+            items, sandbox = self.items(split), environment()
+            fields = {key for item in items for key in item.row}
+            for where, row in items:
+                shown = {name: self.config.get(name) for name in _TEMPLATES}
+                for name, template in shown.items():
+                    if isinstance(template, str) and template:
+                        shown[name] = _shown(sandbox, where, name, template, fields, row)
+                self._check_target(where, row, shown["doc_to_target"])
+                if self.config.get("output_type") == "multiple_choice":
+                    _check_choices(where, shown)
+
+    def _check_target(self, where: str, row: Mapping[str, Any], target: Any) -> None:
+        empty = target == [] or (isinstance(target, str) and not target.strip())
+        from_null = target in (None, "None") and None in row.values()
+        if empty or from_null:
+            template = self.config["doc_to_target"]
+            raise ConfigError(f"{where}: the item has no answer: doc_to_target = {template!r:.80} shows {target!r}.")
+
+    def prompts(self) -> list[str]:
+        """Return the items' questions: as `doc_to_text` shows them, and bare.
+
+        Raises:
+            ConfigError: an item that the template cannot show, or one that shows no question at all.
+        """
+        template, items, sandbox = self.config.get("doc_to_text"), self.items(self.split), environment()
+        fields = dict.fromkeys(key for item in items for key in item.row)
+        found = []
+        for where, row in items:
+            shown = None
+            if isinstance(template, str):
+                shown = _shown(sandbox, where, "doc_to_text", template, fields, {**fields, **row})
+            bare = question_of(row)
+            if not isinstance(shown, str) and bare is None:
+                raise ConfigError(f"{where}: doc_to_text shows no text, so training rows cannot be compared with it.")
+            found += [text for text in (shown, bare) if isinstance(text, str) and text.strip()]
+        return list(dict.fromkeys(found))
 
 
-def data_files(folder: Path, definition: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the JSONL file of each split; as in `datasets`, a single file is the split 'train'."""
-    files = (definition.get("dataset_kwargs") or {}).get("data_files")
-    if isinstance(files, str):
-        files = {"train": files}
-    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-        raise ConfigError(
-            f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files must name the JSONL file of a split, "
-            f"for example {{test: {definition['task']}.jsonl}}; it is {files!r}."
-        )
-    said_by = f"task '{definition['task']}' in {folder}: dataset_kwargs.data_files"
-    return {split: inside(folder, file, said_by) for split, file in files.items()}
+def _shown(
+    sandbox: Environment, where: str, name: str, template: str, fields: Collection[str], row: Mapping[str, Any]
+) -> Any:
+    """Return what lm-eval makes of an item by one of the definition's templates: a field of that name, or the text."""
+    try:
+        return row[template] if template in fields else render(sandbox, template, row)
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: {name} = {template!r:.80} cannot show this item: {error}.") from error
 
 
-def read_items(path: Path) -> list[dict[str, Any]]:
-    """Return the items of a JSONL file.
+def _check_choices(where: str, shown: Mapping[str, Any]) -> None:
+    """Check that the target of an item is one of its choices, as lm-eval reads both."""
+    choices, prompt, target = (_literal(shown[name]) for name in ("doc_to_choice", "doc_to_text", "doc_to_target"))
+    if any(isinstance(value, Function) for value in (choices, prompt, target)):
+        return
+    choices = list(choices.values()) if isinstance(choices, dict) else choices
+    if not isinstance(choices, list) or not choices or not all(isinstance(one, str) and one for one in choices):
+        raise ConfigError(f"{where}: doc_to_choice shows {choices!r:.80}; valid: a list of texts.")
+    gold = prompt if isinstance(prompt, int) else target  # the choices then are prompts, and this says which is right
+    for one in gold if isinstance(gold, list) else [gold]:
+        if not (0 <= one < len(choices) if isinstance(one, int) else one in choices):
+            raise ConfigError(
+                f"{where}: the right choice is {one!r:.80}, but the item has {len(choices)} choices; valid: 0 to "
+                f"{len(choices) - 1}, or one of the texts."
+            )
+
+
+def _literal(shown: Any) -> Any:
+    """Return what lm-eval takes a text for: a number, a list, or the text."""
+    if isinstance(shown, str) and (shown.isdigit() or (shown[:1], shown[-1:]) == ("[", "]")):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(shown)
+    return shown
+
+
+def definitions(folder: Path, name: str) -> list[Definition]:
+    """Return the tasks in `folder` that a name means: one, or those of a group or tag.
 
     Raises:
-        ConfigError: no such file, no items, or a line (named by its number) that is not a JSON object.
+        ConfigError: no such name there, or what it means cannot be read.
     """
-    if not path.is_file():
-        raise ConfigError(f"benchmark items = {path}: no such file; dataset_kwargs.data_files names it.")
-    with path.open(encoding="utf-8") as lines:  # not splitlines, which would cut at U+2028 and the like in a text
+    index = _read_folder(folder)
+    if name not in index.known:
+        if index.known:
+            error = unknown(f"task in benchmark folder {folder}", name, index.known)
+        else:
+            error = ConfigError(f"benchmark folder {folder}: no task there; lm-eval's definitions are files *.yaml.")
+        raise ConfigError("\n".join([str(error), *index.broken]))
+    return [
+        Definition(folder, task, config, tuple(dict.fromkeys([*files, *_modules(folder, config)])))
+        for task, config, files in index.expand(name)
+    ]
+
+
+class _Member(NamedTuple):
+    task: str
+    config: dict[str, Any]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Tasks, groups and tags by name, each a configuration and the files in which it stands."""
+
+    known: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = field(default_factory=dict)
+    """tags too: as groups of their tasks"""
+    broken: list[str] = field(default_factory=list)
+    """files that cannot be read, and why; they matter only to who asks for what stands in them"""
+
+    def add(self, config: dict[str, Any], files: tuple[str, ...]) -> None:
+        """Take in what one file defines."""
+        name = config.get("group") or config.get("task")
+        if not isinstance(name, str):  # a part that others include
+            return
+        if name in self.known and "tag:" not in self.known[name][1]:
+            raise ConfigError(f"'{name}' is defined by {self.known[name][1][0]} too; give each its own name")
+        self.known[name] = config, files
+        tags = config.get("tag") or []
+        for tag in [tags] if isinstance(tags, str) else tags:
+            group, _ = self.known.setdefault(tag, ({"group": tag, "task": []}, ("tag:",)))
+            if "tag:" in self.known[tag][1]:
+                group["task"].append(name)
+
+    def expand(self, name: str) -> list[_Member]:
+        """Return the tasks that a name means."""
+        return list(self._expand({"task": name}, {}, (), ()))
+
+    def _expand(
+        self, member: Any, overrides: Mapping[str, Any], files: tuple[str, ...], parents: tuple[str, ...]
+    ) -> Iterator[_Member]:
+        member = {"task": member} if isinstance(member, str) else member
+        name = (member.get("group") or member.get("task")) if isinstance(member, dict) else None
+        if not isinstance(name, str) or name in parents:
+            raise ConfigError(
+                f"group {' > '.join(parents)}: its member {member!r:.80} is no task, or the group itself."
+            )
+        own = {key: value for key, value in member.items() if key not in ("group", "task")}
+        known, places = self.known.get(name, (member, ()))
+        files = (*(place for place in places if place != "tag:"), *files)
+        if "group" not in known:
+            inline = name not in self.known
+            task = f"{parents[-1]}::{name}" if inline and parents else name
+            yield _Member(task, {**known, **overrides, **own, "task": task}, files)
+            return
+        for_tasks = {key: value for key, value in {**known, **own}.items() if key not in _OF_GROUPS}
+        for child in known.get("task") or []:
+            yield from self._expand(child, {**for_tasks, **overrides}, files, (*parents, name))
+
+
+def _read_folder(folder: Path) -> Index:
+    index = Index()
+    for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.as_posix()):
+        if {"__pycache__", ".ipynb_checkpoints"} & set(path.parts):
+            continue
         try:
-            rows = [_parse_item(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
-    if not rows:
-        raise ConfigError(f"{path}: the file holds no items.")
-    return rows
+            config, files = _read(folder, path, ())
+            if "class" in config:
+                raise ConfigError("a task in Python (class:) is none of a local benchmark")
+            index.add(config, files)
+        except (ConfigError, OSError) as error:
+            index.broken.append(f"{path} cannot be read as YAML of lm-eval: {error}")
+    return index
 
 
-def _parse_item(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: an object is expected, found {type(row).__name__}.")
-    return row
+def _read(folder: Path, path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what a file says, with what it includes, and the names of all these files."""
+    if path in parents:
+        raise ConfigError(f"{path} includes itself")
+    stat = path.stat()
+    config = dict(_parse(path, stat.st_mtime_ns, stat.st_size))
+    files: tuple[str, ...] = (os.path.relpath(path, folder),)
+    included: dict[str, Any] = {}
+    named = config.pop("include", [])
+    for name in named if isinstance(named, list) else [named]:
+        own = os.path.normpath(Path(files[0]).parent / str(name))
+        other, its_files = _read(folder, inside(folder, own, f"{path}: include"), (*parents, path))
+        other.pop("task_list", None)
+        included |= other
+        files += its_files
+    return {**included, **config}, files
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(path: Path, modified: int, size: int) -> dict[str, Any]:
+    """Read a file that every variant of a study asks for; `modified` and `size` make it read again when it changes."""
+    return read_yaml(path, {"!function": lambda name: Function(name, path.parent)})
+
+
+def _modules(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the modules that a definition's functions stand in, where they are files of the folder."""
+    for _, value in _leaves(config):
+        if isinstance(value, Function):
+            module = value.folder / f"{value.name.rpartition('.')[0].replace('.', '/')}.py"
+            if module.is_file():
+                yield os.path.relpath(module, folder)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value that is no mapping and no list, with the key that it stands under."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, key)
+    else:
+        yield key, value
+
+
+def read_items(path: Path) -> list[Item]:
+    """Return the items of a JSONL file; see `Definition.items`."""
+    items = []
+    for number, row in read_json_lines(path):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path} line {number}: an object is expected, found {type(row).__name__}.")
+        items.append(Item(f"{path} line {number}", row))
+    return items

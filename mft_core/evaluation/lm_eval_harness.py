@@ -23,7 +23,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,15 +31,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
-from mft_core.evaluation.benchmarks import data_files, local_definition, read_items
+from mft_core.evaluation.benchmarks import Definition, Function, definitions
 from mft_core.evaluation.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
+from mft_core.sandbox import environment, render
 from mft_core.stage import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
+
+_MEANS = ("mean", "nanmean")
 
 
 def evaluate(
@@ -62,16 +66,16 @@ def evaluate(
 
     Raises:
         ConfigError: the task is unknown, or its definition or items cannot be read.
-        StageError: the metric or filter is none of the task's, or the tokenizer has no chat template.
+        StageError: the metric or filter is none of the task's, or no share; or the tokenizer has no chat template.
     """
     runtime = runtime or Runtime.model_validate({})
-    with _seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
-        tasks = _load_tasks(recipe, benchmark)
+    with seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
+        tasks = load_tasks(recipe, benchmark)
     unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values())
     if unsafe:
         _refuse_unconfirmed_code(recipe.task)
     draws = benchmark is None or any(map(_samples, tasks.values()))
-    with _settled(runtime), _seeded(recipe.seed, runtime) if draws else nullcontext():
+    with settled(runtime), seeded(recipe.seed, runtime) if draws else nullcontext():
         from lm_eval import evaluator
 
         results = evaluator.evaluate(
@@ -85,24 +89,33 @@ def evaluate(
             confirm_run_unsafe_code=unsafe,
         )
     assert results is not None  # None is for the other ranks of a distributed run
-    return per_item(recipe, results["samples"])
+    return per_item(recipe, results["samples"], _higher_is_better(recipe, tasks.values()))
+
+
+def _higher_is_better(recipe: Evaluate, tasks: Iterable[Task]) -> bool:
+    """Say which way the recipe's metric is better; lm-eval's own word is True where a task says nothing."""
+    found = {task.higher_is_better().get(recipe.metric) is not False for task in tasks}
+    if len(found) > 1:
+        raise StageError(f"metric '{recipe.metric}': higher is better for some tasks of '{recipe.task}' only.")
+    return found.pop()
 
 
 def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
-    """Check before any compute that the task exists and can be scored by the recipe's metric.
+    """Check that the task exists, runs no code that was not allowed, and can be scored by the recipe's metric.
 
-    A local-file task is read in milliseconds; lm-eval's own names cost the building of its index, 10–20 s per process.
+    A local-file task is read with all its items; lm-eval's own names cost the building of its index, 10-20 s per
+    process. `mft_core.evaluation.rehearsal` goes on from here.
 
     Raises:
-        ConfigError: unknown task or metric, unreadable items, or code execution that was not allowed.
+        ConfigError: unknown task, metric or filter, incomplete items, or code execution that was not allowed.
     """
     if benchmark is not None:
-        definition = local_definition(benchmark, recipe.task)
-        metrics = [str(entry["metric"]) for entry in definition.get("metric_list", [])]
-        if metrics and recipe.metric not in metrics:
-            raise unknown(f"metric of task '{recipe.task}'", recipe.metric, metrics)
-        for items in data_files(benchmark, definition).values():
-            read_items(items)
+        for one in definitions(benchmark, recipe.task):
+            one.refuse_code(recipe.allow_code)
+            if one.config.get("unsafe_code"):
+                _refuse_unconfirmed_code(recipe.task)
+            check_scoring(recipe.metric, recipe.filter, one.task, one.config)
+            one.check_items()
         return
     index = _task_manager().task_index
     if recipe.task not in index:
@@ -110,8 +123,59 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
             f"unknown lm-eval task '{recipe.task}'.{did_you_mean(recipe.task, index)} "
             f"`lm-eval ls tasks` lists the {len(index):,} tasks and groups; for a task of your own give its folder."
         )
-    if (index[recipe.task].cfg or {}).get("unsafe_code"):
-        _refuse_unconfirmed_code(recipe.task)
+    for leaf in task_leaves(recipe.task, index):
+        if leaf.cfg.get("unsafe_code"):
+            _refuse_unconfirmed_code(recipe.task)
+        check_scoring(recipe.metric, recipe.filter, leaf.name, leaf.cfg)
+
+
+def task_leaves(task: str, index: Mapping[str, Any]) -> list[Any]:
+    """Return the entries in lm-eval's index of a task, or of all tasks of a group or tag."""
+    entry = index.get(task)
+    if entry is None:
+        return []
+    children = entry.tags if entry.cfg is None else entry.cfg.get("task")
+    if isinstance(children, str) or not children:
+        return [entry] if entry.cfg else []
+    names = [child.get("task", child.get("group")) if isinstance(child, dict) else child for child in children]
+    return [leaf for name in names if isinstance(name, str) for leaf in task_leaves(name, index)]
+
+
+def check_scoring(metric: str, filter_name: str | None, task: str, config: Mapping[str, Any]) -> None:
+    """Check by a task's definition that it has the filter, and the metric, whose mean over the items is a share.
+
+    Raises:
+        ConfigError: with the valid ones.
+    """
+    filters = [str(entry["name"]) for entry in config.get("filter_list") or [{"name": "none"}]]
+    if filter_name is not None and filter_name not in filters:
+        raise unknown(f"filter of task '{task}'", filter_name, filters)
+    entries = config.get("metric_list") or _default_metrics(config.get("output_type") or "generate_until")
+    by_code = any(isinstance(entry["metric"], Function) or "/" in str(entry["metric"]) for entry in entries)
+    found = [entry for entry in entries if entry["metric"] == metric]
+    if not found and not by_code:  # code names its results itself, as pass_at_k does pass@1
+        raise unknown(f"metric of task '{task}'", metric, [str(entry["metric"]) for entry in entries])
+    for entry in found:
+        aggregation = entry.get("aggregation") or _default_aggregation(metric)
+        if aggregation not in _MEANS:
+            means = [str(each["metric"]) for each in entries
+                     if (each.get("aggregation") or _default_aggregation(str(each["metric"]))) in _MEANS]  # fmt: skip
+            raise ConfigError(
+                f"metric '{metric}' of task '{task}' is no share of the items (aggregation: {aggregation}): models are "
+                f"compared item by item, in %. Valid: {', '.join(means) or 'none of this task'}."
+            )
+
+
+def _default_metrics(output_type: str) -> list[dict[str, str]]:
+    from lm_eval.api import metrics, registry  # noqa: F401 - the metrics register themselves
+
+    return [{"metric": name} for name in registry.DEFAULT_METRIC_REGISTRY.get(output_type, [])]
+
+
+def _default_aggregation(metric: str) -> str | None:
+    from lm_eval.api import metrics, registry  # noqa: F401
+
+    return getattr(registry.get_metric_aggregation(metric), "__name__", None)
 
 
 def _refuse_unconfirmed_code(task: str) -> None:
@@ -129,10 +193,11 @@ def _task_manager() -> TaskManager:
     return TaskManager()
 
 
-def _load_tasks(recipe: Evaluate, benchmark: Path | None) -> dict[str, Task]:
+def load_tasks(recipe: Evaluate, benchmark: Path | None) -> dict[str, Task]:
     """Return the task, or a group's tasks, by name, with few-shot number and seed as `simple_evaluate` sets them."""
+    tame_lm_eval()
     if benchmark is not None:
-        tasks: dict[str, Task] = {recipe.task: _local_task(recipe.task, benchmark)}
+        tasks = {one.task: _local_task(one, recipe.allow_code) for one in definitions(benchmark, recipe.task)}
     else:
         check_task(recipe)
         tasks = dict(_task_manager().load([recipe.task])["tasks"])
@@ -146,19 +211,34 @@ def _load_tasks(recipe: Evaluate, benchmark: Path | None) -> dict[str, Task]:
     return tasks
 
 
-def _local_task(name: str, folder: Path) -> Task:
+def _local_task(one: Definition, allow_code: bool) -> Task:
     """Return the local-file task; its items are read here, since `load_dataset` writes to the user's cache."""
     from datasets import Dataset
+    from lm_eval.api import metrics, registry  # noqa: F401 - the metrics register themselves
     from lm_eval.api.task import ConfigurableTask
 
-    definition = local_definition(folder, name)
-    files = data_files(folder, definition)
+    one.refuse_code(allow_code)
+    for entry in one.config.get("metric_list") or ():
+        known = entry["metric"] in registry.metric_registry or one.config.get("process_results") is not None
+        if isinstance(entry["metric"], str) and not known and not allow_code:  # it would be sought on the hub, and run
+            raise unknown(f"metric of task '{one.task}'", entry["metric"], list(registry.metric_registry))
 
     class LocalTask(ConfigurableTask):
         def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            self.dataset = {split: Dataset.from_list(read_items(path)) for split, path in files.items()}
+            self.dataset = {split: Dataset.from_list([row for _, row in one.items(split)]) for split in one.data_files}
 
-    return LocalTask(config=definition)
+    return LocalTask(config=_with_functions(one.config))
+
+
+def _with_functions(value: Any) -> Any:
+    """Return a copy of a definition with its functions, imported, in the place of their names."""
+    from lm_eval.tasks._yaml_loader import _import_func_in_yml
+
+    if isinstance(value, Function):
+        return _import_func_in_yml(*value)
+    if isinstance(value, dict):
+        return {key: _with_functions(inner) for key, inner in value.items()}
+    return [_with_functions(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _samples(task: Task) -> bool:
@@ -169,7 +249,7 @@ def _samples(task: Task) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int, runtime: Runtime) -> Iterator[None]:
+def seeded(seed: int, runtime: Runtime) -> Iterator[None]:
     """Seed Python's, numpy's and torch's generators, keep other stages from them, and put them back."""
     import torch
 
@@ -193,6 +273,16 @@ def _device(runtime: Runtime) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
 
 
+def load_tokenizer(path: Path, chat_template: Path | None) -> PreTrainedTokenizerBase:
+    """Return a checkpoint's tokenizer, with the template of a Jinja file in place of its own if one is given."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
 def _load_model(
     recipe: Evaluate,
     path: Path,
@@ -203,25 +293,33 @@ def _load_model(
     """Load the checkpoint as lm-eval's Hugging Face model, made to report its progress in place of lm-eval's bars."""
     import torch
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
     from mft_core.compute import PROCESS_WIDE
+    from mft_core.data.assistant_tokens import chat_prompt, end_of_turn, stop_tokens
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(path, chat_template)
     if recipe.apply_chat_template and not tokenizer.chat_template:
         raise StageError(
             "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
             "(model.chat_template), or set apply_chat_template to false for this benchmark."
         )
 
+    chats = recipe.apply_chat_template
+    end = end_of_turn(tokenizer) if chats else None
+
     class ReportingModel(HFLM):
         answered = 0
         asked = 0
 
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            return chat_prompt(tokenizer, chat_history, answer_begins=not add_generation_prompt)
+
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
             self.asked += len(requests)
+            if end and end.token is None:
+                for request in requests:
+                    until = request.args[1].get("until") or []
+                    request.args[1]["until"] = [*([until] if isinstance(until, str) else until), end.text]
             answers: list[str] = super().generate_until(requests, disable_tqdm=True)
             return answers
 
@@ -236,18 +334,23 @@ def _load_model(
             return answers
 
     with PROCESS_WIDE:
-        return ReportingModel(
+        model = ReportingModel(
             pretrained=str(path),
             tokenizer=tokenizer,
             device=_device(runtime),
             dtype=recipe.precision,
             batch_size=runtime.eval_batch_size,
+            # the template says what a conversation begins with, here as in training
+            add_bos_token=False if chats else None,
         )
+    if end and end.token is not None:
+        model.model.generation_config.eos_token_id = stop_tokens(model.model.generation_config.eos_token_id, end.token)
+    return model
 
 
 @functools.cache
-def _tame_lm_eval() -> None:
-    """Once per process: no bar over the prompts (it has no switch), and templates compiled once, not per item."""
+def tame_lm_eval() -> None:
+    """Once per process: no bar over the prompts (it has no switch), and templates in the sandbox."""
     import lm_eval.api.task
     import lm_eval.utils
     from tqdm import tqdm
@@ -255,15 +358,16 @@ def _tame_lm_eval() -> None:
 
     disable_progress_bar()
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
-    lm_eval.utils.env.from_string = functools.lru_cache(maxsize=512)(lm_eval.utils.env.from_string)
+    lm_eval.utils.env = environment(lm_eval.utils.env)
+    lm_eval.utils.apply_template = functools.partial(render, lm_eval.utils.env)
 
 
 @contextmanager
-def _settled(runtime: Runtime) -> Iterator[None]:
+def settled(runtime: Runtime) -> Iterator[None]:
     """Hold lm-eval to warnings, and torch to the runtime's number of threads."""
     import torch
 
-    _tame_lm_eval()
+    tame_lm_eval()
     logger = logging.getLogger("lm_eval")
     level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.WARNING)

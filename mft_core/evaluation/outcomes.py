@@ -27,10 +27,13 @@ class Evaluation:
     items: list[dict[str, Any]]
     """rows of {item, doc_id, outcome, target, response}; `item` names the question *and* the prompt it was put in"""
     summary: dict[str, Any]
-    """benchmark, metric, filter, n, accuracy, standard_error, commonest_target_share, lm_eval (version)"""
+    """benchmark, metric, filter, n, accuracy, standard_error, commonest_target_share, lm_eval (version), and
+    `higher_is_better` where it is not"""
 
 
-def per_item(recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]]) -> Evaluation:
+def per_item(
+    recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]], higher_is_better: bool = True
+) -> Evaluation:
     """Turn lm-eval's logged samples (one per item *and filter*) into one row per item."""
     filters = list(dict.fromkeys(sample["filter"] for rows in samples.values() for sample in rows))
     chosen = recipe.filter or filters[0]
@@ -40,7 +43,7 @@ def per_item(recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]]) -> E
         {
             "item": _item_id(task, sample),
             "doc_id": sample["doc_id"],
-            "outcome": _outcome(recipe, sample),
+            "outcome": outcome(recipe, {name: sample[name] for name in sample["metrics"]}),
             "target": sample["target"],
             "response": _only(sample["filtered_resps"]),
         }
@@ -62,6 +65,8 @@ def per_item(recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]]) -> E
         "commonest_target_share": max(targets.values()) / len(items) if len(targets) > 1 else None,
         "lm_eval": metadata.version("lm-eval"),
     }
+    if not higher_is_better:
+        summary["higher_is_better"] = False
     return Evaluation(items, summary)
 
 
@@ -71,12 +76,20 @@ def _item_id(task: str, sample: Mapping[str, Any]) -> str:
     return f"{task}/{sample['doc_id']}/{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
 
 
-def _outcome(recipe: Evaluate, sample: Mapping[str, Any]) -> int | float:
-    if recipe.metric not in sample["metrics"]:
-        raise StageError(str(unknown(f"metric of task '{recipe.task}'", recipe.metric, sample["metrics"])))
-    value = sample[recipe.metric]
-    if not isinstance(value, bool | int | float | np.number | np.bool_) or not math.isfinite(value):
-        raise StageError(f"metric '{recipe.metric}' of task '{recipe.task}' is not one number per item: {value!r}.")
+def outcome(recipe: Evaluate, metrics: Mapping[str, Any]) -> int | float:
+    """Return what an item counts for: a number from 0 to 1, whose mean is a share.
+
+    Raises:
+        StageError: the metric is none of the item's, or nothing of the kind.
+    """
+    if recipe.metric not in metrics:
+        raise StageError(str(unknown(f"metric of task '{recipe.task}'", recipe.metric, metrics)))
+    value = metrics[recipe.metric]
+    if not isinstance(value, bool | int | float | np.number | np.bool_) or not 0 <= value <= 1:
+        raise StageError(
+            f"metric '{recipe.metric}' of task '{recipe.task}' is not a number from 0 to 1 for each item, but "
+            f"{value!r:.80}: its mean is no share that could be shown in %. Choose another metric."
+        )
     return int(value) if float(value).is_integer() else float(value)
 
 

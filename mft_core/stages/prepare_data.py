@@ -22,6 +22,7 @@ from mft_core.data.overlap import clean, normalise, read_questions
 from mft_core.data.rows import Conversation, load_rows, sample
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
+from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import PrepareData
 from mft_core.stage import Progress, StageContext
 
@@ -33,7 +34,8 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
 
     Args:
         inputs: `tokenizer`, `source-<i>` for each part of the mixture, optionally `chat_template` (a Jinja file that
-            replaces the tokenizer's) and `benchmark-<i>` (JSONL files whose questions are kept out).
+            replaces the tokenizer's), `benchmark-<i>` (JSONL files whose questions are kept out) and
+            `benchmark-<i>-<task>` (folders of a task whose prompts are).
 
     Returns:
         what `report.json` holds: rows per source, rows removed and why, examples, tokens and loss tokens.
@@ -49,13 +51,13 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
         drawn = sample(load_rows(path), part.rows, recipe.seed, index, f"mixture[{index}] ({path})")
         rows += drawn
         source_of += [index] * len(drawn)
-    questions = [
+    asked = [
         question
         for name in sorted(inputs)
         if name.startswith("benchmark-")
-        for question in read_questions(inputs[name])
+        for question in questions(name, inputs[name])
     ]
-    cleaned = clean(rows, questions)
+    cleaned = clean(rows, asked)
     if not cleaned.kept:
         raise ConfigError(
             f"mixture: all {len(rows)} rows are benchmark questions; valid: data apart from the benchmarks."
@@ -78,7 +80,7 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     report = {
         "rows": [source_of.count(index) for index in range(len(recipe.mixture))],
         "duplicates_removed": cleaned.duplicates,
-        "benchmark_questions": len(questions),
+        "benchmark_questions": len(asked),
         "benchmark_overlaps_removed": {
             "equal_question": cleaned.equal_questions,
             "shared_13_words": cleaned.shared_ngrams,
@@ -95,6 +97,17 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     )
     context.log.info("prepare-data: %s", json.dumps(report))
     return report
+
+
+def questions(name: str, benchmark: Path) -> list[str]:
+    """Return what one benchmark asks; `name` is that of the stage's input.
+
+    Raises:
+        ConfigError: an item that shows no question.
+    """
+    if benchmark.is_file():
+        return read_questions(benchmark)
+    return [prompt for one in definitions(benchmark, name.split("-", 2)[2]) for prompt in one.prompts()]
 
 
 def _prompt(conversation: Conversation) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mft_core.errors import ConfigError, did_you_mean
+from mft_core.evaluation.lm_eval_harness import check_scoring, task_leaves
 from pipelines.config import resolve
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
@@ -154,17 +155,6 @@ def _local_benchmark(bench: BenchmarkSpec) -> Finding:
     return Finding(f"benchmark {bench.name}", True, f"local task {bench.task}")
 
 
-def task_leaves(task: str, index: dict[str, Any]) -> list[Any]:
-    """Return the index's entries of a task, or of all tasks of a group."""
-    entry = index.get(task)
-    if entry is None:
-        return []
-    children = (entry.cfg or {}).get("task")
-    if not isinstance(children, list):
-        return [entry]
-    return [leaf for child in children if isinstance(child, str) for leaf in task_leaves(child, index)]
-
-
 def _repositories(leaves: Iterable[Any]) -> list[str]:
     return sorted({leaf.cfg["dataset_path"] for leaf in leaves if "/" in str(leaf.cfg.get("dataset_path"))})
 
@@ -175,13 +165,10 @@ def task_finding(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, A
     if not leaves:
         return Finding(what, False, f"lm-eval has no task '{bench.task}'.{did_you_mean(bench.task, index)}")
     for leaf in leaves:
-        filters = [entry["name"] for entry in leaf.cfg.get("filter_list", [])]
-        if bench.filter and bench.filter not in filters:
-            return Finding(what, False, f"task {leaf.name} has no filter '{bench.filter}'; valid: {', '.join(filters)}")
-        metrics = [str(entry["metric"]) for entry in leaf.cfg.get("metric_list", [])]
-        by_code = any(metric.endswith(".pass_at_k") for metric in metrics)  # its result is named pass@1
-        if bench.metric not in metrics and not (by_code and bench.metric.startswith("pass@")):
-            return Finding(what, False, f"task {leaf.name} has no metric '{bench.metric}'; valid: {', '.join(metrics)}")
+        try:
+            check_scoring(bench.metric, bench.filter, leaf.name, leaf.cfg)
+        except ConfigError as error:
+            return Finding(what, False, str(error))
     missing = [name for name in sorted(_imports(leaves)) if name not in sys.modules and not find_spec(name)]
     if missing:
         advice = "install the extra of the paper's profiles: pip install -c constraints.txt -e '.[paper]'"

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mft_core.cache_key import digest
+from mft_core.data.overlap import question_of
+from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
-from mft_core.evaluation.benchmarks import data_files
+from mft_core.evaluation.benchmarks import Definition, definitions
 from mft_core.layers import format_layers, parse_layers
 from mft_core.methods import uses
-from mft_core.names import inside
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
-from mft_core.yaml_files import read_yaml
 from pipelines.config.geometry import read_geometry
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
 
+_FIELD = re.compile(r"(?:\{\{\s*)?(\w+)(?:\s*\}\})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -49,7 +50,7 @@ class Resolver:
         found = self._model(setup.model)
         mixed = {source: self._rows(source) for data in datas(setup) for source in data.mixture}
         local = [bench for bench in (*setup.benchmarks, *setup.held_out) if bench.path and mixed]
-        held_out = {source.digest: source for source in map(self._items, local)}
+        held_out = {(source.digest, task): (task, source) for task, source in map(self._items, local)}
         benchmarks = {bench.name: self._benchmark(bench) for bench in setup.benchmarks}
         if uses(setup.method, "mask"):
             mask = setup.mask.model_copy(update={"layers": self._layers(setup.model, setup.mask.layers)})
@@ -87,19 +88,31 @@ def rows(spec: SourceSpec) -> Source:
 def benchmark(spec: BenchmarkSpec) -> Source:
     """Return a benchmark: lm-eval itself, whose version says how its own tasks are defined, or a local-file one.
 
-    That is the folder, known by the task's definition and all its data files alone.
+    That is the folder, known by its tasks' definitions and all their data files alone.
     """
     if not spec.path:
         return _harness()
-    folder, definition, loaded = _task_definition(spec)
-    files = data_files(folder, loaded)
-    for split, path in files.items():
-        if not path.is_file():
-            raise ConfigError(
-                f"benchmarks.{spec.name}: data_files.{split} = {path}: no such file; {definition} names it."
-            )
-    names = {os.path.relpath(path, folder) for path in files.values()}
-    return local_files(folder, [definition, *sorted(names)])
+    names: set[str] = set()
+    for one in _definitions(spec):
+        for split, paths in one.data_files.items():
+            for path in paths:
+                if not path.is_file():
+                    raise ConfigError(
+                        f"benchmarks.{spec.name}: data_files.{split} = {path}: no such file; {one.files[0]} names it."
+                    )
+        names.update(one.files, *(_names(one, split) for split in one.data_files))
+    return local_files(Path(spec.path or ""), sorted(names))
+
+
+def _definitions(spec: BenchmarkSpec) -> list[Definition]:
+    try:
+        return definitions(Path(spec.path or ""), spec.task)
+    except ConfigError as error:
+        raise ConfigError(f"benchmarks.{spec.name}.task = {spec.task}: {error}") from error
+
+
+def _names(one: Definition, split: str) -> list[str]:
+    return [os.path.relpath(path, one.folder) for path in one.data_files[split]]
 
 
 @functools.cache
@@ -107,44 +120,33 @@ def _harness() -> Source:
     return Source(location="lm-eval", digest=digest({"lm-eval": metadata.version("lm-eval")}))
 
 
-def benchmark_items(spec: BenchmarkSpec) -> Source:
-    """Return the items of a local-file benchmark, for keeping them out of the training data."""
-    folder, definition, loaded = _task_definition(spec)
-    files = (loaded.get("dataset_kwargs") or {}).get("data_files", {})
-    items = files.get(loaded.get("test_split", "test")) if isinstance(files, dict) else files
-    if not isinstance(items, str):
-        raise ConfigError(
-            f"{folder / definition}: dataset_kwargs.data_files.test must name the JSONL file of the items."
-        )
-    return local_file(inside(folder, items, f"{definition}: data_files.test"), f"benchmarks.{spec.name}.path")
+def benchmark_items(spec: BenchmarkSpec) -> tuple[str, Source]:
+    """Return the items of a local-file benchmark, to be kept out of the training data, and the task that asks them.
+
+    Where the prompts are the very questions that `question_of` finds in the items, these alone say it, and no task's
+    name is needed.
+    """
+    found = _definitions(spec)
+    paths = [path for one in found for path in one.data_files[one.split]]
+    if len(paths) == 1 and _is_bare(found[0], paths[0]):
+        return "", local_file(paths[0], f"benchmarks.{spec.name}.path")
+    for path in paths:
+        local_file(path, f"benchmarks.{spec.name}.path")
+    names = {name for one in found for name in (*one.files, *_names(one, one.split))}
+    return spec.task, local_files(Path(spec.path or ""), sorted(names))
 
 
-def _task_definition(spec: BenchmarkSpec) -> tuple[Path, str, dict[str, Any]]:
-    """Return the benchmark's folder, the name of the file that defines its task, and what that says."""
-    folder = Path(spec.path or "")
-    tasks = {}
-    for path in sorted(folder.glob("*.yaml")):
-        try:
-            stat = path.stat()
-            loaded = _read_yaml(path, stat.st_mtime_ns, stat.st_size)
-        except ConfigError as error:
-            raise ConfigError(
-                f"benchmarks.{spec.name}.path: {path} is not plain YAML (lm-eval's !function needs an installed "
-                f"task); put it elsewhere, or leave that tag out: {error}"
-            ) from error
-        if isinstance(loaded, dict) and isinstance(loaded.get("task"), str):
-            tasks[loaded["task"]] = (path.name, loaded)
-    if spec.task not in tasks:
-        raise ConfigError(
-            f"benchmarks.{spec.name}.task = {spec.task}: no such task in {folder}. Valid: {', '.join(tasks) or 'none'}."
-        )
-    return folder, *tasks[spec.task]
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_yaml(path: Path, modified: int, size: int) -> Any:
-    """Read a file that every variant of a study asks for; `modified` and `size` make it read again when it changes."""
-    return read_yaml(path)
+def _is_bare(one: Definition, items: Path) -> bool:
+    """Whether a prompt is the question of its item and nothing else, or what it is can be told by code alone."""
+    shown = one.config.get("doc_to_text")
+    if not isinstance(shown, str):
+        return True
+    try:
+        _, row = next(read_json_lines(items))
+    except (ConfigError, StopIteration):
+        return True  # which the preflight tells
+    bare = _FIELD.fullmatch(shown.strip())
+    return isinstance(row, dict) and bare is not None and question_of(row) == row.get(bare[1])
 
 
 def layers(spec: ModelSpec, text: str) -> str:

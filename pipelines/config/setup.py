@@ -120,6 +120,7 @@ class BenchmarkSpec(Recipe):
     filter: str | None = None
     limit: int | None = Field(None, gt=0)
     apply_chat_template: bool = True
+    allow_code: bool = Field(False, description="run the code that the folder's definition of the task names")
 
 
 class Setup(Recipe):
@@ -212,7 +213,7 @@ class Resolved:
     model: ResolvedModel
     rows: Mapping[SourceSpec, Source]
     """of all data that the method uses"""
-    held_out: tuple[Source, ...]
-    """files of items that are kept out of these rows, each once, ordered by content"""
+    held_out: tuple[tuple[str, Source], ...]
+    """what is kept out of these rows, each once, ordered by content: files of items, or a task and its folder"""
     benchmarks: Mapping[str, Source]
     """by name: the folder of a local benchmark, or lm-eval itself"""

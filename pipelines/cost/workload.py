@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.errors import ConfigError
-from mft_core.evaluation.benchmarks import data_files, local_definition
+from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
 from mft_core.store.sources import Source
 from pipelines.graph.nodes import Node
@@ -127,9 +127,8 @@ def _tokens(text: _Text, vocabulary: int) -> float:
 @functools.cache
 def _local(folder: Path, task: str) -> tuple[dict[str, Any], _Text | None]:
     """Return a local task's definition and its items; planning has found both to be there."""
-    definition = local_definition(folder, task)
-    files = data_files(folder, definition)
-    return definition, _beginning(files.get(definition.get("test_split") or "test", next(iter(files.values()))))
+    first = definitions(folder, task)[0]
+    return first.config, _beginning(first.data_files[first.split][0])
 
 
 @functools.cache

@@ -154,7 +154,7 @@ def _data(resolved: Resolved, spec: DataSpec, fraction: float, domain: str) -> N
     )
     inputs: dict[str, Source | Edge] = {"tokenizer": resolved.model.tokenizer, **_template(resolved)}
     inputs |= {f"source-{i}": resolved.rows[source] for i, source in enumerate(spec.mixture)}
-    inputs |= {f"benchmark-{i}": source for i, source in enumerate(resolved.held_out)}
+    inputs |= {f"benchmark-{i}{task and '-'}{task}": source for i, (task, source) in enumerate(resolved.held_out)}
     share = f" fraction={fraction:g}" if fraction != 1 else ""
     return Node("prepare-data", recipe, inputs, f"prepare-data {domain}{share}")
 

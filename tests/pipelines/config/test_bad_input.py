@@ -208,11 +208,34 @@ def test_a_benchmark_without_its_items_is_refused(mft, tmp_path, folder):
     refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "sums.jsonl", "no such file")
 
 
-@pytest.mark.parametrize("content", ["task: other\nprocess_results: !function utils.f\n", "task: [\n"])
-def test_a_definition_that_is_no_plain_yaml_is_refused(mft, tmp_path, folder, content):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("task: [\n", ["sums.yaml", "YAML"]),
+        ("process_results: !function utils.f\n", ["!function utils.f", "allow_code: true"]),
+        ("process_results: !!python/name:os.system\n", ["sums.yaml", "YAML"]),
+        ('description: "{{ cycler.__init__ }}"\n', ["sums.jsonl line 1", "description", "unsafe"]),
+    ],
+)
+def test_a_definition_that_cannot_be_read_or_would_run_code_is_refused(mft, tmp_path, folder, line, words):
     profile = altered(tmp_path)
-    (tmp_path / "benchmarks" / "other.yaml").write_text(content)
-    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "other.yaml", "YAML")
+    with (tmp_path / "benchmarks" / "sums.yaml").open("a") as definition:
+        definition.write(line)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", *words)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ["no end of turn is trained", "</s>"]),
+        ("{{ strftime_now('%d %b %Y') }}{{ messages[-1].content }}</s>", ["today's date", "model.chat_template"]),
+        ("{% if messages %}", ["chat template", "cannot be read"]),
+    ],
+)
+def test_a_chat_template_that_cannot_be_trained_on_is_refused(mft, tmp_path, folder, template, words):
+    profile = altered(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", *words)
 
 
 def test_an_unwritable_home_is_refused(mft, folder):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mft_core.cache_key import digest_files
+from mft_core.cache_key import digest_file, digest_files
 from mft_core.errors import ConfigError
 from pipelines.config import resolve
 from pipelines.config.setup import BenchmarkSpec
@@ -39,3 +39,17 @@ def test_a_missing_file_of_examples_is_refused_by_name(tmp_path: Path):
     (tmp_path / "shots.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"benchmarks\.sums: data_files\.train = .*shots\.jsonl: no such file"):
         resolve.benchmark(spec)
+
+
+def test_items_whose_prompt_is_their_question_are_known_by_themselves_and_others_with_their_task(tmp_path: Path):
+    spec = write_benchmark(tmp_path, test="items.jsonl")
+    definition = tmp_path / "sums.yaml"
+    bare = ("", digest_file(tmp_path / "items.jsonl"))
+    for shown in ("{{question}}", "question"):
+        definition.write_text(definition.read_text() + f"doc_to_text: '{shown}'\n")
+        task, source = resolve.benchmark_items(spec)
+        assert (task, source.digest) == bare
+        definition.write_text(definition.read_text().replace(f"doc_to_text: '{shown}'\n", ""))
+    definition.write_text(definition.read_text() + "doc_to_text: 'Sum: {{question}}'\n")
+    task, source = resolve.benchmark_items(spec)
+    assert (task, source.digest) == ("sums", digest_files(tmp_path, ["sums.yaml", "items.jsonl"]))

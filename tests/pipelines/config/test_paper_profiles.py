@@ -106,7 +106,8 @@ def test_the_published_lm_eval_defines_every_benchmark_with_its_metric_and_filte
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    from pipelines.commands.doctor_hub import task_finding, task_leaves
+    from mft_core.evaluation.lm_eval_harness import task_leaves
+    from pipelines.commands.doctor_hub import task_finding
 
     tasks = Path(lm_eval.tasks.__file__).parent
     folders = [str(tasks / name) for name in ("benchmarks", "gsm8k", "minerva_math", "humaneval", "ifeval")]

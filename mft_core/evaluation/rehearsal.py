@@ -1,0 +1,125 @@
+"""An evaluation tried before anything is computed: the task built, every item rendered, tokenised and scored, no model.
+
+What fails here would have failed after the fine-tuning, or, worse, not at all. Used by whoever plans a study
+(`pipelines.plan.preflight`); imports lm-eval and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mft_core.checkpoints.files import read_config
+from mft_core.data.assistant_tokens import chat_prompt, check_same_tokens
+from mft_core.errors import ConfigError, StageError
+from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, load_tokenizer, seeded, settled
+from mft_core.evaluation.outcomes import outcome
+from mft_core.recipes import Evaluate, Runtime
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
+
+_COMPARED = 20
+"""prompts whose tokens are compared with those of the training"""
+_BATCH = 1_000  # prompts tokenised together
+Chat = tuple[list[dict[str, str]], str]
+
+
+def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, template: Path | None = None) -> None:
+    """Try an evaluation without its model.
+
+    Args:
+        recipe: of the evaluation.
+        tokenizer: directory with the tokenizer's files and the model's configuration.
+        benchmark: folder of the local-file task; None for lm-eval's own tasks.
+        template: Jinja file in place of the tokenizer's chat template.
+
+    Raises:
+        ConfigError: anything that the evaluation would not survive, or that would make its number wrong.
+    """
+    check_task(recipe, benchmark)
+    loaded = load_tokenizer(tokenizer, template)
+    runtime = Runtime.model_validate({})
+    with settled(runtime), seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
+        with _told(f"task '{recipe.task}': lm-eval cannot load it"):
+            tasks = load_tasks(recipe, benchmark)
+        for name, task in tasks.items():
+            chats: list[Chat] = []
+            with _told(f"task '{name}': its prompts cannot be made"):
+                task.build_all_requests(
+                    limit=recipe.limit,
+                    apply_chat_template=recipe.apply_chat_template,
+                    fewshot_as_multiturn=recipe.apply_chat_template,
+                    chat_template=_recording(loaded, chats) if recipe.apply_chat_template else None,
+                )
+            asked = [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
+            if asked:
+                check_same_tokens(loaded, asked)
+            _check_lengths(recipe, name, task, loaded, tokenizer)
+            if benchmark is not None:  # lm-eval's own may execute code, or fetch it
+                _check_scores(recipe, name, task)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever lm-eval and `datasets` raise into words."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{what} ({type(error).__name__}: {reason}).") from error
+
+
+def _recording(tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> Callable[..., str]:
+    def prompt(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        chats.append((messages, chat_prompt(tokenizer, messages, answer_begins=not add_generation_prompt)))
+        return chats[-1][1]
+
+    return prompt
+
+
+def _check_lengths(
+    recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, checkpoint: Path
+) -> None:
+    """Check that prompt and answer fit into the model; lm-eval would cut the prompt's beginning off."""
+    from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+
+    limit = resolve_max_length(read_config(checkpoint), tokenizer)
+    for start in range(0, len(task.instances), _BATCH):
+        batch = task.instances[start : start + _BATCH]
+        generates = task.OUTPUT_TYPE == "generate_until"
+        texts = [request.args[0] if generates else "".join(map(str, request.args)) for request in batch]
+        encoded = tokenizer(texts, add_special_tokens=not recipe.apply_chat_template, verbose=False)["input_ids"]
+        for request, ids in zip(batch, encoded, strict=True):
+            answer = int(normalize_gen_kwargs(request.args[1])["max_gen_toks"]) if generates else 0
+            if len(ids) + answer > limit:
+                raise ConfigError(
+                    f"task '{name}', item {request.doc_id}: its prompt has {len(ids)} tokens"
+                    f"{f' and its answer up to {answer}' if generates else ' with its answer'}, but the model has "
+                    f"{limit} positions. Show fewer examples (num_fewshot), lower the task's max_gen_toks, or leave "
+                    "such items out."
+                )
+
+
+def _check_scores(recipe: Evaluate, name: str, task: Task) -> None:
+    """Check that the first item, answered somehow, is scored with one number from 0 to 1."""
+    answer: Any = "" if task.OUTPUT_TYPE == "generate_until" else (-1.0, False)
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        answer = -1.0
+    first = task.instances[0].doc_id
+    requests = sorted((each for each in task.instances if each.doc_id == first), key=lambda each: each.idx)
+    with _told(f"task '{name}': an answer cannot be scored"):
+        for request in task.instances:
+            request.resps = [answer] * request.repeats
+        task.apply_filters()
+        chosen = recipe.filter or next(iter(requests[0].filtered_resps))
+        metrics = task.process_results(requests[0].doc, [each.filtered_resps[chosen] for each in requests])
+        try:
+            outcome(recipe, metrics)
+        except StageError as error:
+            raise ConfigError(str(error)) from error

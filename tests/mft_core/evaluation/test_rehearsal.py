@@ -1,0 +1,152 @@
+"""What an evaluation would not survive, or would get wrong, is told before anything is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mft_core.data.assistant_tokens import encode
+from mft_core.data.rows import Message
+from mft_core.errors import ConfigError
+from mft_core.evaluation import lm_eval_harness
+from mft_core.evaluation.lm_eval_harness import evaluate
+from mft_core.evaluation.rehearsal import rehearse
+from mft_core.recipes import Evaluate, Runtime
+from tests.mft_core.evaluation.test_benchmarks import ITEMS, RECIPE, plus
+from tests.support.tiny import make_tokenizer, save_checkpoint
+
+CHOICES = {
+    "output_type": "multiple_choice",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "generation_kwargs": None,
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def chatml(tmp_path: Path) -> Path:
+    """A checkpoint whose turns end with a token that is not its tokenizer's eos, and whose tokenizer adds a BOS."""
+    checkpoint = save_checkpoint(tmp_path / "chatml")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<pad>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer.save_pretrained(checkpoint)
+    path = checkpoint / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(content))
+    return checkpoint
+
+
+def test_what_is_right_is_rehearsed_in_silence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rehearse(RECIPE, model, plus(tmp_path / "plain"))
+    rehearse(Evaluate(task="plus", apply_chat_template=False, num_fewshot=1), model, plus(tmp_path / "few"))
+    items = [{"question": "1 + 1", "choices": ["2", "3"], "label": 0}]
+    rehearse(Evaluate(task="plus", metric="acc"), model, plus(tmp_path / "choices", *items, **CHOICES))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "items", "changes", "words"),
+    [
+        (
+            {"metric": "acc"},
+            [{"question": "which?", "choices": ["2"], "label": 7}],
+            CHOICES,
+            r"plus\.jsonl line 1: .*7.*1 choices",
+        ),
+        (
+            {"metric": "acc"},
+            [{"question": "which?", "choices": [], "label": 0}],
+            CHOICES,
+            "line 1: doc_to_choice shows",
+        ),
+        ({}, [{"question": "word " * 500, "answer": "1"}], {}, "item 0: its prompt has .* the model has 512 positions"),
+        ({}, ITEMS, {"metric_list": [{"metric": "exact_mach"}, {"metric": "exact_match"}]}, "metric of .*'exact_mach'"),
+        ({}, ITEMS, {"filter_list": [{"name": "x", "filter": [{"function": "nothing"}]}]}, "task 'plus'.*cannot load"),
+        ({}, ITEMS, {"no_such_key": 1}, "task 'plus': lm-eval cannot load it .*no_such_key"),
+        ({"num_fewshot": 2}, ITEMS[:1], {"fewshot_split": "test"}, "its prompts cannot be made"),
+        (
+            {"metric": "perplexity"},
+            ITEMS,
+            {
+                "output_type": "loglikelihood",
+                "generation_kwargs": None,
+                "metric_list": [{"metric": "perplexity", "aggregation": "mean", "higher_is_better": False}],
+            },
+            "not a number from 0 to 1",
+        ),
+    ],
+)
+def test_what_would_fail_after_the_training_is_refused(model: Path, tmp_path: Path, recipe, items, changes, words: str):
+    with pytest.raises(ConfigError, match=words):
+        rehearse(Evaluate(task="plus", **recipe), model, plus(tmp_path, *items, **changes))
+
+
+def test_code_runs_only_where_it_is_allowed(model: Path, tmp_path: Path):
+    folder = plus(tmp_path, doc_to_target=None)
+    with (folder / "plus.yaml").open("a") as handle:
+        handle.write("doc_to_target: !function utils.target\n")
+    (folder / "utils.py").write_text("def target(doc):\n    return doc['answer']\n")
+    for run in (lambda recipe: rehearse(recipe, model, folder), lambda recipe: evaluate(recipe, model, folder)):
+        with pytest.raises(ConfigError, match="allow_code: true"):
+            run(RECIPE)
+        run(Evaluate(task="plus", allow_code=True))
+
+
+def test_a_template_of_a_benchmark_cannot_act_when_lm_eval_renders_it(model: Path, tmp_path: Path):
+    escape = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "') }}"
+    folder = plus(tmp_path / "bench", doc_to_text=escape)
+    with pytest.raises(Exception, match="unsafe"):
+        evaluate(RECIPE, model, folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_prompt_that_training_does_not_know_is_refused(model: Path, tmp_path: Path):
+    template = tmp_path / "thinks.jinja"
+    header = "{%- if add_generation_prompt %}\n{{- '<|assistant|>\\n"
+    template.write_text(make_tokenizer().chat_template.replace(header, header + "<think>"))
+    with pytest.raises(ConfigError, match="asked otherwise than it was trained"):
+        rehearse(RECIPE, model, plus(tmp_path / "bench"), template)
+
+
+def loaded(checkpoint: Path) -> Any:
+    return lm_eval_harness._load_model(RECIPE, checkpoint, Runtime(device="cpu"), lambda progress: None, None)
+
+
+def test_evaluation_asks_with_the_tokens_of_the_training(chatml: Path):
+    model = loaded(chatml)
+    prompt = model.apply_chat_template([{"role": "user", "content": "1 + 1"}])
+    rows = [(Message("user", "1 + 1"), Message("assistant", "2"))]
+    trained = encode(rows, model.tokenizer, 100).dataset.input_ids.tolist()
+    asked = model.tok_batch_encode([prompt])[0][0].tolist()
+    assert model.tok_encode(prompt) == asked == trained[: len(asked)]
+    assert model.tokenizer(prompt)["input_ids"] == [1, *asked], "the tokenizer by itself would have added a BOS"
+
+
+def test_generation_stops_at_the_templates_end_of_turn(chatml: Path, model: Path):
+    stops = loaded(chatml).model.generation_config.eos_token_id
+    assert stops == [make_tokenizer().eos_token_id, make_tokenizer().pad_token_id]
+    assert loaded(model).model.generation_config.eos_token_id == make_tokenizer().eos_token_id, "as it was"
+
+
+def test_a_rate_that_should_fall_is_marked_so_and_no_other(model: Path, tmp_path: Path):
+    falls = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": False}]
+    assert evaluate(RECIPE, model, plus(tmp_path / "a", metric_list=falls)).summary["higher_is_better"] is False
+    assert "higher_is_better" not in evaluate(RECIPE, model, plus(tmp_path / "b")).summary
