@@ -41,7 +41,7 @@ Modules = Annotated[str, AfterValidator(_names_modules)]
 (`self_attn.q_proj`; a pattern without a dot means the last part), separated by commas"""
 SiteClass = Literal["attention", "mlp"]
 """what a maskable matrix belongs to"""
-Scope = Literal["local", "global", "global-threshold"]
+ScopeName = Literal["local", "global", "global-threshold"]
 ScoreInit = Literal["normal", "kaiming-uniform", "magnitude"]
 
 
@@ -129,7 +129,7 @@ class LearnMask(Recipe):
     sparsity: Sparsity
     layers: str = Field(description="which decoder layers, e.g. '2-5', '0,3,8-11', 'last:4', 'middle:4', 'all'")
     modules: Modules = "both"
-    scope: Scope = Field(
+    scope: ScopeName = Field(
         "local",
         description="'local': the share holds in every matrix; 'global': over all chosen matrices by one ranking; "
         "'global-threshold': fixed thresholds for attention and MLP, at which the share holds when learning starts",

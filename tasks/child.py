@@ -1,8 +1,8 @@
 """A process of our own beside this one, and the line to it: for the pool of workers, and for the record in MLflow.
 
-Over the line, a socket, go pickled messages. It closes when either side dies in whatever way, so that nobody waits for
-the dead and no process outlives the one that it works for. Used by `tasks.workers` and `tasks.mlflow.tracking`; the
-module that a child runs takes the line's descriptor as its only argument.
+Over the line, a socket, go pickled messages. It closes when either side ends in whatever way, so that nobody waits for
+an ended process and no process outlives the one that it works for. Used by `tasks.workers` and
+`tasks.mlflow.tracking`; the module that a child runs takes the line's descriptor as its only argument.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **path, **(environment or {})},
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C in the terminal is the parent's to hear
+                start_new_session=True,  # a Ctrl-C in the terminal is handled by the parent
             )
         return cls(process, Connection(ours.detach()), output)
 
@@ -59,7 +59,7 @@ class Child:
         self.line.close()
         self.output.unlink(missing_ok=True)
 
-    def obituary(self) -> str:
+    def how_it_ended(self) -> str:
         """Say how the process ended, and the last that it printed; blocks until it has ended."""
         code = self.process.wait()
         how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"

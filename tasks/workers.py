@@ -166,4 +166,4 @@ class _Worker:
         except (EOFError, OSError) as error:
             if error is asked:
                 raise
-            raise Died(f"{job.stage}: {self.child.obituary()}") from error
+            raise Died(f"{job.stage}: {self.child.how_it_ended()}") from error

@@ -32,7 +32,7 @@ import torch
 from mft_core import compute
 from mft_core.analysis import overlaps
 from mft_core.analysis.cuts import dissect
-from mft_core.analysis.findings import Findings, Row, pool, rows
+from mft_core.analysis.findings import MaskFindings, Row, pool, rows
 from mft_core.analysis.heads import find_heads
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.removals import Effect, effects, portions
@@ -67,7 +67,7 @@ def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) 
     found = subject.findings(masks)
     result: list[Row] = []
 
-    def add(measured: Findings, columns: Mapping[str, Any], seeds: int, pooled: bool) -> None:
+    def add(measured: MaskFindings, columns: Mapping[str, Any], seeds: int, pooled: bool) -> None:
         named = {**columns, "seeds": seeds, "pooled": pooled}
         result.extend(rows(measured, named, recipe, subject.base, subject.losses.tokens))
 
@@ -126,7 +126,7 @@ class _Subject:
         self.base: Array = np.empty(0)
         """nats of every sequence, once `findings` has been asked for"""
 
-    def findings(self, masks: Sequence[Mask]) -> list[Findings]:
+    def findings(self, masks: Sequence[Mask]) -> list[MaskFindings]:
         """Measure every mask that `context.work` does not have yet."""
         home = self._made_for_this_model(masks)
         steps = [2 * len(portions(self._sites_of(mask))) for mask in masks]
@@ -137,7 +137,7 @@ class _Subject:
             _check_finite(self.base, "the base model")
             for index, mask in enumerate(masks):
                 measure = partial(self._measure, mask, home[index], index, sum(steps[:index]), sum(steps))
-                found.append(Findings.of(parts.get(f"mask-{index}", measure)))
+                found.append(MaskFindings.of(parts.get(f"mask-{index}", measure)))
         return found
 
     def heads_left_out(self, masks: Sequence[Mask]) -> list[Row]:
@@ -160,7 +160,7 @@ class _Subject:
                     _check_finite(effect.nats, f"mask-{index}, whole or in part,")
                     measured.append(effect)
                 self._report(done, total)
-        return Findings(measures, measured).content()
+        return MaskFindings(measures, measured).content()
 
     def _report(self, done: int, total: int) -> None:
         self._context.report(Progress(done, total, "measurement"))

@@ -32,7 +32,7 @@ from mft_core.statistics.tables import method_label, percent
 
 Row = Mapping[str, Any]
 _LEAST_REACH = 0.05
-"""about chance, that an axis shows, lest noise look like structure"""
+"""about chance, that an axis shows at least: noise must not look like structure"""
 _LEAST_UNEVEN = 0.01
 """how far a matrix's share may be from the mask's, relatively, and still count as equal: counts are whole numbers"""
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Findings:
+class MaskFindings:
     """What was measured of one mask, or of all seeds of a variant together."""
 
     measures: Measures
@@ -36,7 +36,7 @@ class Findings:
         }
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Findings:
+    def of(cls, content: Mapping[str, Any]) -> MaskFindings:
         """Read what `content` gave."""
         measures: Measures = {}
         for values in content["measures"]:
@@ -49,7 +49,7 @@ class Findings:
         return cls(measures, list(measured))
 
 
-def pool(seeds: Sequence[Findings]) -> Findings:
+def pool(seeds: Sequence[MaskFindings]) -> MaskFindings:
     """Return the findings of all seeds together; a portion that a measured one lacks costs nothing there."""
     measures: Measures = {}
     for one in seeds:
@@ -60,7 +60,7 @@ def pool(seeds: Sequence[Findings]) -> Findings:
         for effect in one.effects:
             effects.setdefault((effect.portion, effect.order), []).append(effect)
     measured = sum(bool(one.effects) for one in seeds)
-    return Findings(measures, [_mean(own, measured) for own in effects.values()])
+    return MaskFindings(measures, [_mean(own, measured) for own in effects.values()])
 
 
 def _mean(effects: Sequence[Effect], seeds: int) -> Effect:
@@ -69,7 +69,7 @@ def _mean(effects: Sequence[Effect], seeds: int) -> Effect:
     return Effect(first.portion, first.order, sum(one.removed for one in effects), nats)
 
 
-def rows(findings: Findings, columns: Mapping[str, Any], recipe: Anatomy, base: Array, tokens: Array) -> list[Row]:
+def rows(findings: MaskFindings, columns: Mapping[str, Any], recipe: Anatomy, base: Array, tokens: Array) -> list[Row]:
     """Return every number of one mask, or of one variant.
 
     Args:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from mft_core.analysis.landscape import LINE
-from mft_core.analysis.landscape_findings import Findings
+from mft_core.analysis.landscape_findings import LandscapeFindings
 from mft_core.analysis.pac_bayes import PRIORS, Bound, PriorName, best
 from mft_core.analysis.weight_pair import MODELS, ModelName
 from mft_core.figures.drawing import AMOUNT, panels, save
@@ -34,18 +34,18 @@ PRIOR_LABELS: dict[PriorName, str] = {
 _LEVELS = 14
 
 
-def write(found: Findings, out: Path) -> None:
+def write(found: LandscapeFindings, out: Path) -> None:
     """Write `plane.png`, `line.png`, `sharpness.png` and `bound.png`."""
     for name, draw in {"plane": _planes, "line": _line, "sharpness": _sharpness, "bound": _bound}.items():
         save(lambda draw=draw: draw(found), out / f"{name}.png")  # type: ignore[misc]  # called at once
 
 
-def _title(figure: Figure, found: Findings) -> None:
+def _title(figure: Figure, found: LandscapeFindings) -> None:
     width = int(11 * figure.get_figwidth())
     figure.suptitle(textwrap.fill(f"Masked: {found.recipe.variant}", width), fontsize=9, color="0.35")
 
 
-def _planes(found: Findings) -> Figure:
+def _planes(found: LandscapeFindings) -> Figure:
     """Draw both planes on one logarithmic scale, with contours at the colours' edges."""
     figure, axes = panels(2, 2, (3.4, 2.8))
     every = np.stack([found.planes.losses[model] for model in MODELS])
@@ -73,7 +73,7 @@ def _planes(found: Findings) -> Figure:
     return figure
 
 
-def _line(found: Findings) -> Figure:
+def _line(found: LandscapeFindings) -> Figure:
     figure, (axes,) = panels(1, 1, (5.2, 3.2))
     axes.axhline(0, color="0.25", linewidth=0.9)
     for split, line in found.lines.items():
@@ -95,7 +95,7 @@ def _line(found: Findings) -> Figure:
     return figure
 
 
-def _sharpness(found: Findings) -> Figure:
+def _sharpness(found: LandscapeFindings) -> Figure:
     """Draw every batch as a line between the models, and the geometric means."""
     figure, (axes,) = panels(1, 1, (4.0, 3.0))
     values = np.array([[one.value for one in found.eigenvalues[model]] for model in MODELS])
@@ -127,7 +127,7 @@ def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _bound(found: Findings) -> Figure:
+def _bound(found: LandscapeFindings) -> Figure:
     """Draw the empirical term on the left and the complexity term on the right, against the noise."""
     figure, (left, right) = panels(2, 2, (3.6, 3.1))
     for model in MODELS:

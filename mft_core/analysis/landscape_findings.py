@@ -72,7 +72,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Findings:
+class LandscapeFindings:
     """What was measured of one pair of models."""
 
     recipe: Landscape
@@ -97,7 +97,7 @@ class Findings:
         return len(self.lines["validation"].tokens)
 
 
-def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext) -> Findings:
+def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext) -> LandscapeFindings:
     """Measure everything; what `context.work` has is taken from there.
 
     Args:
@@ -133,7 +133,7 @@ def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext
         errors = pac_bayes.errors(pair, both, parts)
         noisy = pac_bayes.add_noise(pair, both, recipe.noise, recipe.draws, recipe.seed, parts)
     eigenvalues = sharpness(pair, _hessian_batches(recipe, data.train, width), width, recipe.seed, parts)
-    return Findings(
+    return LandscapeFindings(
         recipe=recipe,
         layers=format_layers(tuple(sorted({site.layer for site in pair.sites}))),
         sites=len(pair.sites),
@@ -188,13 +188,13 @@ def _ratio(eigenvalues: Mapping[ModelName, list[Eigenvalue]], confidence: float)
     return Ratio(*(float(np.exp(one)) for one in (changes.mean(), interval.low, interval.high)))
 
 
-def rows(found: Findings) -> list[Row]:
+def rows(found: LandscapeFindings) -> list[Row]:
     """Return every number."""
     every = [*_plane_rows(found), *_line_rows(found), *_sharpness_rows(found), *_noise_rows(found), *_bound_rows(found)]
     return [{"variant": found.recipe.variant, **row} for row in every]
 
 
-def _plane_rows(found: Findings) -> Iterator[Row]:
+def _plane_rows(found: LandscapeFindings) -> Iterator[Row]:
     for model in MODELS:
         for (y, x), loss in np.ndenumerate(found.planes.losses[model]):
             place = {"x": float(found.planes.steps[x]), "y": float(found.planes.steps[y])}
@@ -202,7 +202,7 @@ def _plane_rows(found: Findings) -> Iterator[Row]:
         yield {"part": "plane summary", "model": model, **found.planes.summary(model)}
 
 
-def _line_rows(found: Findings) -> Iterator[Row]:
+def _line_rows(found: LandscapeFindings) -> Iterator[Row]:
     for split, line in found.lines.items():
         for t, loss, (difference, low, high) in zip(LINE, line.losses.tolist(), line.differences.tolist(), strict=True):
             compared = {"difference": difference, "difference_low": low, "difference_high": high}
@@ -212,7 +212,7 @@ def _line_rows(found: Findings) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def _sharpness_rows(found: Findings) -> Iterator[Row]:
+def _sharpness_rows(found: LandscapeFindings) -> Iterator[Row]:
     for model in MODELS:
         for batch, one in enumerate(found.eigenvalues[model]):
             numbers = {"eigenvalue": one.value, "residual": one.residual, "products": one.products}
@@ -227,7 +227,7 @@ def mean_eigenvalue(eigenvalues: list[Eigenvalue]) -> float:
     return float(stats.gmean([one.value for one in eigenvalues]))
 
 
-def _noise_rows(found: Findings) -> Iterator[Row]:
+def _noise_rows(found: LandscapeFindings) -> Iterator[Row]:
     for model in MODELS:
         yield {"part": "noise", "model": model, "noise": 0.0, "error": found.errors[model]}
         noisy = found.noisy[model]
@@ -236,7 +236,7 @@ def _noise_rows(found: Findings) -> Iterator[Row]:
             yield {"part": "noise", "model": model, "noise": share, **numbers}
 
 
-def _bound_rows(found: Findings) -> Iterator[Row]:
+def _bound_rows(found: LandscapeFindings) -> Iterator[Row]:
     for (prior, model), every in found.bounds.items():
         for one in every:
             numbers = {"empirical": one.empirical, "empirical_se": one.empirical_se, "kl": one.kl}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mft_core.analysis.landscape import LINE
 from mft_core.analysis.landscape_figures import PRIOR_LABELS
-from mft_core.analysis.landscape_findings import Findings, Line, mean_eigenvalue
+from mft_core.analysis.landscape_findings import LandscapeFindings, Line, mean_eigenvalue
 from mft_core.analysis.pac_bayes import DELTA, PRIORS, Bound, best
 from mft_core.analysis.sharpness import TOLERANCE
 from mft_core.analysis.weight_pair import MODELS, ModelName
@@ -12,7 +12,7 @@ from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import percent
 
 
-def section(found: Findings) -> str:
+def section(found: LandscapeFindings) -> str:
     """Return the Markdown body."""
     parts = [
         f"## Loss surface: {found.recipe.variant} and the fine-tuned model it was made from",
@@ -25,7 +25,7 @@ def section(found: Findings) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _subject(found: Findings) -> str:
+def _subject(found: LandscapeFindings) -> str:
     return (
         f"The models differ in {found.sites} matrices of layers {found.layers} ({found.weights:,} weights). Only these "
         "are moved here, since all other weights are the same in both. Losses are nats per loss token; intervals are "
@@ -33,7 +33,7 @@ def _subject(found: Findings) -> str:
     )
 
 
-def _line(found: Findings) -> list[str]:
+def _line(found: LandscapeFindings) -> list[str]:
     lines = []
     for split, line in found.lines.items():
         lowest = int(line.losses.argmin())
@@ -64,7 +64,7 @@ def _arrival(split: str, line: Line) -> str:
     return f"On {split} sequences the masked model's loss is {'higher' if value > 0 else 'lower'}."
 
 
-def _planes(found: Findings) -> list[str]:
+def _planes(found: LandscapeFindings) -> list[str]:
     planes = found.planes
     lines = []
     for model in MODELS:
@@ -81,7 +81,7 @@ def _planes(found: Findings) -> list[str]:
     ]
 
 
-def _sharpness(found: Findings) -> list[str]:
+def _sharpness(found: LandscapeFindings) -> list[str]:
     ratio, eigenvalues = found.sharper, found.eigenvalues
     count, rows = found.recipe.hessian_batches, found.recipe.hessian_rows
     lines = []
@@ -105,7 +105,7 @@ def _sharpness(found: Findings) -> list[str]:
     ]
 
 
-def _bound(found: Findings) -> list[str]:
+def _bound(found: LandscapeFindings) -> list[str]:
     lines, shown = [], []
     for prior in PRIORS:
         for model in MODELS:
@@ -139,7 +139,7 @@ def _terms(one: Bound) -> list[str]:
     return [f"{one.share:g}", empirical, f"{one.kl:,.0f}", f"{one.complexity:.3g}", bound]
 
 
-def _complexity(found: Findings) -> str:
+def _complexity(found: LandscapeFindings) -> str:
     """Say what the mask does to the complexity term, at equal noise."""
     before, after = (found.bounds["zero", model][0].kl for model in MODELS)
     moved = found.bounds["fine-tuned", "masked"][-1]
@@ -151,7 +151,7 @@ def _complexity(found: Findings) -> str:
     )
 
 
-def _error(found: Findings) -> str:
+def _error(found: LandscapeFindings) -> str:
     before, after = (found.errors[model] for model in MODELS)
     return f"Without noise {percent_of(before)} of the tokens are wrong before and {percent_of(after)} after masking."
 
@@ -161,5 +161,5 @@ def percent_of(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _label(found: Findings, model: ModelName) -> str:
+def _label(found: LandscapeFindings, model: ModelName) -> str:
     return "fine-tuned" if model == "fine-tuned" else found.recipe.variant

@@ -73,7 +73,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Findings:
+class LayerPrediction:
     """Scores and gains of a sweep's groups."""
 
     recipe: PredictLayers
@@ -89,7 +89,7 @@ class Findings:
 
 def examine(
     recipe: PredictLayers, rows: Sequence[Mapping[str, Any]], inputs: Mapping[str, Path], context: StageContext
-) -> Findings:
+) -> LayerPrediction:
     """Score the groups on `model` with training sequences of `data`, and set them beside the gains in `rows`.
 
     Args:
@@ -119,7 +119,7 @@ def examine(
 
     scored = score_sites(loaded.eval().requires_grad_(False), list(sites.values()), one_each, recipe.sparsity, report)
     scores = {group: score_group(own, scored) for group, own in groups.items()}
-    return Findings(recipe, len(drawn), one_each.tokens, scores, gains, _matches(recipe, scores, gains))
+    return LayerPrediction(recipe, len(drawn), one_each.tokens, scores, gains, _matches(recipe, scores, gains))
 
 
 def measured_gains(
@@ -217,7 +217,7 @@ def _choice(
     return pick, best, gains[best].value - gains[pick].value
 
 
-def rows(found: Findings) -> list[Row]:
+def rows(found: LayerPrediction) -> list[Row]:
     """Return every number."""
     result: list[Row] = []
     for group, scores in found.scores.items():

@@ -6,25 +6,25 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mft_core.analysis.layer_prediction import AVERAGE, Findings
+from mft_core.analysis.layer_prediction import AVERAGE, LayerPrediction
 from mft_core.analysis.layer_scores import CANDIDATES
 from mft_core.figures.drawing import panels, save, style
 from mft_core.statistics.tables import percent
 
 
-def write(found: Findings, out: Path) -> None:
+def write(found: LayerPrediction, out: Path) -> None:
     """Write `scores.png` and `correlations.png`."""
     save(lambda: _scores(found), out / "scores.png")
     save(lambda: _correlations(found), out / "correlations.png")
 
 
-def _looks(found: Findings) -> dict[str, tuple[str, str]]:
+def _looks(found: LayerPrediction) -> dict[str, tuple[str, str]]:
     """Return colour and marker by benchmark; the average is black."""
     looks = {name: style(index) for index, name in enumerate(name for name in found.gains if name != AVERAGE)}
     return looks | ({AVERAGE: ("#000000", "P")} if AVERAGE in found.gains else {})
 
 
-def _scores(found: Findings) -> Figure:
+def _scores(found: LayerPrediction) -> Figure:
     """Draw a panel per candidate: the groups in the order of their promise, and their gains with intervals."""
     figure, axes = panels(len(CANDIDATES), 3, (2.9, 2.4))
     looks = _looks(found)
@@ -52,7 +52,7 @@ def _scores(found: Findings) -> Figure:
     return figure
 
 
-def _correlations(found: Findings) -> Figure:
+def _correlations(found: LayerPrediction) -> Figure:
     """Draw Spearman's correlation of every candidate, on every benchmark, with its interval."""
     looks = _looks(found)
     figure, (axes,) = panels(1, 1, (5.6, 0.62 * len(CANDIDATES) + 0.9))

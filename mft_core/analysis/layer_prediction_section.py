@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mft_core.analysis.layer_prediction import AVERAGE, Findings, Gain, Match
+from mft_core.analysis.layer_prediction import AVERAGE, Gain, LayerPrediction, Match
 from mft_core.analysis.layer_scores import CANDIDATES
 from mft_core.analysis.rank_correlation import least_p_value
 from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import percent
 
 
-def section(found: Findings) -> str:
+def section(found: LayerPrediction) -> str:
     """Return the Markdown body."""
     parts = [
         "## Which layers to mask, guessed without the sweep",
@@ -24,7 +24,7 @@ def section(found: Findings) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _subject(found: Findings) -> str:
+def _subject(found: LayerPrediction) -> str:
     return (
         f"Each candidate scores the {len(found.scores)} layer groups of the sweep by one backward pass at the "
         f"fine-tuned model over {found.sequences} training sequences ({found.tokens:,} tokens), with no mask learned "
@@ -33,13 +33,13 @@ def _subject(found: Findings) -> str:
     )
 
 
-def _main(found: Findings) -> list[Match]:
+def _main(found: LayerPrediction) -> list[Match]:
     """Return the matches that answer the question: on the average, or on the only benchmark."""
     wanted = AVERAGE if AVERAGE in found.gains else next(iter(found.gains))
     return [match for match in found.matches if match.benchmark == wanted]
 
 
-def _answer(found: Findings) -> str:
+def _answer(found: LayerPrediction) -> str:
     main = _main(found)
     if not main:
         return "**All groups gain the same: there is no ranking to predict.**"
@@ -57,7 +57,7 @@ def _answer(found: Findings) -> str:
     return f"**No candidate's ranking is distinguishable from no correlation with the gains {where}.**{hopeless}"
 
 
-def _correlations(found: Findings) -> str:
+def _correlations(found: LayerPrediction) -> str:
     others = [match for match in found.matches if match not in _main(found)]
     lines = [[match.benchmark, CANDIDATES[match.candidate].label, *_match(match)] for match in [*_main(found), *others]]
     header = ["gain on", "candidate", "Spearman", "Kendall", "p", "p (Holm)", "says", "would pick", "costs"]
@@ -85,7 +85,7 @@ def _match(match: Match) -> list[str]:
     ]
 
 
-def _groups(found: Findings) -> str:
+def _groups(found: LayerPrediction) -> str:
     labels = [candidate.label for candidate in CANDIDATES.values()]
     lines = []
     for group, scores in found.scores.items():
@@ -100,7 +100,7 @@ def _gain(gain: Gain) -> str:
     return with_interval(100 * gain.value, 100 * gain.low, 100 * gain.high, 1)
 
 
-def _candidates(found: Findings) -> str:
+def _candidates(found: LayerPrediction) -> str:
     share = percent(found.recipe.sparsity)
     return (
         "Gradient norm: ‖dL/dW‖. SNIP saliency: Σ|w·dL/dw| (Lee et al. 2019); less is promising. Cost of the magnitude "

@@ -30,8 +30,7 @@ from mft_core.draws import seeded_generator
 from mft_core.masks.selection import Global, GlobalThreshold, Local, Scope
 from mft_core.masks.sites import Site
 from mft_core.optimizers.factory import OptimizerFactory
-from mft_core.recipes import Scope as ScopeName
-from mft_core.recipes import ScoreInit
+from mft_core.recipes import ScopeName, ScoreInit
 
 _STD = 0.02
 """the reference's `initializer_range`"""
@@ -58,7 +57,7 @@ def initial_scores(weight: Tensor, init: ScoreInit, generator: torch.Generator, 
     return scores.t().contiguous() if transposed else scores
 
 
-class MaskOptimizer:
+class MaskTuner:
     """Learns the masks of a model whose weights are frozen; the mask lives here, the model keeps plain layers.
 
     On creation every parameter is frozen except the sites' weights, which then hold W ⊙ M (so autograd stops at the
@@ -82,6 +81,7 @@ class MaskOptimizer:
         min_kept: of scope 'global': least share kept in every matrix.
     """
 
+    state_kind = "MaskOptimizer"
     draws_random_numbers = False
 
     def __init__(

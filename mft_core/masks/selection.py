@@ -28,7 +28,7 @@ _MOST_SORTED = 2**28
 
 
 class Scope(Protocol):
-    """What `MaskOptimizer` and the selectors ask: masks (True is kept) of all scores, in their order and shapes."""
+    """What `MaskTuner` and the selectors ask: masks (True is kept) of all scores, in their order and shapes."""
 
     @property
     def signed(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mft_core import compute
 from mft_core.checkpoints.files import DTYPES, load_model
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.selection import GlobalThreshold
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.selectors.job import Choice, Job
@@ -15,11 +15,11 @@ from mft_core.training.activations import recompute_activations
 from mft_core.training.loop import train
 
 
-def choose(job: Job, kind: Callable[..., MaskOptimizer] = MaskOptimizer) -> Choice:
+def choose(job: Job, kind: Callable[..., MaskTuner] = MaskTuner) -> Choice:
     """Learn the masks on the job's data.
 
     Args:
-        kind: makes the optimizer of the masks, called as `MaskOptimizer` is.
+        kind: makes the tuner of the masks, called as `MaskTuner` is.
 
     Raises:
         StageError: a loss is not finite.
@@ -32,7 +32,7 @@ def choose(job: Job, kind: Callable[..., MaskOptimizer] = MaskOptimizer) -> Choi
     model = load_model(job.inputs["model"], DTYPES[training.precision], device, training.dropout)
     if job.context.runtime.gradient_checkpointing:
         recompute_activations(model, noise=training.dropout > 0)
-    optimizer = kind(
+    tuner = kind(
         model,
         job.sites,
         sparsity=recipe.sparsity,
@@ -42,10 +42,10 @@ def choose(job: Job, kind: Callable[..., MaskOptimizer] = MaskOptimizer) -> Choi
         scope=recipe.scope,
         min_kept=recipe.min_kept,
     )
-    history = train(optimizer, data, training, job.context)
+    history = train(tuner, data, training, job.context)
     thresholds = (
-        {str(kind): cut for kind, cut in optimizer.scope.thresholds.items()}
-        if isinstance(optimizer.scope, GlobalThreshold)
+        {str(kind): cut for kind, cut in tuner.scope.thresholds.items()}
+        if isinstance(tuner.scope, GlobalThreshold)
         else None
     )
-    return Choice(optimizer.masks(), thresholds, history)
+    return Choice(tuner.masks(), thresholds, history)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import Site
 from mft_core.selectors import learned
 from mft_core.selectors.job import Choice, Job
@@ -27,15 +27,17 @@ from mft_core.selectors.job import Choice, Job
 
 def choose(job: Job) -> Choice:
     """Learn the masks on the job's data, as `learned` does, between the fine-tuned and the base weights."""
-    return learned.choose(job, functools.partial(RewindMaskOptimizer, earlier=dict(job.base_weights())))
+    return learned.choose(job, functools.partial(RewindMaskTuner, earlier=dict(job.base_weights())))
 
 
-class RewindMaskOptimizer(MaskOptimizer):
-    """As `MaskOptimizer`, but the model holds W ⊙ M + V ⊙ (1 − M).
+class RewindMaskTuner(MaskTuner):
+    """As `MaskTuner`, but the model holds W ⊙ M + V ⊙ (1 − M).
 
     Args:
         earlier: V by site name, each in the shape of its weight.
     """
+
+    state_kind = "RewindMaskTuner"
 
     def __init__(self, *args: Any, earlier: Mapping[str, Tensor], **settings: Any) -> None:
         self._earlier = dict(earlier)

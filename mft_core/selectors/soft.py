@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mft_core.data.batching import plan_epochs
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.selection import Global, Local, Scope
-from mft_core.recipes import Scope as ScopeName
+from mft_core.recipes import ScopeName
 from mft_core.selectors import learned
 from mft_core.selectors.job import Choice, Job
 
@@ -39,15 +39,17 @@ def choose(job: Job) -> Choice:
     assert training is not None  # the recipe's validator sees to it
     plan = plan_epochs(len(job.data().train), training.batch_size, training.epochs, training.seed)
     steps = min(len(plan), training.max_steps or len(plan))
-    return learned.choose(job, functools.partial(SoftMaskOptimizer, steps=steps))
+    return learned.choose(job, functools.partial(SoftMaskTuner, steps=steps))
 
 
-class SoftMaskOptimizer(MaskOptimizer):
-    """As `MaskOptimizer`, but the model holds W ⊙ G while it trains, and W ⊙ M inside `evaluating`.
+class SoftMaskTuner(MaskTuner):
+    """As `MaskTuner`, but the model holds W ⊙ G while it trains, and W ⊙ M inside `evaluating`.
 
     Args:
         steps: of the whole training, over which the gates harden.
     """
+
+    state_kind = "SoftMaskOptimizer"
 
     def __init__(self, *args: Any, steps: int, **settings: Any) -> None:
         self._steps, self._step, self._hard = steps, 0, False

@@ -23,10 +23,10 @@ from mft_core.recipes import FineTune
 from mft_core.stage import StageContext
 from mft_core.training import parallel
 from mft_core.training.activations import recompute_activations
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData, train
-from mft_core.training.lora import LoraOptimizer
-from mft_core.training.sharded import ShardedOptimizer, divide, gathered, is_divided
+from mft_core.training.lora import LoraTuner
+from mft_core.training.sharded import ShardedTuner, divide, gathered, is_divided
 
 
 def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     if context.runtime.gradient_checkpointing:
         recompute_activations(model, noise=training.dropout > 0 or trainable.draws_random_numbers)
     history = train(trainable, data, training, context)
-    if isinstance(trainable, LoraOptimizer):
+    if isinstance(trainable, LoraTuner):
         trainable.merge()
     result = gathered(model, inputs["model"]) if is_divided(model) else model
     if result is None or not parallel.is_first():
@@ -68,11 +68,11 @@ def _load(recipe: FineTune, checkpoint: Path, device: torch.device, shard: bool)
     return divide(lambda: load(torch.device("cpu")), device) if shard else load(device)
 
 
-def _trainable(recipe: FineTune, model: PreTrainedModel) -> FullOptimizer | LoraOptimizer:
+def _trainable(recipe: FineTune, model: PreTrainedModel) -> FullTuner | LoraTuner:
     optimizer = optimizer_factory(recipe.training)
     if recipe.lora is None:
-        return (ShardedOptimizer if is_divided(model) else FullOptimizer)(model, optimizer=optimizer)
-    return LoraOptimizer(model, find_sites(model), recipe.lora, seed=recipe.training.seed, optimizer=optimizer)
+        return (ShardedTuner if is_divided(model) else FullTuner)(model, optimizer=optimizer)
+    return LoraTuner(model, find_sites(model), recipe.lora, seed=recipe.training.seed, optimizer=optimizer)
 
 
 def _set_chat_template(checkpoint: Path, template: Path) -> None:

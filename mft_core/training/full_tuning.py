@@ -1,6 +1,6 @@
 """Training of a model's own parameters: all of them (full fine-tuning), or those that are named (LoRA's adapters).
 
-Has the same face as `MaskOptimizer`, so one loop trains them all.
+Has the same face as `MaskTuner`, so one loop trains them all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mft_core.optimizers.factory import OptimizerFactory, draws_random_numbers
 
 
-class ParameterOptimizer:
+class ParameterTuner:
     """Trains some parameters of a model in place; all others are frozen.
 
     Gradients are accumulated in float32, whatever the parameters are.
@@ -25,6 +25,8 @@ class ParameterOptimizer:
         parameters: those of the model that are trained, by name.
         optimizer: makes the optimizer of the parameters.
     """
+
+    state_kind: str
 
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], *, optimizer: OptimizerFactory
@@ -81,7 +83,7 @@ class ParameterOptimizer:
         self.discard_gradients()
 
 
-class FullOptimizer(ParameterOptimizer):
+class FullTuner(ParameterTuner):
     """Trains all parameters of a model in place.
 
     Args:
@@ -89,6 +91,8 @@ class FullOptimizer(ParameterOptimizer):
             small updates are not rounded away), or in bfloat16 with an optimizer that rounds at random.
         optimizer: makes the optimizer of the parameters.
     """
+
+    state_kind = "FullOptimizer"
 
     def __init__(self, model: nn.Module, *, optimizer: OptimizerFactory) -> None:
         super().__init__(model, dict(model.named_parameters()), optimizer=optimizer)

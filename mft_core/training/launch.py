@@ -36,7 +36,7 @@ from mft_core.stage import Progress, StageContext, StageFunction
 from mft_core.training import parallel
 
 MEETING, STOP = "meeting", "stop"
-_LAST_WORDS = 10.0
+_SECONDS_TO_REPORT = 10.0
 """seconds between the first process that fails and the end of all, in which the others may say why they do"""
 _COMMAND = (
     sys.executable,
@@ -127,7 +127,7 @@ class _Worker:
     line: socket.socket
     output: Path
 
-    def obituary(self) -> str:
+    def how_it_ended(self) -> str:
         """Say how it ended and what it printed last."""
         code = self.process.wait()
         how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"
@@ -150,7 +150,7 @@ class _Team:
         self._job, self._context = job, context
         self._size = context.runtime.processes
         self._folder = job.work / "processes"
-        self._mail: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         self._finished: set[int] = set()
         self._failures: list[_Failure] = []
@@ -188,7 +188,7 @@ class _Team:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self._environment(rank)},
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C in the terminal is the parent's to hear
+                start_new_session=True,  # a Ctrl-C in the terminal is handled by the parent
             )
         threading.Thread(target=self._read, args=(rank, ours), daemon=True).start()
         return _Worker(process, ours, output)
@@ -207,19 +207,19 @@ class _Team:
         }
 
     def _read(self, rank: int, line: socket.socket) -> None:
-        """Put a worker's messages into the mail, and None at its end."""
+        """Put a worker's messages into the queue, and None at its end."""
         with contextlib.suppress(OSError), line.makefile(encoding="utf-8") as messages:
             for message in messages:
-                self._mail.put((rank, json.loads(message)))
-        self._mail.put((rank, None))
+                self._messages.put((rank, json.loads(message)))
+        self._messages.put((rank, None))
 
     def _listen(self) -> None:
-        """Handle the mail until all workers have ended, or one has failed and the others had time for last words."""
+        """Handle messages until all workers have ended, or one has failed and the others had time to report."""
         running = set(range(self._size))
         deadline = None
         while running:
             try:
-                rank, message = self._mail.get(timeout=deadline and max(0, deadline - time.monotonic()))
+                rank, message = self._messages.get(timeout=deadline and max(0, deadline - time.monotonic()))
             except queue.Empty:
                 return
             if message is not None:
@@ -227,10 +227,10 @@ class _Team:
                 continue
             running.discard(rank)
             if rank not in self._finished:
-                text = f"process {rank} of {self._size} {self._workers[rank].obituary()}"
+                text = f"process {rank} of {self._size} {self._workers[rank].how_it_ended()}"
                 self._failures.append(_Failure(_DIED, StageError(text)))
             if deadline is None and self._failures:
-                deadline = time.monotonic() + _LAST_WORDS
+                deadline = time.monotonic() + _SECONDS_TO_REPORT
 
     def _handle(self, rank: int, message: dict[str, Any]) -> None:
         kind = message.pop("kind")
@@ -252,7 +252,7 @@ class _Team:
             self._context.report(progress)
         except BaseException as error:
             self._asked, answer = error, STOP
-        with contextlib.suppress(OSError):  # it has died, which the mail is going to tell
+        with contextlib.suppress(OSError):  # it has died, which its next message says
             self._workers[rank].line.sendall(f"{answer}\n".encode())
 
     def _failure(self, rank: int, message: dict[str, Any]) -> _Failure:

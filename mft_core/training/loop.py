@@ -48,6 +48,8 @@ class Trainable(Protocol):
     """What the loop trains. `backward` leaves its gradients with the parameters of `model` that require them."""
 
     model: Any
+    state_kind: str
+    """what a saved state is of; stays as it is when a class is renamed, or what was killed could not be resumed"""
     draws_random_numbers: bool
     """whether its forward passes or its step draw from torch's generators, dropout of the model's own apart"""
 
@@ -146,8 +148,7 @@ class _Loop:
         self.noisy = recipe.dropout > 0 or trainable.draws_random_numbers
         self.divided = sharded.is_divided(trainable.model)
         self.history = History()
-        kind = "FullOptimizer" if self.divided else type(trainable).__name__  # divided or not, the state is the same
-        identity = digest({"recipe": recipe, "examples": len(data.train), "kind": kind})
+        identity = digest({"recipe": recipe, "examples": len(data.train), "kind": trainable.state_kind})
         self.saved = ResumableState(context.work, identity, context.runtime.checkpoint_seconds, context.log)
 
     def run(self) -> History:

@@ -21,12 +21,12 @@ from mft_core.errors import ConfigError
 from mft_core.masks.sites import Site
 from mft_core.optimizers.factory import OptimizerFactory
 from mft_core.recipes import Lora
-from mft_core.training.full_tuning import ParameterOptimizer
+from mft_core.training.full_tuning import ParameterTuner
 
 _ADAPTER = "default"
 
 
-class LoraOptimizer(ParameterOptimizer):
+class LoraTuner(ParameterTuner):
     """Trains low-rank adapters (float32) of a model whose weights are frozen, in whatever dtype they are.
 
     A starts uniform in ±1/sqrt(inputs), B at zero: training starts at the model itself. State and snapshots hold the
@@ -42,6 +42,8 @@ class LoraOptimizer(ParameterOptimizer):
     Raises:
         ConfigError: the adapters cannot be put into this model as `lora` has them.
     """
+
+    state_kind = "LoraOptimizer"
 
     def __init__(
         self, model: PreTrainedModel, sites: Sequence[Site], lora: Lora, *, seed: int, optimizer: OptimizerFactory

@@ -65,8 +65,8 @@ def shares(costs: Sequence[int], parts: int) -> list[list[int]]:
     """
     result: list[list[int]] = [[] for _ in range(parts)]
     loads = [0] * parts
-    dearest_first = sorted(range(len(costs)), key=lambda piece: -costs[piece])
-    for position, piece in enumerate(dearest_first):
+    costliest_first = sorted(range(len(costs)), key=lambda piece: -costs[piece])
+    for position, piece in enumerate(costliest_first):
         free = [part for part in range(parts) if len(result[part]) <= position // parts]
         part = min(free, key=lambda part: loads[part])
         result[part].append(piece)

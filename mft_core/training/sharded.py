@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mft_core.checkpoints.files import skeleton
 from mft_core.errors import ConfigError
 from mft_core.training import parallel
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 
 
 def divide(load: Callable[[], PreTrainedModel], device: torch.device) -> PreTrainedModel:
@@ -88,8 +88,8 @@ def gathered(model: PreTrainedModel, source: Path) -> PreTrainedModel | None:
     return undivided
 
 
-class ShardedOptimizer(FullOptimizer):
-    """As `FullOptimizer`, of a model that `divide` has made. Every method is called by all processes.
+class ShardedTuner(FullTuner):
+    """As `FullTuner`, of a model that `divide` has made. Every method is called by all processes.
 
     Snapshots and states are whole and on the CPU in the first process, empty in the others; each takes its part of a
     whole one that is given back.

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mft_core.methods import METHODS, MethodName, uses
-from mft_core.recipes import Lora, Modules, Recipe, Scope, ScoreInit, Sparsity, Training
+from mft_core.recipes import Lora, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
 from mft_core.store.sources import Source
 from pipelines.config.geometry import Geometry
 
@@ -81,7 +81,7 @@ class MaskSpec(Recipe):
     sparsity: Sparsity = 0.1
     layers: Layers
     modules: Modules = "both"
-    scope: Scope = "local"
+    scope: ScopeName = "local"
     min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
     score_init: ScoreInit = "normal"
     training: Training

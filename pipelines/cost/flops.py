@@ -1,6 +1,6 @@
-"""What a stage has to do, in numbers that know no device: operations, and bytes that have to pass; for estimates.
+"""What a stage has to do, in numbers that know no device: floating-point operations (flops) and bytes; for estimates.
 
-Counted from recipes, geometry, data and items, nothing else. A multiplication and an addition are two operations. For
+Counted from recipes, geometry, data and items, nothing else. A multiplication and an addition are two flops. For
 each token and matrix of n weights (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1):
 
     2 n     forwards
@@ -12,7 +12,7 @@ so full fine-tuning takes three forward passes, and a mask the less the higher i
 adds 4 Q s a layer, Q features of all heads, s tokens of the sequence, and twice that backwards (Chowdhery et al. 2022,
 "PaLM", appendix B). An embedding is looked up, not multiplied; of experts, those count that a token passes through.
 
-Decoding is bound by memory, not by operations (Pope et al. 2022, "Efficiently Scaling Transformer Inference"): every
+Decoding is bound by memory, not by flops (Pope et al. 2022, "Efficiently Scaling Transformer Inference"): every
 token of a batch reads all weights, and the keys and values of all sequences; besides, it starts every layer anew. A
 batch goes on until its longest answer ends, which is taken to have the most tokens that the task allows.
 """
@@ -59,7 +59,7 @@ PREPARED = 3.0e-4
 class Work:
     """What is done, one after the other."""
 
-    operations: float = 0
+    flops: float = 0
     moved: float = 0
     """bytes that pass through the device's memory, where that is the limit"""
     stored: float = 0
@@ -75,7 +75,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Passes:
-    """Operations per token of passes through a decoder, by what is trained.
+    """Flops per token of passes through a decoder, by what is trained.
 
     Args:
         length: tokens of a sequence.
@@ -105,7 +105,7 @@ class Passes:
 
         Args:
             lowest: the lowest layer with something trained in it.
-            gradients: operations for the gradients of what is trained.
+            gradients: flops for the gradients of what is trained.
             recomputed: activations are computed again in the backward pass.
         """
         upper = self.forward(lowest)
@@ -167,7 +167,7 @@ def _training(
     """Count all steps of a training, with its validations.
 
     Args:
-        each: operations of a token.
+        each: flops of a token.
         of_step, of_token: bytes moved.
     """
     visits = data.train * training.epochs
@@ -193,7 +193,7 @@ def evaluate(recipe: Evaluate, geometry: Geometry, items: Items, runtime: Runtim
     cached = 2 * number * geometry.keys * layers * whole.length
     steps = batches * items.answer
     return Work(
-        operations=read + decoded * whole.forward(),
+        flops=read + decoded * whole.forward(),
         moved=steps * number * geometry.weights + decoded * cached,
         stored=number * geometry.weights,
         launches=steps * layers,
@@ -212,8 +212,8 @@ def landscape(recipe: Landscape, geometry: Geometry, data: Sequences, lowest: in
     rows = 2 * recipe.points**2 * recipe.plane_rows + 2 * LINE * recipe.rows + (2 + noisy) * recipe.rows
     products = 2 * recipe.hessian_batches * PRODUCTS
     points = 2 * recipe.points**2 + 2 * LINE + 2 + noisy + products
-    operations = rows * passes.forward(lowest) + products * recipe.hessian_rows * 4 * passes.forward(lowest)
-    return Work(operations * data.length, points * UPDATE * masked, stored=2 * NUMBER[precision] * geometry.weights)
+    flops = rows * passes.forward(lowest) + products * recipe.hessian_rows * 4 * passes.forward(lowest)
+    return Work(flops * data.length, points * UPDATE * masked, stored=2 * NUMBER[precision] * geometry.weights)
 
 
 def anatomy(recipe: Anatomy, geometry: Geometry, data: Sequences, precision: str) -> Work:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cost import workload as amounts
+from pipelines.cost import workload
 from pipelines.cost.predicted import Bill, Device, Run, stages
 from pipelines.graph.lookup import Step
 from pipelines.plan.memory import PROCESS
@@ -150,8 +150,8 @@ def _add_runs(table: Table, bill: Bill, width: int) -> None:
     for step in bill.answers:
         cost = bill.costs[step.node.id]
         if step.node.stage != "compare":
-            amounts_of = (_amount(cost.hours, device), "", "", _amount(cost.to_come, device))
-            table.add_row(fold(f"analysis: {step.node.label}"), "", "", *amounts_of)
+            hours_of = (_amount(cost.hours, device), "", "", _amount(cost.to_come, device))
+            table.add_row(fold(f"analysis: {step.node.label}"), "", "", *hours_of)
     sums = (_amount(bill.hours, device), _amount(bill.shared, device), "other studies", _amount(bill.to_come, device))
     table.add_row(f"  [bold]{study}: {len(bill.runs)} runs[/bold]", "", "", *(f"[bold]{text}[/bold]" for text in sums))
     table.add_row()
@@ -214,7 +214,7 @@ def _assumed(device: Device) -> str:
     share = f" ({device.utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s)" if device.utilisation < 1 else ""
     return (
         f"assumed: {device.name} at {peak * device.utilisation / 1e9:,.0f} GFLOP/s{share}, "
-        f"{device.memory / 1e9:,.0f} GB/s of memory; where data are not prepared, {amounts.TOKENS} tokens a row of a "
+        f"{device.memory / 1e9:,.0f} GB/s of memory; where data are not prepared, {workload.TOKENS} tokens a row of a "
         "hub data set (twice the tokens cost twice); answers as long as the task allows. Cached stages: as measured. "
         "Not counted: downloads, writing resumable states."
     )

@@ -30,8 +30,7 @@ from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, 
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.geometry import Geometry
 from pipelines.config.setup import Resolved, Setup
-from pipelines.cost import flops as operations
-from pipelines.cost import workload as amounts
+from pipelines.cost import flops, workload
 from pipelines.cost.flops import Work
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
@@ -53,7 +52,7 @@ class Device:
     """what its time is told in"""
     units_an_hour: int
     peak: Mapping[str, float]
-    """operations, by precision"""
+    """flops in a second, by precision"""
     utilisation: float
     """share of the peak that is reached"""
     memory: float
@@ -69,7 +68,7 @@ class Device:
 
     def hours(self, work: Work, precision: str) -> float:
         """Return the hours that the work takes."""
-        seconds = work.operations / (self.peak[precision] * self.utilisation) + work.moved / self.memory
+        seconds = work.flops / (self.peak[precision] * self.utilisation) + work.moved / self.memory
         seconds += work.stored / self.disk + work.launches * self.launch
         if self.processor:
             return (seconds + work.processor + self.start) / 3600
@@ -249,36 +248,36 @@ class _Pricing:
     def _work(self, node: Node, resolved: Resolved, precision: str) -> Work:
         setup, geometry, runtime, recipe = resolved.setup, resolved.model.geometry, self._plan.runtime, node.recipe
         if isinstance(recipe, PrepareData):
-            found = amounts.sequences(node, geometry.vocabulary, None)
-            return Work(processor=operations.PREPARED * (found.train + found.validation))
+            found = workload.sequences(node, geometry.vocabulary, None)
+            return Work(processor=flops.PREPARED * (found.train + found.validation))
         if isinstance(recipe, MergeMask):
-            return operations.merge(geometry, precision)
+            return flops.merge(geometry, precision)
         if isinstance(recipe, Evaluate):
-            return operations.evaluate(recipe, geometry, amounts.items(node, geometry.vocabulary), runtime)
+            return flops.evaluate(recipe, geometry, workload.items(node, geometry.vocabulary), runtime)
         data = self._data(node, geometry)
         if isinstance(recipe, LearnMask):
-            return operations.learn_mask(recipe, geometry, data, setup.fine_tune.precision, runtime)
+            return flops.learn_mask(recipe, geometry, data, setup.fine_tune.precision, runtime)
         if data is None:  # a comparison
             return Work()
         if isinstance(recipe, FineTune):
-            return operations.fine_tune(recipe, geometry, data, runtime)
+            return flops.fine_tune(recipe, geometry, data, runtime)
         if isinstance(recipe, Anatomy):
-            return operations.anatomy(recipe, geometry, data, precision)
+            return flops.anatomy(recipe, geometry, data, precision)
         if isinstance(recipe, PredictLayers):
-            return operations.predict_layers(recipe.calibration_rows, geometry, data, precision)
+            return flops.predict_layers(recipe.calibration_rows, geometry, data, precision)
         if isinstance(recipe, Landscape):
             mask = _mask_of(node)
             layers = parse_layers(mask.layers, len(geometry.layers))
             masked = sum(matrix.weights for matrix in geometry.masked(layers, mask.modules))
-            return operations.landscape(recipe, geometry, data, min(layers), masked, precision)
+            return flops.landscape(recipe, geometry, data, min(layers), masked, precision)
         raise TypeError(f"no estimate for the stage {node.stage}")
 
-    def _data(self, node: Node, geometry: Geometry) -> amounts.Sequences | None:
+    def _data(self, node: Node, geometry: Geometry) -> workload.Sequences | None:
         given = node.inputs.get("data")
         if not isinstance(given, Edge):
             return None
         step = self._steps.get(given.node.id)
-        return amounts.sequences(given.node, geometry.vocabulary, step.manifest if step else None)
+        return workload.sequences(given.node, geometry.vocabulary, step.manifest if step else None)
 
 
 def _mask_of(landscape: Node) -> LearnMask:

@@ -41,7 +41,7 @@ class Child:
         """Return the last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def obituary(self) -> str | None:
+    def how_it_ended(self) -> str | None:
         """Say how the service died and what it said last, or None while it lives."""
         code = self.process.poll()
         return None if code is None else f"{self.name} ended with code {code}; its log {self.log} ends:\n{self.tail()}"
@@ -81,11 +81,11 @@ class Family:
         said: list[str] = []
         with self._lock:
             for child in self.children:
-                obituary = None if self.stopped.is_set() else child.obituary()
-                if obituary is None:
+                ending = None if self.stopped.is_set() else child.how_it_ended()
+                if ending is None:
                     continue
                 if child.restarts == RESTARTS:
-                    raise ChildProcessError(f"{obituary}\nIt was started again {RESTARTS} times before.")
+                    raise ChildProcessError(f"{ending}\nIt was started again {RESTARTS} times before.")
                 end_groups([child.process.pid])  # what it leaves behind may hold its port
                 self._tell_watchdog(-child.process.pid)
                 child.restarts += 1

@@ -449,18 +449,18 @@ def wait_healthy(children: list[Child], address: str) -> None:
 def _wait(ready: Callable[[], bool], children: list[Child], complaint: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not ready():
-        raise_obituaries(children)
+        raise_if_ended(children)
         if time.monotonic() > deadline:
             tails = "\n".join(f"{child.name}, {child.log}:\n{child.tail()}" for child in children)
             raise StageError(f"{complaint} within {START_SECONDS:.0f} seconds\n{tails}")
         time.sleep(0.1)
 
 
-def raise_obituaries(children: list[Child]) -> None:
+def raise_if_ended(children: list[Child]) -> None:
     """Raise a StageError if one of the services has died: how, and the end of its log."""
-    obituaries = [text for child in children if (text := child.obituary())]
-    if obituaries:
-        raise StageError("\n".join(obituaries))
+    endings = [text for child in children if (text := child.how_it_ended())]
+    if endings:
+        raise StageError("\n".join(endings))
 
 
 def free_port(preferred: int | None) -> int:

@@ -328,7 +328,7 @@ class _Writer:
             self._forget()
             left = dict(self._executions)
         for number, tracker in left.items():
-            tracker.hear(Lost(number, self._child.obituary()))
+            tracker.hear(Lost(number, self._child.how_it_ended()))
 
     def _forget(self) -> None:
         with self._lock:

@@ -79,7 +79,7 @@ class Execution:
     # -- orders ---------------------------------------------------------------------------------------------------
 
     def connect(self, home: Path, uri: str, experiment: str, owner: str) -> None:
-        """Find or make the experiment, and close the runs of the dead in it."""
+        """Find or make the experiment, and close what ended processes left open in it."""
         if uri in _OUT_OF_REACH:
             raise ConnectionError(_OUT_OF_REACH[uri])
         try:
@@ -88,7 +88,7 @@ class Execution:
             _OUT_OF_REACH[uri] = cause(error)
             raise
         self._owner = owner
-        self._close_orphans()
+        self._close_abandoned()
 
     def _connect(self, home: Path, uri: str, experiment: str) -> None:
         with ArtifactStore(home).lock("mlflow-init", log):  # two processes must not make one database at once
@@ -202,8 +202,8 @@ class Execution:
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def _close_orphans(self) -> None:
-        """Mark as KILLED the runs that a dead process of this machine left RUNNING."""
+    def _close_abandoned(self) -> None:
+        """Mark as KILLED the runs that an ended process of this machine left RUNNING."""
         for run in self._client.search_runs([self._experiment_id], "attributes.status = 'RUNNING'"):
             if is_dead(run.data.tags.get(OWNER, "")):
                 self._client.set_terminated(run.info.run_id, "KILLED")

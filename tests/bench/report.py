@@ -19,7 +19,7 @@ _SCORES_AND_STATES = 3 * 4
 """bytes per masked weight: the score and AdamW's two moments, float32"""
 _TITLES = {
     "dense": "dense floor: the layers' weights trained, no mask",
-    "mask": "mask step (`MaskOptimizer`)",
+    "mask": "mask step (`MaskTuner`)",
     "sorting": "published way: scores sorted in every forward pass",
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import Training
 from tests.bench import memory
@@ -79,11 +79,11 @@ def test_a_mask_takes_scores_copy_states_and_gradient_and_no_more_than_a_matrix_
     sites = choose_sites(find_sites(model), LAYERS, "both")
 
     def work():
-        learner = MaskOptimizer(model, sites, sparsity=SPARSITY, init="normal", seed=0, optimizer=torch.optim.AdamW)
+        tuner = MaskTuner(model, sites, sparsity=SPARSITY, init="normal", seed=0, optimizer=torch.optim.AdamW)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.ones_like(parameter)
-        learner.step()
+        tuner.step()
 
     held = weights * (4 + 4 + 8 + 4)
     assert held <= memory.cpu_peak(work) <= held + 16 * largest + 100_000

@@ -1,7 +1,7 @@
 """Three ways to train in a few layers of a decoder, alike in everything but what they train; timed by `mask_step`.
 
 - `dense`: the floor. The layers' weights are trained themselves, there is no mask.
-- `mask`: this project's way, `mft_core.masks.masking.MaskOptimizer`.
+- `mask`: this project's way, `mft_core.masks.masking.MaskTuner`.
 - `sorting`: the way of the published code, written as simply as possible. Every masked linear layer sorts its scores
   inside every forward pass, straight through.
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mft_core.draws import seeded_generator
-from mft_core.masks.masking import MaskOptimizer, initial_scores
+from mft_core.masks.masking import MaskTuner, initial_scores
 from mft_core.masks.sites import Site, choose_sites, find_sites
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import Training
@@ -58,10 +58,8 @@ def _dense(model: nn.Module, sites: list[Site], sparsity: float, training: Train
 
 
 def _mask(model: nn.Module, sites: list[Site], sparsity: float, training: Training) -> Variant:
-    learner = MaskOptimizer(
-        model, sites, sparsity=sparsity, init=_INIT, seed=SEED, optimizer=optimizer_factory(training)
-    )
-    return Variant(model, learner.step, learner.masks)
+    tuner = MaskTuner(model, sites, sparsity=sparsity, init=_INIT, seed=SEED, optimizer=optimizer_factory(training))
+    return Variant(model, tuner.step, tuner.masks)
 
 
 def _sorting(model: nn.Module, sites: list[Site], sparsity: float, training: Training) -> Variant:

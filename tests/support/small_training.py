@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from mft_core.checkpoints.files import skeleton
 from mft_core.data.tokens import TokenDataset
 from mft_core.layers import format_layers
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import LearnMask, Runtime, Training
 from mft_core.selectors.job import Job
-from mft_core.selectors.rewind import RewindMaskOptimizer
+from mft_core.selectors.rewind import RewindMaskTuner
 from mft_core.stage import StageContext
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData
 
 
@@ -73,10 +73,10 @@ def make_job(
 
 def make_trainable(
     kind: str, model: PreTrainedModel, recipe: Training, earlier: Mapping[str, Tensor] | None = None
-) -> FullOptimizer | MaskOptimizer:
+) -> FullTuner | MaskTuner:
     """Return the `full` trainable, or the `mask` one over layers 1 and 2 at sparsity 0.3, or `rewind` to `earlier`."""
     if kind == "full":
-        return FullOptimizer(model, optimizer=optimizer_factory(recipe))
+        return FullTuner(model, optimizer=optimizer_factory(recipe))
     sites = choose_sites(find_sites(model), (1, 2), "both")
-    make = functools.partial(RewindMaskOptimizer, earlier=earlier) if kind == "rewind" else MaskOptimizer
+    make = functools.partial(RewindMaskTuner, earlier=earlier) if kind == "rewind" else MaskTuner
     return make(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer_factory(recipe))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from mft_core.draws import seeded_generator
-from mft_core.masks.masking import MaskOptimizer, initial_scores
+from mft_core.masks.masking import MaskTuner, initial_scores
 from mft_core.masks.selection import masked_count, select
 from mft_core.masks.sites import choose_sites, find_sites
 from tests.support.small_training import make_recipe, make_trainable
@@ -75,7 +75,7 @@ def test_initial_scores_depend_on_seed_and_site_name_alone() -> None:
     assert not torch.equal(one, initial_scores(torch.empty(4, 6), "normal", seeded_generator(2, "a")))
     assert not torch.equal(one, initial_scores(torch.empty(4, 6), "normal", seeded_generator(1, "b")))
     alone, among = (
-        MaskOptimizer(
+        MaskTuner(
             model, sites, sparsity=0.5, init="normal", seed=3, optimizer=lambda scores: torch.optim.SGD(scores, lr=1)
         ).masks()
         for model, layers in ((make_model(), (2,)), (make_model(), (0, 1, 2)))
@@ -87,7 +87,7 @@ def test_initial_scores_depend_on_seed_and_site_name_alone() -> None:
 def test_the_model_holds_masked_weights_and_everything_else_is_frozen() -> None:
     model, base = make_model(), make_model().state_dict()
     trainable = make_trainable("mask", model, make_recipe())
-    assert isinstance(trainable, MaskOptimizer)
+    assert isinstance(trainable, MaskTuner)
     masks = trainable.masks()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (name in masks)

@@ -1,4 +1,4 @@
-"""`MaskOptimizer` in loops that are not this project's: the masks are those of the plain loop."""
+"""`MaskTuner` in loops that are not this project's: the masks are those of the plain loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.training import parallel
@@ -24,12 +24,12 @@ STEPS, PARTS = 12, 4
 Masks = dict[str, Tensor]
 
 
-def make_masked(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, MaskOptimizer]:
+def make_masked(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, MaskTuner]:
     """Return a model and what learns the masks of its layers 1 and 2."""
     model = make_model().to(dtype).train()
     sites = choose_sites(find_sites(model), (1, 2), "both")
     optimizer = optimizer_factory(make_recipe(learning_rate=0.02))
-    return model, MaskOptimizer(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer)
+    return model, MaskTuner(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer)
 
 
 def steps() -> Iterator[list[Tensor]]:
@@ -46,13 +46,13 @@ def loss_of(model: Callable[..., Any], ids: Tensor) -> Tensor:
 
 def plain(dtype: torch.dtype = torch.float32, prepare: Callable[[Any], Any] = lambda model: model) -> Masks:
     """Learn masks in the shortest loop there is."""
-    model, optimizer = make_masked(dtype)
+    model, tuner = make_masked(dtype)
     prepared = prepare(model)
     for parts in steps():
         for ids in parts:
             (loss_of(prepared, ids) / PARTS).backward()
-        optimizer.step()
-    return optimizer.masks()
+        tuner.step()
+    return tuner.masks()
 
 
 def fresh_accelerator() -> Accelerator:
@@ -65,7 +65,7 @@ def fresh_accelerator() -> Accelerator:
 def accelerated() -> Masks:
     """Learn masks of float32 weights in a loop of accelerate's kind; of several processes it makes DDP of the model."""
     accelerator = fresh_accelerator()
-    model, optimizer = make_masked()  # before `prepare`: DDP asks what is frozen when it is made
+    model, tuner = make_masked()  # before `prepare`: DDP asks what is frozen when it is made
     prepared = accelerator.prepare(model)
     assert isinstance(prepared, nn.parallel.DistributedDataParallel) == (parallel.processes() > 1)
     for parts in steps():
@@ -73,22 +73,22 @@ def accelerated() -> Masks:
             with accelerator.accumulate(prepared):
                 accelerator.backward(loss_of(prepared, ids))
                 if accelerator.sync_gradients:
-                    optimizer.step()
-    return optimizer.masks()
+                    tuner.step()
+    return tuner.masks()
 
 
 def added_up(dtype: torch.dtype) -> Masks:
     """Learn masks in such a loop without DDP, which takes no float32 gradients of bfloat16 weights."""
     accelerator = fresh_accelerator()
-    model, optimizer = make_masked(dtype)
+    model, tuner = make_masked(dtype)
     for parts in steps():
         for ids in parts[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(model):
                 accelerator.backward(loss_of(model, ids) / accelerator.num_processes)  # a sum follows, not a mean
                 if accelerator.sync_gradients:
                     parallel.add_up_gradients(weight for weight in model.parameters() if weight.requires_grad)
-                    optimizer.step()
-    return optimizer.masks()
+                    tuner.step()
+    return tuner.masks()
 
 
 def same(one: Masks, other: Masks) -> bool:

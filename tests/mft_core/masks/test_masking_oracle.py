@@ -1,4 +1,4 @@
-"""The mask optimizer against the method as published: the mask computed inside every forward, straight-through."""
+"""The mask tuner against the method as published: the mask computed inside every forward, straight-through."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mft_core.checkpoints.files import load_model
 from mft_core.data.batching import plan_epochs
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.training.loop import train
 from tests.support.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.support.tiny import make_model, save_checkpoint
@@ -64,7 +64,7 @@ def test_twenty_steps_give_the_masks_and_losses_of_masking_inside_every_forward(
     if not rewinds:
         earlier = {name: torch.zeros_like(weight) for name, weight in earlier.items()}
     trainable = make_trainable("rewind" if rewinds else "mask", model, recipe, earlier)
-    assert isinstance(trainable, MaskOptimizer)
+    assert isinstance(trainable, MaskTuner)
     first_masks = trainable.masks()
     published = load_model(checkpoint, torch.float32, torch.device("cpu")).requires_grad_(False)
     modules = {}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import Site, choose_sites, find_sites
 from mft_core.optimizers.factory import optimizer_factory
-from mft_core.selectors.soft import SoftMaskOptimizer
+from mft_core.selectors.soft import SoftMaskTuner
 from mft_core.stage import Progress
 from mft_core.training.loop import train
 from tests.support.small_training import make_context, make_data, make_recipe
@@ -28,9 +28,9 @@ def _adamw(scores: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(scores, lr=0.003, weight_decay=0.0)
 
 
-def _make(model: Any, scope: str, *, soft: bool = False, steps: int = _STEPS, **settings: Any) -> MaskOptimizer:
+def _make(model: Any, scope: str, *, soft: bool = False, steps: int = _STEPS, **settings: Any) -> MaskTuner:
     sites = choose_sites(find_sites(model), (1, 2), "both")
-    kind: Callable[..., MaskOptimizer] = SoftMaskOptimizer if soft else MaskOptimizer
+    kind: Callable[..., MaskTuner] = SoftMaskTuner if soft else MaskTuner
     more = {"sparsity": 0.3, "init": "normal", "seed": 5, "optimizer": _adamw, **settings}
     return kind(model, sites, scope=scope, **more, **({"steps": steps} if soft else {}))
 
@@ -94,9 +94,9 @@ def test_learning_is_that_of_masking_inside_the_forward_pass(
 ) -> None:
     base, model = make_model(family), make_model(family)
     weights = {name: weight.detach().clone() for name, weight in base.named_parameters()}
-    optimizer = _make(model, scope, soft=soft, **settings)
-    sites = optimizer.sites
-    scores = [nn.Parameter(score) for score in optimizer.snapshot().values()]
+    tuner = _make(model, scope, soft=soft, **settings)
+    sites = tuner.sites
+    scores = [nn.Parameter(score) for score in tuner.snapshot().values()]
     reference = _adamw(scores)
     widths = [float(score.detach().std()) for score in scores]
     cuts: dict[str, float] = {}
@@ -122,15 +122,15 @@ def test_learning_is_that_of_masking_inside_the_forward_pass(
             expected = functional_call(base, masked, (), {"input_ids": ids, "labels": ids, "use_cache": False}).loss
             expected.backward()
             torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
-        optimizer.step()
+        tuner.step()
         reference.step()
         reference.zero_grad()
     if soft:
-        for found, score in zip(optimizer.snapshot().values(), scores, strict=True):
+        for found, score in zip(tuner.snapshot().values(), scores, strict=True):
             torch.testing.assert_close(found, score.detach(), atol=1e-5, rtol=0)
         return
     final = _in_forward(scores, sites, scope, settings.get("min_kept", 0.0), cuts)
-    for found, mask in zip(optimizer.masks().values(), final, strict=True):
+    for found, mask in zip(tuner.masks().values(), final, strict=True):
         assert torch.equal(found, mask.detach().round().bool())
 
 
@@ -159,10 +159,10 @@ def test_a_killed_training_ends_with_the_masks_of_an_undisturbed_one(
 
         model = make_model(family)
         floor = {"min_kept": 0.2} if scope == "global" and not soft else {}
-        optimizer = _make(model, scope, soft=soft, steps=10, optimizer=optimizer_factory(recipe), **floor)
+        tuner = _make(model, scope, soft=soft, steps=10, optimizer=optimizer_factory(recipe), **floor)
         context = replace(make_context(work, checkpoint_seconds=0), report=report)
-        rows = train(optimizer, make_data(), recipe, context).rows
-        return rows, optimizer.masks(), optimizer.snapshot(), dict(model.named_parameters())
+        rows = train(tuner, make_data(), recipe, context).rows
+        return rows, tuner.masks(), tuner.snapshot(), dict(model.named_parameters())
 
     whole = run(tmp_path / "whole")
     for stop in (3, 7):
@@ -177,9 +177,9 @@ def test_a_killed_training_ends_with_the_masks_of_an_undisturbed_one(
 def test_soft_masks_are_validated_as_the_hard_masks_that_they_become(tmp_path: Path) -> None:
     recipe = make_recipe(validations=1, learning_rate=0.03, max_steps=2)
     model = make_model()
-    optimizer = _make(model, "local", soft=True, steps=10, optimizer=optimizer_factory(recipe))
-    loss = train(optimizer, make_data(), recipe, make_context(tmp_path)).rows[-1]["validation_loss"]
-    optimizer.finish()
+    tuner = _make(model, "local", soft=True, steps=10, optimizer=optimizer_factory(recipe))
+    loss = train(tuner, make_data(), recipe, make_context(tmp_path)).rows[-1]["validation_loss"]
+    tuner.finish()
     other = _make(model, "local", sparsity=0.0)  # what `finish` has left is a model like any other
     again = train(
         other, make_data(), make_recipe(validations=1, max_steps=1, learning_rate=1e-9), make_context(tmp_path / "b")
@@ -190,9 +190,9 @@ def test_soft_masks_are_validated_as_the_hard_masks_that_they_become(tmp_path: P
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_finished_model_holds_the_mask_and_trains_like_any_other(dtype: torch.dtype) -> None:
     model = make_model().to(dtype)
-    optimizer = _make(model, "local", soft=True)
-    masks = optimizer.masks()
-    optimizer.finish()
+    tuner = _make(model, "local", soft=True)
+    masks = tuner.masks()
+    tuner.finish()
     for name, mask in masks.items():
         assert bool((model.get_parameter(name)[~mask] == 0).all())
     ids = torch.arange(12).view(2, 6)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.optimizers import adamw8bit
 from mft_core.optimizers.adamw8bit import AdamW8bit
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import FineTune, Lora
 from mft_core.stage import Progress, StageContext
 from mft_core.stages import get_stage
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import History, train
 from tests.support.small_training import make_context, make_data, make_recipe, make_trainable, save_data
 from tests.support.tiny import save_checkpoint
@@ -59,7 +59,7 @@ def run_training(
     *,
     epochs: int = 2,
     die_at: int | None = None,
-    trainable: FullOptimizer | MaskOptimizer | None = None,
+    trainable: FullTuner | MaskTuner | None = None,
 ) -> tuple[History, dict[str, Tensor]]:
     """Train from the wide model; return history and weights."""
     torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def run_training(
     return history, trainable.model.state_dict()
 
 
-def prepare(kind: str, optimizer: str, precision: str) -> FullOptimizer | MaskOptimizer:
+def prepare(kind: str, optimizer: str, precision: str) -> FullTuner | MaskTuner:
     recipe = make_recipe(optimizer=optimizer, precision=precision, learning_rate=RATES[optimizer], weight_decay=0.01)
     model = make_wide_model()
     if kind == "full":
@@ -180,7 +180,7 @@ def test_weights_in_bfloat16_have_float32_gradients_and_eight_bytes_each_in_all(
 
 def test_gradients_of_bfloat16_weights_are_summed_in_float32() -> None:
     layer = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-    trainable = FullOptimizer(layer, optimizer=optimizer_factory(make_recipe(optimizer="adamw-8bit")))
+    trainable = FullTuner(layer, optimizer=optimizer_factory(make_recipe(optimizer="adamw-8bit")))
     for value in (256.0, *[1.0] * 100):
         layer(torch.tensor([[value]], dtype=torch.bfloat16)).sum().backward()
     (weight,) = trainable.trained()

@@ -18,7 +18,7 @@ from mft_core.masks.selection import remove_least, select
 from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.methods import CALIBRATED, TRAINED
 from mft_core.selectors import SELECTORS
-from mft_core.selectors.soft import SoftMaskOptimizer
+from mft_core.selectors.soft import SoftMaskTuner
 from mft_core.training.loss import LossHead
 from tests.support.small_training import make_job, make_recipe, save_data
 from tests.support.tiny import make_model, save_checkpoint
@@ -122,9 +122,9 @@ def test_more_calibration_rows_than_there_are_is_an_error(checkpoint: Path, data
         SELECTORS["movement"](job)
 
 
-def _soft(model: Any, steps: int = 4) -> SoftMaskOptimizer:
+def _soft(model: Any, steps: int = 4) -> SoftMaskTuner:
     sites = choose_sites(find_sites(model), (1, 2), "both")
-    return SoftMaskOptimizer(
+    return SoftMaskTuner(
         model,
         sites,
         sparsity=0.3,

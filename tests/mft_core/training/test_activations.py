@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mft_core.errors import ConfigError
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import find_sites, n_layers
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import FineTune, Lora, Training
 from mft_core.stages import get_stage
 from mft_core.training.activations import recompute_activations
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import train
-from mft_core.training.lora import LoraOptimizer
+from mft_core.training.lora import LoraTuner
 from mft_core.training.loss import keeps_packed_apart
 from tests.support.small_training import make_context, make_data, make_recipe, make_trainable, save_data
 from tests.support.tiny import make_model, save_checkpoint
@@ -31,9 +31,7 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def prepare(
-    kind: str, family: str, recipe: Training, *, recompute: bool
-) -> FullOptimizer | MaskOptimizer | LoraOptimizer:
+def prepare(kind: str, family: str, recipe: Training, *, recompute: bool) -> FullTuner | MaskTuner | LoraTuner:
     """Return what trains a model of this family, with all dropouts as the recipe has them."""
     model = make_model(family)
     for module in model.modules():
@@ -46,7 +44,7 @@ def prepare(
     if kind != "lora":
         return make_trainable(kind, model, recipe)
     lora = Lora(rank=4, dropout=recipe.dropout)
-    return LoraOptimizer(model, find_sites(model), lora, seed=1, optimizer=optimizer_factory(recipe))
+    return LoraTuner(model, find_sites(model), lora, seed=1, optimizer=optimizer_factory(recipe))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

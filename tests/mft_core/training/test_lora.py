@@ -17,7 +17,7 @@ from mft_core.recipes import FineTune, Lora, Training
 from mft_core.stage import Progress, StageContext
 from mft_core.stages import get_stage
 from mft_core.training.loop import History, train
-from mft_core.training.lora import LoraOptimizer
+from mft_core.training.lora import LoraTuner
 from tests.support.small_training import make_context, make_data, make_recipe, save_data
 from tests.support.tiny import make_model, save_checkpoint
 
@@ -31,9 +31,9 @@ class _Killed(BaseException):
 
 def make_lora(
     model: PreTrainedModel, recipe: Training, *, rank: int = 4, dropout: float = 0.0, seed: int = 1
-) -> LoraOptimizer:
+) -> LoraTuner:
     lora = Lora(rank=rank, alpha=16, dropout=dropout)
-    return LoraOptimizer(model, find_sites(model), lora, seed=seed, optimizer=optimizer_factory(recipe))
+    return LoraTuner(model, find_sites(model), lora, seed=seed, optimizer=optimizer_factory(recipe))
 
 
 def content(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -17,9 +17,9 @@ from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import Lora
 from mft_core.stage import Progress, StageContext
 from mft_core.training import parallel
-from mft_core.training.full_tuning import FullOptimizer, ParameterOptimizer
+from mft_core.training.full_tuning import FullTuner, ParameterTuner
 from mft_core.training.loop import train
-from mft_core.training.lora import LoraOptimizer
+from mft_core.training.lora import LoraTuner
 from tests.support.small_group import together
 from tests.support.small_training import make_context, make_data, make_recipe, make_trainable
 from tests.support.tiny import make_model
@@ -179,12 +179,12 @@ def train_with_noise(kind: str, work: Path) -> Result:
     """Train adapters with dropout, or bfloat16 weights that are rounded at random; return what was trained."""
     model, recipe = make_model(), make_recipe(max_steps=4, optimizer="adamw-8bit")
     optimizer = optimizer_factory(recipe)
-    trainable: ParameterOptimizer
+    trainable: ParameterTuner
     if kind == "lora":
         lora = Lora(rank=4, alpha=8, dropout=0.3)
-        trainable = LoraOptimizer(model, find_sites(model), lora, seed=1, optimizer=optimizer)
+        trainable = LoraTuner(model, find_sites(model), lora, seed=1, optimizer=optimizer)
     else:
-        trainable = FullOptimizer(model.to(torch.bfloat16), optimizer=optimizer)
+        trainable = FullTuner(model.to(torch.bfloat16), optimizer=optimizer)
     rows = train(trainable, make_data(), recipe, make_context(work)).rows
     return {"rows": rows, "weights": trainable.snapshot()}
 

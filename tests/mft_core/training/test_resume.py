@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mft_core.cache_key import digest
 from mft_core.errors import StageError
 from mft_core.stage import Progress, StageContext
 from mft_core.training.checkpoints import ResumableState
@@ -228,3 +229,12 @@ def test_no_flipped_bit_of_a_state_is_ever_loaded(name: str, tmp_path: Path) -> 
         saved.save(content, best_step=1)
         flip_a_bit(tmp_path / name, dice)
         assert saved.load() == {"before": True}
+
+
+@pytest.mark.parametrize(("kind", "name"), [("full", "FullOptimizer"), ("mask", "MaskOptimizer")])
+def test_a_state_saved_before_the_classes_were_renamed_is_still_resumed(kind: str, name: str, tmp_path: Path) -> None:
+    with pytest.raises(_Killed):
+        run_training(kind, tmp_path / "work", tmp_path / "out", die_at=2)
+    saved = torch.load(tmp_path / "work/state.pt", weights_only=True)
+    of_0_1 = digest({"recipe": make_recipe(**_RECIPE), "examples": len(make_data().train), "kind": name})
+    assert saved["identity"] == of_0_1

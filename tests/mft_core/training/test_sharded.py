@@ -15,9 +15,9 @@ from mft_core.optimizers.factory import optimizer_factory
 from mft_core.stage import Progress, StageContext
 from mft_core.training import loss
 from mft_core.training.activations import recompute_activations
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import train
-from mft_core.training.sharded import ShardedOptimizer, divide, gathered
+from mft_core.training.sharded import ShardedTuner, divide, gathered
 from tests.mft_core.training.test_training import data_to_overfit
 from tests.support.small_group import together
 from tests.support.small_training import make_context, make_recipe
@@ -48,7 +48,7 @@ def fine_tune(
     if recompute:
         recompute_activations(model, noise=False)
         loss.MOST_LOGITS = 2000  # of a vocabulary of some hundred: a few at a time
-    trainable = (ShardedOptimizer if divided else FullOptimizer)(model, optimizer=optimizer_factory(recipe))
+    trainable = (ShardedTuner if divided else FullTuner)(model, optimizer=optimizer_factory(recipe))
     context = make_context(work, micro_batch_tokens=40)
     try:
         rows = train(

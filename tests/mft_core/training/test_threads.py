@@ -15,17 +15,17 @@ from mft_core.checkpoints import files as checkpoint_io
 from mft_core.checkpoints.files import load_model, skeleton
 from mft_core.compute import PROCESS_WIDE
 from mft_core.draws import seeded_generator
-from mft_core.masks.masking import MaskOptimizer, initial_scores
+from mft_core.masks.masking import MaskTuner, initial_scores
 from mft_core.recipes import Training
 from mft_core.selectors import SELECTORS
 from mft_core.stage import Progress, StageContext
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import History, train
 from tests.support.small_training import make_context, make_data, make_job, make_recipe, make_trainable
 from tests.support.tiny import make_model, save_checkpoint
 
 
-def prepare(recipe: Training) -> MaskOptimizer | FullOptimizer:
+def prepare(recipe: Training) -> MaskTuner | FullTuner:
     """Make a model, with attention dropout as the recipe has it, and what learns its mask."""
     model = make_model()  # draws from the process's generator: not beside a training
     for layer in model.model.layers:
@@ -37,7 +37,7 @@ def run(
     recipe: Training,
     work: Path,
     told: Callable[[Progress], None] = lambda progress: None,
-    trainable: MaskOptimizer | FullOptimizer | None = None,
+    trainable: MaskTuner | FullTuner | None = None,
 ) -> History:
     """Learn a mask."""
     context = make_context(work)
@@ -65,7 +65,7 @@ def test_trainings_with_dropout_in_two_threads_end_as_if_each_was_alone(tmp_path
     alone = [run(recipe, tmp_path / f"alone-{recipe.seed}") for recipe in recipes]
     together: dict[int, History] = {}
 
-    def one(recipe: Training, trainable: MaskOptimizer | FullOptimizer) -> None:
+    def one(recipe: Training, trainable: MaskTuner | FullTuner) -> None:
         together[recipe.seed] = run(recipe, tmp_path / f"together-{recipe.seed}", trainable=trainable)
 
     threads = [threading.Thread(target=one, args=(recipe, prepare(recipe))) for recipe in recipes]

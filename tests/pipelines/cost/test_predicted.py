@@ -11,8 +11,7 @@ from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_studies, load_study
 from pipelines.config.geometry import read_geometry
-from pipelines.cost import flops as operations
-from pipelines.cost import plan_view
+from pipelines.cost import flops, plan_view
 from pipelines.cost.plan_view import as_dict, show, show_together
 from pipelines.cost.predicted import ACCELERATOR, CORE, bills, device_of, stages
 from pipelines.cost.workload import Items, Sequences, sequences
@@ -42,26 +41,26 @@ def mask(layers="20-23", selector="learned", **changes):
 
 def tuned(runtime=PLAIN, lora=None, **changes):
     recipe = FineTune.model_validate({"training": training(**changes), "lora": lora})
-    return operations.fine_tune(recipe, LLAMA2_7B, DATA, runtime)
+    return flops.fine_tune(recipe, LLAMA2_7B, DATA, runtime)
 
 
 def masked(layers="20-23", selector="learned", runtime=PLAIN, **changes):
     data = DATA if selector not in ("random", "magnitude") else None
-    return operations.learn_mask(mask(layers, selector, **changes), LLAMA2_7B, data, "bfloat16", runtime)
+    return flops.learn_mask(mask(layers, selector, **changes), LLAMA2_7B, data, "bfloat16", runtime)
 
 
 def hours(work, device=ACCELERATOR):
     return device.hours(work, "bfloat16")
 
 
-def test_full_fine_tuning_of_7b_costs_six_operations_a_weight_and_token():
+def test_full_fine_tuning_of_7b_costs_six_flops_a_weight_and_token():
     told = 6 * LLAMA2_7B.weights * 2 * DATA.tokens / (0.4 * 989e12) / 3600
     assert hours(tuned()) == pytest.approx(told, rel=0.05)
 
 
 def test_a_packed_7b_mask_passes_tokens_as_fast_as_measured_on_an_h100_within_a_factor():
     packed = replace(DATA, train=DATA.tokens / 1024)
-    work = operations.learn_mask(mask("20-23"), LLAMA2_7B, packed, "bfloat16", PLAIN)
+    work = flops.learn_mask(mask("20-23"), LLAMA2_7B, packed, "bfloat16", PLAIN)
     seconds = hours(replace(work, stored=0)) * 3600 - ACCELERATOR.start
     assert 21_000 / 1.5 < 2 * DATA.tokens / seconds < 21_000 * 1.5
 
@@ -69,10 +68,10 @@ def test_a_packed_7b_mask_passes_tokens_as_fast_as_measured_on_an_h100_within_a_
 def test_a_mask_costs_the_less_the_higher_it_lies_and_the_less_it_covers_and_less_than_fine_tuning():
     low, middle, high = (hours(masked(layers)) for layers in ("0-3", "12-15", "28-31"))
     assert hours(tuned()) > low > middle > high
-    assert tuned().operations > masked("all").operations > masked("0-3").operations
+    assert tuned().flops > masked("all").flops > masked("0-3").flops
     assert hours(masked("20-23", modules="attention")) < hours(masked("20-23"))
-    forward = operations.Passes(LLAMA2_7B, DATA.length).forward()
-    assert forward < masked("31").operations / (2 * DATA.tokens) < 1.1 * forward
+    forward = flops.Passes(LLAMA2_7B, DATA.length).forward()
+    assert forward < masked("31").flops / (2 * DATA.tokens) < 1.1 * forward
 
 
 @pytest.mark.parametrize("work", [tuned, masked, lambda **changes: tuned(lora={"rank": 64}, **changes)])
@@ -81,32 +80,30 @@ def test_twice_the_epochs_cost_twice(work):
         once, twice = (masked(training=training(epochs=epochs)) for epochs in (1, 2))
     else:
         once, twice = work(epochs=1), work(epochs=2)
-    assert twice.operations == 2 * once.operations
+    assert twice.flops == 2 * once.flops
     assert twice.moved == pytest.approx(2 * once.moved, rel=0.01)
 
 
 def test_a_training_that_ends_early_costs_its_steps():
-    assert tuned(max_steps=10).operations == pytest.approx(
-        10 * 128 * DATA.length / (2 * DATA.tokens) * tuned().operations
-    )
+    assert tuned(max_steps=10).flops == pytest.approx(10 * 128 * DATA.length / (2 * DATA.tokens) * tuned().flops)
 
 
 def test_validations_add_forward_passes_over_the_validation_tokens():
-    added = tuned(validations=4).operations - tuned().operations
-    forward = operations.Passes(LLAMA2_7B, DATA.length).forward()
+    added = tuned(validations=4).flops - tuned().flops
+    forward = flops.Passes(LLAMA2_7B, DATA.length).forward()
     assert added == pytest.approx(4 * DATA.validation_tokens * forward)
 
 
 def test_recomputing_activations_costs_another_forward_pass_through_what_is_passed_backwards():
     recomputed = Runtime(gradient_checkpointing=True)
-    assert tuned(recomputed).operations / tuned().operations == pytest.approx(4 / 3, rel=0.02)
-    low, high = (masked(at, runtime=recomputed).operations - masked(at).operations for at in ("0-3", "24-27"))
+    assert tuned(recomputed).flops / tuned().flops == pytest.approx(4 / 3, rel=0.02)
+    low, high = (masked(at, runtime=recomputed).flops - masked(at).flops for at in ("0-3", "24-27"))
     assert low == pytest.approx(4 * high)  # 32 layers against 8
 
 
 def test_adapters_need_no_gradients_of_the_weights_but_more_than_a_forward_and_a_backward_pass():
-    forward = operations.Passes(LLAMA2_7B, DATA.length).forward() * 2 * DATA.tokens
-    assert 2 * forward < tuned(lora={"rank": 64}).operations < 2.3 * forward
+    forward = flops.Passes(LLAMA2_7B, DATA.length).forward() * 2 * DATA.tokens
+    assert 2 * forward < tuned(lora={"rank": 64}).flops < 2.3 * forward
     assert tuned(lora={"rank": 64}).moved > tuned(lora={"rank": 64, "dropout": 0}).moved
 
 
@@ -114,10 +111,10 @@ def test_selectors_that_do_not_train_cost_next_to_nothing_and_movement_more_than
     costs = {name: masked(selector=name) for name in ("random", "magnitude")}
     costs |= {name: masked(selector=name, calibration_rows=128) for name in ("wanda", "movement")}
     assert all(hours(work) < 0.02 * hours(masked()) for work in costs.values())
-    assert costs["random"].operations == 0 < costs["wanda"].operations < costs["movement"].operations
+    assert costs["random"].flops == 0 < costs["wanda"].flops < costs["movement"].flops
 
 
-def test_hours_are_linear_in_operations_and_go_down_with_what_the_device_does_in_a_second():
+def test_hours_are_linear_in_flops_and_go_down_with_what_the_device_does_in_a_second():
     work = replace(tuned(), moved=0, stored=0)
     device = replace(ACCELERATOR, start=0)
     assert hours(work, replace(device, utilisation=0.2)) == pytest.approx(2 * hours(work, device))
@@ -128,10 +125,10 @@ def test_hours_are_linear_in_operations_and_go_down_with_what_the_device_does_in
 def test_decoding_reads_the_weights_once_a_token_of_a_batch():
     recipe = Evaluate(task="sums", precision="bfloat16")
     asked = Items(count=64, prompt=100, answer=10)
-    one, two = (operations.evaluate(recipe, LLAMA2_7B, asked, Runtime(eval_batch_size=size)) for size in (64, 32))
+    one, two = (flops.evaluate(recipe, LLAMA2_7B, asked, Runtime(eval_batch_size=size)) for size in (64, 32))
     assert two.moved - one.moved == pytest.approx(10 * 2 * LLAMA2_7B.weights)
     assert two.launches == 2 * one.launches
-    assert two.operations == one.operations
+    assert two.flops == one.flops
 
 
 def test_of_experts_those_count_that_a_token_passes_through():
@@ -140,13 +137,13 @@ def test_of_experts_those_count_that_a_token_passes_through():
         "num_key_value_heads": 4, "vocab_size": 100, "num_experts_per_tok": 2,
     }  # fmt: skip
     few, many = (read_geometry({"model_type": "mixtral", "num_local_experts": n, **sizes}) for n in (2, 8))
-    assert operations.Passes(few, 10).forward() == operations.Passes(many, 10).forward()
+    assert flops.Passes(few, 10).forward() == flops.Passes(many, 10).forward()
     assert few.weights < many.weights
 
 
 def test_numbers_of_the_analyses_are_those_of_their_code():
-    assert len(landscape.LINE) == operations.LINE
-    assert cuts.DECILES == operations.DECILES
+    assert len(landscape.LINE) == flops.LINE
+    assert cuts.DECILES == flops.DECILES
 
 
 @pytest.fixture(scope="module")

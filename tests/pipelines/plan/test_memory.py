@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft_core.data.tokens import TokenDataset
-from mft_core.masks.masking import MaskOptimizer
+from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.methods import CALIBRATED, SELECTORS, TRAINED
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
@@ -16,9 +16,9 @@ from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, MergeMask, Pre
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.training import loss
 from mft_core.training.activations import recompute_activations
-from mft_core.training.full_tuning import FullOptimizer
+from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData, train
-from mft_core.training.lora import LoraOptimizer
+from mft_core.training.lora import LoraTuner
 from pipelines.commands import doctor
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.config.geometry import read_geometry
@@ -94,10 +94,10 @@ def trainable(recipe, fields=SMALL, family="llama"):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=dtype)
     if not fine_tune:
         sites = choose_sites(find_sites(model), (1, 2), recipe.modules)
-        return MaskOptimizer(model, sites, sparsity=0.1, init="normal", seed=0, optimizer=factory)
+        return MaskTuner(model, sites, sparsity=0.1, init="normal", seed=0, optimizer=factory)
     if recipe.lora:
-        return LoraOptimizer(model, find_sites(model), recipe.lora, seed=0, optimizer=factory)
-    return FullOptimizer(model, optimizer=factory)
+        return LoraTuner(model, find_sites(model), recipe.lora, seed=0, optimizer=factory)
+    return FullTuner(model, optimizer=factory)
 
 
 def random_data():
