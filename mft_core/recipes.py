@@ -9,7 +9,7 @@ A field added later must have a default that means the old behaviour, so that ol
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -118,12 +118,8 @@ def _listed(selectors: frozenset[str]) -> str:
     return f"the selectors {' and '.join(sorted(selectors))}"
 
 
-class LearnMask(Recipe):
-    """Recipe of the stage `learn-mask` (paper, section 3) and of its controls.
-
-    What belongs to some selectors only (`training`, `score_init`, `calibration_rows`) is neither had nor hashed by the
-    others.
-    """
+class MaskSettings(Recipe):
+    """What every mask is chosen by, in a study as in a loop of one's own."""
 
     selector: Selector = "learned"
     sparsity: Sparsity
@@ -135,12 +131,32 @@ class LearnMask(Recipe):
         "'global-threshold': fixed thresholds for attention and MLP, at which the share holds when learning starts",
     )
     min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
+    seed: int = Field(42, ge=0, description="of the initial scores, of the random selection or of the calibration rows")
+
+    @model_validator(mode="after")
+    def _settings_fit_the_scope(self) -> Self:
+        if self.min_kept and (self.scope != "global" or self.min_kept + self.sparsity > 1 + 1e-9):
+            raise ValueError("min_kept belongs to scope 'global' and is at most 1 - sparsity")
+        scopes = SELECTORS[self.selector].scopes
+        if self.scope not in scopes:
+            raise ValueError(
+                f"selector '{self.selector}' has no scope '{self.scope}'; valid: {', '.join(sorted(scopes))}"
+            )
+        return self
+
+
+class LearnMask(MaskSettings):
+    """Recipe of the stage `learn-mask` (paper, section 3) and of its controls.
+
+    What belongs to some selectors only (`training`, `score_init`, `calibration_rows`) is neither had nor hashed by the
+    others.
+    """
+
     score_init: ScoreInit | None = None
     training: Training | None = None
     calibration_rows: int | None = Field(
         None, gt=0, description="training sequences that a calibrated selector looks at"
     )
-    seed: int = Field(42, ge=0, description="of the initial scores, of the random selection or of the calibration rows")
 
     @model_validator(mode="after")
     def _settings_fit_the_selector(self) -> LearnMask:
@@ -149,17 +165,6 @@ class LearnMask(Recipe):
             raise ValueError(f"'training' and 'score_init' belong to {_listed(TRAINED)}, which need both")
         if (self.selector in CALIBRATED) != (self.calibration_rows is not None):
             raise ValueError(f"'calibration_rows' belongs to {_listed(CALIBRATED)}, which need it")
-        return self
-
-    @model_validator(mode="after")
-    def _settings_fit_the_scope(self) -> LearnMask:
-        if self.min_kept and (self.scope != "global" or self.min_kept + self.sparsity > 1 + 1e-9):
-            raise ValueError("min_kept belongs to scope 'global' and is at most 1 - sparsity")
-        scopes = SELECTORS[self.selector].scopes
-        if self.scope not in scopes:
-            raise ValueError(
-                f"selector '{self.selector}' has no scope '{self.scope}'; valid: {', '.join(sorted(scopes))}"
-            )
         return self
 
 

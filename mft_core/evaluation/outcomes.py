@@ -30,6 +30,10 @@ class Evaluation:
     """benchmark, metric, filter, n, accuracy, standard_error, commonest_target_share, lm_eval (version), and
     `higher_is_better` where it is not"""
 
+    def __str__(self) -> str:
+        told = self.summary
+        return f"{told['benchmark']}: {told['metric']} {100 * told['accuracy']:.1f}% of {told['n']:,} items"
+
 
 def per_item(
     recipe: Evaluate, samples: Mapping[str, list[dict[str, Any]]], higher_is_better: bool = True

@@ -51,7 +51,7 @@ def _edges(length: int, blocks: int) -> np.ndarray:
     return np.arange(count + 1) * length // count
 
 
-def where_it_cuts(mask: Mask, path: Path) -> None:
+def where_it_cuts(mask: Mask, path: Path | str) -> None:
     """Draw the heat map of a mask and write a PNG."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

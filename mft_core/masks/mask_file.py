@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mft_core.cache_key import digest
 from mft_core.errors import ConfigError, explain
+from mft_core.layers import format_layers
 from mft_core.masks.masked_sites import MaskedSite, Sha256, check_base, dtype_name, tensor_digest
 from mft_core.masks.packing import PackedMasks, packed_size
 from mft_core.masks.selection import masked_count
@@ -155,6 +156,13 @@ class Mask:
         """Entries under the mask, over all sites."""
         return self.config.weights
 
+    def __str__(self) -> str:
+        config, layers = self.config, format_layers(self.config.layers_to_transform)
+        return (
+            f"mask ({config.selector}) of {len(config.sites)} matrices in layers {layers}: "
+            f"{config.share:.2%} of {self.weights:,} weights {config.made}"
+        )
+
 
 def make_mask(
     sites: Sequence[Site],
@@ -251,19 +259,21 @@ def _base_digest(records: Iterable[MaskedSite]) -> str:
     return digest({record.name: record.base_sha256 for record in records})
 
 
-def save_mask(mask: Mask, directory: Path) -> None:
+def save_mask(mask: Mask, directory: Path | str) -> None:
     """Write `mask.safetensors` and `mask_config.json`: the same bytes for the same mask."""
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / WEIGHTS).write_bytes(save({_TENSOR: mask.kept.content()}))
     (directory / CONFIG).write_text(mask.config.to_json(), encoding="utf-8")
 
 
-def load_mask(directory: Path) -> Mask:
+def load_mask(directory: Path | str) -> Mask:
     """Read what `save_mask` wrote.
 
     Raises:
         ConfigError: a file is missing, or content, size or zero counts are not what the configuration says.
     """
+    directory = Path(directory)
     config = read_mask_config(directory)
     shapes = {site.name: site.shape for site in config.sites}
     content = _read_bits(directory, sum(packed_size(shape) for shape in shapes.values()))

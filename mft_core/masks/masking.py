@@ -19,18 +19,26 @@ scope selects on S itself (the paper's global variant), dL/dS = dL/dM.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from mft_core.checkpoints.files import WeightFiles
 from mft_core.draws import seeded_generator
+from mft_core.errors import ConfigError, StageError, explain, unknown
+from mft_core.layers import parse_layers
+from mft_core.masks.mask_file import Mask, make_mask
 from mft_core.masks.selection import Global, GlobalThreshold, Local, Scope
-from mft_core.masks.sites import Site
-from mft_core.optimizers.factory import OptimizerFactory
-from mft_core.recipes import ScopeName, ScoreInit
+from mft_core.masks.sites import Site, choose_sites, find_sites, n_layers
+from mft_core.optimizers.factory import OptimizerFactory, adamw
+from mft_core.recipes import MaskSettings, Modules, ScopeName, ScoreInit
 
 _STD = 0.02
 """the reference's `initializer_range`"""
@@ -65,39 +73,62 @@ class MaskTuner:
     the weights' ordinary `.grad`, in float32 whatever the weights are, so that everything that works on gradients
     (data-parallel reduction, accelerate, checkpointing, compilation) works here; `trained` turns it into the scores'.
 
-    In loops other than `mft_core.training.loop`: move the model to its device, make this, then wrap the model (DDP
-    asks what is frozen when it is made), and call `step` once per accumulation window. DDP averages over processes:
+    In loops other than `mft_core.training.loop`: make this, then wrap the model (DDP asks what is frozen when it is
+    made), and call `step` once per accumulation window; to clip, `clip_grad_norm_(tuner.trained(), 1.0)` before it. In
+    mixed precision use bfloat16: of float16's loss scaling nothing is known here. DDP averages over processes:
     multiply the loss by their number for the sum. It takes no bfloat16 weights here: leave the model unwrapped and
     call `mft_core.training.parallel.add_up_gradients(p for p in model.parameters() if p.requires_grad)` before `step`.
+    transformers' and TRL's trainers take `mft_core.masks.mask_callback.MaskCallback`.
 
     Args:
         model: the decoder; its site weights are overwritten by W ⊙ M.
-        sites: the matrices to mask.
-        sparsity: share that is set to zero, of each matrix or of all (see `scope`).
-        init: distribution of the initial scores.
-        seed: of the initial scores.
-        optimizer: makes the optimizer of the scores (float32, on the weights' device): any of `torch.optim`'s kind.
+        sparsity: share that is set to zero, of each matrix or of all (see `scope`), 0 <= sparsity < 1: 0.1 is 10%.
+        layers: the decoder layers to mask, from 0: '20-23', '0,3,8-11', 'last:4', 'middle:4', 'all'.
+        modules: the matrices of a layer: 'attention', 'mlp', 'both', or names such as 'q_proj,k_proj' or 'mlp.*'.
+        lr: learning rate of the scores, for AdamW without weight decay; a `torch.optim.lr_scheduler` of
+            `tuner.optimizer` changes it, as does `step`.
+        optimizer: in place of `lr`: makes the optimizer of the scores (float32, on the weights' device).
         scope: among which weights the least scores are removed, see `mft_core.masks.selection`.
         min_kept: of scope 'global': least share kept in every matrix.
+        init: distribution of the initial scores, see `initial_scores`.
+        seed: of the initial scores.
+
+    Raises:
+        ConfigError: a setting is not valid, or the model has no matrix to mask there.
     """
 
+    selector = "learned"
+    """who chooses the mask, as the mask file has it"""
     state_kind = "MaskOptimizer"
     draws_random_numbers = False
 
     def __init__(
         self,
-        model: nn.Module,
-        sites: Sequence[Site],
+        model: PreTrainedModel,
         *,
         sparsity: float,
-        init: ScoreInit,
-        seed: int,
-        optimizer: OptimizerFactory,
+        layers: str,
+        modules: Modules = "both",
+        lr: float | None = None,
+        optimizer: OptimizerFactory | None = None,
         scope: ScopeName = "local",
         min_kept: float = 0.0,
+        init: ScoreInit = "normal",
+        seed: int = 42,
     ) -> None:
+        asked = {"sparsity": sparsity, "layers": layers, "modules": modules, "scope": scope, "min_kept": min_kept}
+        try:
+            self.settings = MaskSettings.model_validate({**asked, "selector": self.selector, "seed": seed})
+        except ValidationError as error:
+            raise explain(error, MaskSettings, type(self).__name__) from None
+        if init not in get_args(ScoreInit):
+            raise unknown("init", init, get_args(ScoreInit))
+        if lr is not None and optimizer is None:
+            optimizer = functools.partial(adamw, lr=lr)
+        elif lr is not None or optimizer is None:
+            raise ConfigError("give lr, the learning rate of the scores' AdamW, or optimizer, which makes another one.")
         self.model = model
-        self.sites = list(sites)
+        self.sites = choose_sites(find_sites(model), parse_layers(layers, n_layers(model)), self.settings.modules)
         parameters = dict(model.named_parameters())
         self._parameters = {site.parameter: parameters[site.parameter] for site in self.sites}
         self._originals = {name: weight.detach().clone() for name, weight in self._parameters.items()}
@@ -124,14 +155,33 @@ class MaskTuner:
 
     @torch.no_grad()
     def trained(self) -> list[Tensor]:
-        """Return all scores with the gradient of this step in `.grad`, made from what `backward` accumulated."""
+        """Return all scores with the gradient of this step in `.grad`, made from what `backward` accumulated.
+
+        Raises:
+            StageError: nothing was accumulated, or the model is on another device than when this was made.
+        """
         if self._scores[0].grad is None:
+            self._check_ready()
             gradients = {name: self._taken(weight) for name, weight in self._parameters.items()}
             for site, score, slope in zip(self.sites, self._scores, self._slopes(), strict=True):
                 score.grad = site.of(gradients).mul_(self._lost(site))
                 if slope is not None:
                     score.grad.mul_(slope)
         return self._scores
+
+    def _check_ready(self) -> None:
+        weights = self._parameters.values()
+        if all(weight.grad is None for weight in weights):
+            raise StageError(
+                "no masked weight has a gradient: call backward() before step(), let nothing zero the gradients in "
+                "between, and train the model that the tuner was made with."
+            )
+        homes = {str(weight.device) for weight in weights} - {str(weight.device) for weight in self._originals.values()}
+        if homes:
+            raise StageError(
+                f"the model has been moved to {', '.join(sorted(homes))} since its tuner was made: move it, then make "
+                "the tuner."
+            )
 
     def _lost(self, site: Site) -> Tensor:
         """Return what each entry of a matrix loses where it is masked: all of W."""
@@ -150,7 +200,15 @@ class MaskTuner:
 
     @torch.no_grad()
     def step(self, learning_rate: float | None = None) -> None:
-        """Change the scores by one optimizer step, select the masks anew and put W ⊙ M into the model."""
+        """Change the scores by one optimizer step, select the masks anew and put W ⊙ M into the model.
+
+        Args:
+            learning_rate: of this step and those after it; None leaves the optimizer's.
+
+        Raises:
+            StageError: as `trained`.
+            ValueError: the scores are not numbers any more, since a loss or gradient was not finite.
+        """
         self.trained()
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
@@ -182,6 +240,53 @@ class MaskTuner:
     def masks(self) -> dict[str, Tensor]:
         """Return the masks that the scores select now, by site name (True is kept), on the weights' device."""
         return {site.name: mask for site, mask in zip(self.sites, self.scope.masks(self._scores), strict=True)}
+
+    def thresholds(self) -> dict[str, float] | None:
+        """Return the thresholds of scope 'global-threshold', by class of matrix."""
+        if not isinstance(self.scope, GlobalThreshold):
+            return None
+        return {str(kind): cut for kind, cut in self.scope.thresholds.items()}
+
+    def mask(self, checkpoint: Path | str | None = None) -> Mask:
+        """Return the mask that the scores select now, tied to the base weights: what `save_mask` and `merge` take.
+
+        Args:
+            checkpoint: directory of the base model, needed where it was loaded in another type than it is stored in,
+                which the digests of the mask file are of.
+
+        Raises:
+            ConfigError: the checkpoint holds other weights.
+        """
+        base = {site.name: site.of(self._originals) for site in self.sites}
+        if checkpoint is not None:
+            base = self._stored(Path(checkpoint))
+        earlier = self._earlier_values()
+        to = None if earlier is None else [(name, earlier[name].to(weight.dtype)) for name, weight in base.items()]
+        return make_mask(
+            self.sites,
+            self.masks(),
+            base.items(),
+            **self.settings.model_dump(include={"sparsity", "selector", "modules", "scope", "min_kept"}),
+            thresholds=self.thresholds(),
+            base_name=self.model.name_or_path or "",
+            rewound_to=to,
+        )
+
+    def _stored(self, checkpoint: Path) -> dict[str, Tensor]:
+        """Return the base weights as a checkpoint stores them, by site name."""
+        stored = dict(WeightFiles(checkpoint).tensors([site.name for site in self.sites]))
+        for site in self.sites:
+            given = site.of(self._originals).cpu()
+            if not torch.equal(stored[site.name].to(given.dtype), given):
+                raise ConfigError(
+                    f"checkpoint = {checkpoint}: {site.name} has other weights there than in the model that the mask "
+                    "was learned on; give the checkpoint that it was loaded from."
+                )
+        return stored
+
+    def _earlier_values(self) -> Mapping[str, Tensor] | None:
+        """Return what masked entries go back to, by site name; None: they are zero."""
+        return None
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -43,13 +43,13 @@ def _silent(done: int, total: int) -> None:
 
 
 def merge(
-    base: Path,
-    mask_directory: Path,
-    out: Path,
+    base: Path | str,
+    mask_directory: Path | str,
+    out: Path | str,
     report: Report = _silent,
     *,
     keep_removed: bool = False,
-    rewind_to: Path | None = None,
+    rewind_to: Path | str | None = None,
 ) -> Mask:
     """Write `out`: the checkpoint `base` with the entries that the mask removes set to zero, or rewound.
 
@@ -77,8 +77,8 @@ def merge(
         )
     if rewind_to is not None and not mask.config.rewinds:
         raise ConfigError(f"rewind_to = {rewind_to}: the mask sets weights to zero; leave the model to rewind to out.")
-    files = WeightFiles(base)
-    earlier = None if rewind_to is None else WeightFiles(rewind_to)
+    files = WeightFiles(Path(base))
+    earlier = None if rewind_to is None else WeightFiles(Path(rewind_to))
     removed, rewound = {}, {}
     for site in mask.config.sites:
         weight = files.tensor(site.name) if site.name in files.pieces else None
@@ -95,14 +95,14 @@ def merge(
                     "give the model that the mask was learned with."
                 )
             rewound[site.name] = value[cut]
-    with _whole_or_absent(out) as target:
+    with _whole_or_absent(Path(out)) as target:
         _rewrite(files, mask, target, report, None if earlier is None else rewound)
         if keep_removed:
             _save_removed(removed, mask, files, target)
     return mask
 
 
-def unmerge(merged: Path, out: Path, report: Report = _silent) -> Mask:
+def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Mask:
     """Write `out`: the base of a checkpoint that was merged with `keep_removed`, every weight bit for bit.
 
     Args:
@@ -117,6 +117,7 @@ def unmerge(merged: Path, out: Path, report: Report = _silent) -> Mask:
         ConfigError: the folder is missing or damaged, or the weights are not those that `merge` wrote; nothing is
             written.
     """
+    merged, out = Path(merged), Path(out)
     if not (merged / KEPT).is_dir():
         raise ConfigError(
             f"merged = {merged}: no folder {KEPT}/ there, so what was removed is not known; only a checkpoint that was "

@@ -30,7 +30,12 @@ def optimizer_factory(recipe: Training) -> OptimizerFactory:
         from mft_core.optimizers.adamw8bit import AdamW8bit
 
         return functools.partial(AdamW8bit, lr=rate, weight_decay=decay)
-    return functools.partial(torch.optim.AdamW, lr=rate, weight_decay=decay, fused=True)
+    return functools.partial(adamw, lr=rate, weight_decay=decay)
+
+
+def adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """Return torch's AdamW (Loshchilov and Hutter, 2019), its step in one kernel."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def dtype_in_training(recipe: FineTune) -> torch.dtype:

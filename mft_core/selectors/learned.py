@@ -8,7 +8,6 @@ from collections.abc import Callable
 from mft_core import compute
 from mft_core.checkpoints.files import DTYPES, load_model
 from mft_core.masks.masking import MaskTuner
-from mft_core.masks.selection import GlobalThreshold
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.selectors.job import Choice, Job
 from mft_core.training.activations import recompute_activations
@@ -34,18 +33,14 @@ def choose(job: Job, kind: Callable[..., MaskTuner] = MaskTuner) -> Choice:
         recompute_activations(model, noise=training.dropout > 0)
     tuner = kind(
         model,
-        job.sites,
         sparsity=recipe.sparsity,
-        init=recipe.score_init,
-        seed=recipe.seed,
+        layers=recipe.layers,
+        modules=recipe.modules,
         optimizer=optimizer_factory(training),
         scope=recipe.scope,
         min_kept=recipe.min_kept,
+        init=recipe.score_init,
+        seed=recipe.seed,
     )
     history = train(tuner, data, training, job.context)
-    thresholds = (
-        {str(kind): cut for kind, cut in tuner.scope.thresholds.items()}
-        if isinstance(tuner.scope, GlobalThreshold)
-        else None
-    )
-    return Choice(tuner.masks(), thresholds, history)
+    return Choice(tuner.masks(), tuner.thresholds(), history)

@@ -37,6 +37,7 @@ class RewindMaskTuner(MaskTuner):
         earlier: V by site name, each in the shape of its weight.
     """
 
+    selector = "rewind"
     state_kind = "RewindMaskTuner"
 
     def __init__(self, *args: Any, earlier: Mapping[str, Tensor], **settings: Any) -> None:
@@ -55,3 +56,6 @@ class RewindMaskTuner(MaskTuner):
         """Return V of a site as its weight is: on its device, in its type; kept so from the first time on."""
         self._earlier[site.name] = self._earlier[site.name].to(weight)
         return self._earlier[site.name]
+
+    def _earlier_values(self) -> Mapping[str, Tensor]:
+        return self._earlier

@@ -49,6 +49,7 @@ class SoftMaskTuner(MaskTuner):
         steps: of the whole training, over which the gates harden.
     """
 
+    selector = "soft"
     state_kind = "SoftMaskOptimizer"
 
     def __init__(self, *args: Any, steps: int, **settings: Any) -> None:

@@ -108,6 +108,13 @@ class Comparison:
     """adjusted over the study; None while it is not adjusted, or outside of the study's question"""
     alpha: float = 0.05
 
+    def __str__(self) -> str:
+        gain, low, high = (100 * share for share in (self.gain, self.gain_low, self.gain_high))
+        return (
+            f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}] on {self.n:,} items, {100 * self.baseline:.1f}% to "
+            f"{100 * self.accuracy:.1f}%; {self.wins} won, {self.losses} lost, p = {self.p_value:.2g}: {verdict(self)}"
+        )
+
 
 def compare(
     strata: Sequence[Pairs],

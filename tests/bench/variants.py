@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from mft_core.draws import seeded_generator
+from mft_core.layers import format_layers
 from mft_core.masks.masking import MaskTuner, initial_scores
 from mft_core.masks.sites import Site, choose_sites, find_sites
 from mft_core.optimizers.factory import optimizer_factory
@@ -41,38 +43,43 @@ class Variant:
 
 def make_variant(name: str, model: nn.Module, layers: list[int], sparsity: float, training: Training) -> Variant:
     """Prepare a model, in place; what is trained in it is every maskable matrix of `layers`."""
-    return _MAKERS[name](model, choose_sites(find_sites(model), layers, "both"), sparsity, training)
+    return _MAKERS[name](model, layers, sparsity, training)
+
+
+def _sites(model: nn.Module, layers: list[int]) -> list[Site]:
+    return choose_sites(find_sites(model), layers, "both")
 
 
 def masked_weights(model: nn.Module, layers: list[int]) -> int:
     """Return how many weights lie under the masks."""
     parameters = dict(model.named_parameters())
-    return sum(site.of(parameters).numel() for site in choose_sites(find_sites(model), layers, "both"))
+    return sum(site.of(parameters).numel() for site in _sites(model, layers))
 
 
-def _dense(model: nn.Module, sites: list[Site], sparsity: float, training: Training) -> Variant:
+def _dense(model: nn.Module, layers: list[int], sparsity: float, training: Training) -> Variant:
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    weights = [parameters[site.parameter].requires_grad_(True) for site in sites]
+    weights = [parameters[site.parameter].requires_grad_(True) for site in _sites(model, layers)]
     return Variant(model, _stepper(optimizer_factory(training)(weights)), dict)
 
 
-def _mask(model: nn.Module, sites: list[Site], sparsity: float, training: Training) -> Variant:
-    tuner = MaskTuner(model, sites, sparsity=sparsity, init=_INIT, seed=SEED, optimizer=optimizer_factory(training))
+def _mask(model: PreTrainedModel, layers: list[int], sparsity: float, training: Training) -> Variant:
+    where, factory = format_layers(tuple(layers)), optimizer_factory(training)
+    tuner = MaskTuner(model, sparsity=sparsity, layers=where, optimizer=factory, init=_INIT, seed=SEED)
     return Variant(model, tuner.step, tuner.masks)
 
 
-def _sorting(model: nn.Module, sites: list[Site], sparsity: float, training: Training) -> Variant:
+def _sorting(model: nn.Module, layers: list[int], sparsity: float, training: Training) -> Variant:
     model.requires_grad_(False)
-    layers = {}
-    for site in sites:
+    modules = {}
+    for site in _sites(model, layers):
         parent, _, child = site.parameter.removesuffix(".weight").rpartition(".")
         layer = SortingLinear(model.get_submodule(parent).get_submodule(child), site.name, sparsity)
         setattr(model.get_submodule(parent), child, layer)
-        layers[site.name] = layer
-    optimizer = optimizer_factory(training)([layer.scores for layer in layers.values()])
+        modules[site.name] = layer
+    optimizer = optimizer_factory(training)([layer.scores for layer in modules.values()])
     return Variant(
-        model, _stepper(optimizer), lambda: {name: layer.mask().detach().bool() for name, layer in layers.items()}
+        model, _stepper(optimizer), lambda: {name: layer.mask().detach().bool() for name, layer in modules.items()}
     )
 
 

@@ -98,8 +98,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def executed(home: Path, name: str) -> list[Any]:
     """Run a notebook in a directory below the home, on the mini profile; returns its code cells."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    parameters = next(cell for cell in notebook.cells if 'PROFILE = "tiny"' in cell.source)
-    parameters.source = parameters.source.replace('PROFILE = "tiny"', 'PROFILE = "mini"')
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('PROFILE = "tiny"', 'PROFILE = "mini"')
     (home / "below").mkdir(exist_ok=True)
     NotebookClient(
         notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(home / "below")}}
@@ -122,6 +122,16 @@ def test_a_notebook_runs_top_to_bottom_and_every_cell_shows_something(
     assert not [output for cell in cells for output in cell.outputs if output.output_type in ("stream", "error")]
     assert len(shown(cells, "image/png")) == figures
     assert len(shown(cells, "text/html")) == tables
+
+
+def test_the_notebook_of_ones_own_loop_needs_no_study_and_ends_with_a_comparison(tmp_path: Path) -> None:
+    cells = executed(tmp_path, "own_loop")
+    assert not [output for cell in cells[1:] for output in cell.outputs if output.output_type in ("stream", "error")]
+    assert len(shown(cells, "image/png")) == 1
+    assert (
+        "mask (learned) of 28 matrices in layers 2-5: 10.00% of 790,528 weights zero" in shown(cells, "text/plain")[2]
+    )
+    assert "points [" in shown(cells, "text/plain")[-1]
 
 
 def test_the_numbers_are_those_that_were_recorded(home: Path) -> None:

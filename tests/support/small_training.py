@@ -77,6 +77,5 @@ def make_trainable(
     """Return the `full` trainable, or the `mask` one over layers 1 and 2 at sparsity 0.3, or `rewind` to `earlier`."""
     if kind == "full":
         return FullTuner(model, optimizer=optimizer_factory(recipe))
-    sites = choose_sites(find_sites(model), (1, 2), "both")
     make = functools.partial(RewindMaskTuner, earlier=earlier) if kind == "rewind" else MaskTuner
-    return make(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer_factory(recipe))
+    return make(model, sparsity=0.3, layers="1-2", seed=5, optimizer=optimizer_factory(recipe))

@@ -12,7 +12,6 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from mft_core.draws import seeded_generator
 from mft_core.masks.masking import MaskTuner, initial_scores
 from mft_core.masks.selection import masked_count, select
-from mft_core.masks.sites import choose_sites, find_sites
 from tests.support.small_training import make_recipe, make_trainable
 from tests.support.tiny import make_model
 
@@ -75,11 +74,7 @@ def test_initial_scores_depend_on_seed_and_site_name_alone() -> None:
     assert not torch.equal(one, initial_scores(torch.empty(4, 6), "normal", seeded_generator(2, "a")))
     assert not torch.equal(one, initial_scores(torch.empty(4, 6), "normal", seeded_generator(1, "b")))
     alone, among = (
-        MaskTuner(
-            model, sites, sparsity=0.5, init="normal", seed=3, optimizer=lambda scores: torch.optim.SGD(scores, lr=1)
-        ).masks()
-        for model, layers in ((make_model(), (2,)), (make_model(), (0, 1, 2)))
-        for sites in [choose_sites(find_sites(model), layers, "both")]
+        MaskTuner(make_model(), sparsity=0.5, layers=layers, seed=3, lr=1.0).masks() for layers in ("2", "0-2")
     )
     assert all(torch.equal(mask, among[name]) for name, mask in alone.items())
 

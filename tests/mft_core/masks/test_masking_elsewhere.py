@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mft_core.masks.masking import MaskTuner
-from mft_core.masks.sites import choose_sites, find_sites
-from mft_core.optimizers.factory import optimizer_factory
 from mft_core.training import parallel
 from tests.support.small_group import together
-from tests.support.small_training import make_recipe
 from tests.support.tiny import make_model
 
 STEPS, PARTS = 12, 4
@@ -27,9 +24,7 @@ Masks = dict[str, Tensor]
 def make_masked(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, MaskTuner]:
     """Return a model and what learns the masks of its layers 1 and 2."""
     model = make_model().to(dtype).train()
-    sites = choose_sites(find_sites(model), (1, 2), "both")
-    optimizer = optimizer_factory(make_recipe(learning_rate=0.02))
-    return model, MaskTuner(model, sites, sparsity=0.3, init="normal", seed=5, optimizer=optimizer)
+    return model, MaskTuner(model, sparsity=0.3, layers="1-2", lr=0.02, seed=5)
 
 
 def steps() -> Iterator[list[Tensor]]:

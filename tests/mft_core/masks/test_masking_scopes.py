@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mft_core.masks.masking import MaskTuner
-from mft_core.masks.sites import Site, choose_sites, find_sites
+from mft_core.masks.sites import Site
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.selectors.soft import SoftMaskTuner
 from mft_core.stage import Progress
@@ -29,10 +29,9 @@ def _adamw(scores: Any) -> torch.optim.Optimizer:
 
 
 def _make(model: Any, scope: str, *, soft: bool = False, steps: int = _STEPS, **settings: Any) -> MaskTuner:
-    sites = choose_sites(find_sites(model), (1, 2), "both")
     kind: Callable[..., MaskTuner] = SoftMaskTuner if soft else MaskTuner
-    more = {"sparsity": 0.3, "init": "normal", "seed": 5, "optimizer": _adamw, **settings}
-    return kind(model, sites, scope=scope, **more, **({"steps": steps} if soft else {}))
+    more = {"sparsity": 0.3, "layers": "1-2", "seed": 5, "optimizer": _adamw, **settings}
+    return kind(model, scope=scope, **more, **({"steps": steps} if soft else {}))
 
 
 def _lowest_removed(values: list[Tensor], sparsity: float, floor: float, together: bool) -> list[Tensor]:

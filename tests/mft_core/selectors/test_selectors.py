@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
 from mft_core.masks.masking import initial_scores
 from mft_core.masks.selection import remove_least, select
-from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.methods import CALIBRATED, TRAINED
 from mft_core.selectors import SELECTORS
 from mft_core.selectors.soft import SoftMaskTuner
@@ -123,16 +123,8 @@ def test_more_calibration_rows_than_there_are_is_an_error(checkpoint: Path, data
 
 
 def _soft(model: Any, steps: int = 4) -> SoftMaskTuner:
-    sites = choose_sites(find_sites(model), (1, 2), "both")
-    return SoftMaskTuner(
-        model,
-        sites,
-        sparsity=0.3,
-        init="normal",
-        seed=5,
-        optimizer=lambda scores: torch.optim.SGD(scores, lr=1e-3),
-        steps=steps,
-    )
+    optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
+    return SoftMaskTuner(model, sparsity=0.3, layers="1-2", seed=5, optimizer=optimizer, steps=steps)
 
 
 def test_the_soft_gradient_is_the_derivative_of_what_is_computed() -> None:

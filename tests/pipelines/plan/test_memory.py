@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft_core.data.tokens import TokenDataset
 from mft_core.masks.masking import MaskTuner
-from mft_core.masks.sites import choose_sites, find_sites
+from mft_core.masks.sites import find_sites
 from mft_core.methods import CALIBRATED, SELECTORS, TRAINED
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, MergeMask, PrepareData, Runtime, Training
@@ -93,8 +93,7 @@ def trainable(recipe, fields=SMALL, family="llama"):
     dtype = dtype_in_training(recipe) if fine_tune else torch.bfloat16 if small else torch.float32
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=dtype)
     if not fine_tune:
-        sites = choose_sites(find_sites(model), (1, 2), recipe.modules)
-        return MaskTuner(model, sites, sparsity=0.1, init="normal", seed=0, optimizer=factory)
+        return MaskTuner(model, sparsity=0.1, layers="1-2", modules=recipe.modules, seed=0, optimizer=factory)
     if recipe.lora:
         return LoraTuner(model, find_sites(model), recipe.lora, seed=0, optimizer=factory)
     return FullTuner(model, optimizer=factory)

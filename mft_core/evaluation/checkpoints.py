@@ -1,0 +1,78 @@
+"""Two checkpoints, evaluated and compared without a study: `evaluate` and `compare` of `import mft_core`.
+
+For people, in scripts and notebooks; stages call `mft_core.evaluation.lm_eval_harness` and `mft_core.statistics`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from mft_core import recipes
+from mft_core.errors import explain
+from mft_core.evaluation import lm_eval_harness
+from mft_core.evaluation.outcomes import Evaluation
+from mft_core.recipes import Runtime
+from mft_core.statistics import comparison
+from mft_core.statistics.comparison import Comparison, Outcomes
+
+
+def evaluate(
+    checkpoint: Path | str,
+    task: str,
+    folder: Path | str | None = None,
+    *,
+    runtime: Runtime | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Run one benchmark on one checkpoint through lm-eval, and keep the outcome of every item.
+
+    Args:
+        checkpoint: directory of a Hugging Face checkpoint with its tokenizer.
+        task: lm-eval's name of a task or group, or that of a task in `folder`.
+        folder: of a task that is not lm-eval's own: its definition in lm-eval's YAML format, its items as JSON lines.
+        runtime: device, threads and `eval_batch_size`, e.g. `Runtime(eval_batch_size=64)`.
+        settings: of `mft_core.recipes.Evaluate`: metric ('exact_match'), filter, num_fewshot, limit (items),
+            apply_chat_template (True), precision ('float32'), seed.
+
+    Returns:
+        one row per item, and the summary with the accuracy as a share, 0 to 1.
+
+    Raises:
+        ConfigError: a setting is not valid, or the task is unknown or cannot be read.
+        StageError: the task has no such metric or filter, or the tokenizer no chat template.
+    """
+    try:
+        recipe = recipes.Evaluate.model_validate({"task": task, **settings})
+    except ValidationError as error:
+        raise explain(error, recipes.Evaluate, "evaluate") from None
+    benchmark = None if folder is None else Path(folder)
+    lm_eval_harness.check_task(recipe, benchmark)
+    return lm_eval_harness.evaluate(recipe, Path(checkpoint), benchmark, runtime)
+
+
+def compare(variant: Evaluation, baseline: Evaluation) -> Comparison:
+    """Compare two checkpoints item by item (`mft_core.statistics.comparison`): paired bootstrap, McNemar's exact test.
+
+    Returns:
+        the gain of `variant` over `baseline` as a share (0.01 is a percentage point), its 95% interval and p-value;
+        `print` says it in a line.
+
+    Raises:
+        StageError: they were not evaluated on the same items in the same prompts, or by different metrics.
+    """
+    pairs = comparison.pair([_outcomes(baseline, "the baseline")], [_outcomes(variant, "the variant")])
+    return comparison.compare([pairs])
+
+
+def _outcomes(evaluation: Evaluation, label: str) -> Outcomes:
+    return Outcomes(
+        label=label,
+        benchmark=evaluation.summary["benchmark"],
+        metric=evaluation.summary["metric"],
+        items=tuple(row["item"] for row in evaluation.items),
+        values=np.array([row["outcome"] for row in evaluation.items], dtype=float),
+    )
