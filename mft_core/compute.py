@@ -58,6 +58,10 @@ def find_device(runtime: Runtime) -> torch.device:
         device = torch.device(runtime.device)
     except RuntimeError as error:
         raise ConfigError(f"device = {runtime.device}: unknown; valid: 'auto', 'cpu', 'cuda', 'cuda:0'.") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device = {runtime.device}: not supported; valid: 'auto', 'cpu', 'cuda', 'cuda:0', 'mps'.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device = {runtime.device}: torch finds no MPS here (Apple's GPUs); use 'cpu' or 'auto'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device = {runtime.device}: torch sees {torch.cuda.device_count()} CUDA devices here; use 'cpu' or 'auto'."

@@ -55,6 +55,8 @@ class MixturePart(Recipe):
     """How many rows one source contributes; the source itself is the stage's input of the same index."""
 
     rows: int | None = Field(None, gt=0, description="rows drawn without replacement; null takes all")
+    split: str = Field("train", description="of a hub data set or a folder")
+    config: str | None = Field(None, description="configuration (subset) of a hub data set or a folder; null: its one")
 
 
 class PrepareData(Recipe):
@@ -214,6 +216,12 @@ class Runtime(BaseModel):
         False,
         description="FSDP2: divide weights, gradients and optimizer of full fine-tunings among the processes; masks "
         "and adapters train on whole weights",
+    )
+    max_dropped: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a mixture's rows that may be too long for data.max_length, and so dropped",
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two resumable states")
 

@@ -1,4 +1,4 @@
-"""Templates from outside, a model's or a benchmark's: they neither act nor hang, and say the same tomorrow.
+"""Templates and code from outside, a model's or a benchmark's: they neither act nor hang, and say the same tomorrow.
 
 Benchmarks' templates are rendered in an immutable sandbox made here, chat templates in transformers' own, which is one
 too. What differs from day to day or from draw to draw is refused. `TimeLimit` ends a rendering that loops on and on, in
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import re
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -125,3 +127,20 @@ def _today(form: str = "") -> str:
 
 def _drawn(*_: Any, **__: Any) -> str:
     raise UnstableTemplateError("it shows something drawn at random, which is not the same the next time")
+
+
+def asks_for_code(directory: Path, name: str) -> ConfigError | None:
+    """Return the error for a checkpoint that transformers itself cannot read and whose file asks for code of its own.
+
+    (A family that transformers has may carry such code besides: it is not run, and not needed.)
+    """
+    try:
+        asked = json.loads((directory / name).read_text(encoding="utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if not asked:
+        return None
+    return ConfigError(
+        f"model = {directory}: its {name} asks for code of its own (auto_map: {json.dumps(asked):.120}). Code of "
+        "a checkpoint's own is never run here; give a model and a tokenizer of a family that transformers has itself."
+    )

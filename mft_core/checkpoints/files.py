@@ -6,11 +6,16 @@ weights with random numbers and a warning. Used by the stages that train, mask a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
+import math
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,16 +23,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
 from mft_core.checkpoints.names import Piece, find_pieces
 from mft_core.compute import PROCESS_WIDE
 from mft_core.errors import ConfigError, StageError
 from mft_core.names import inside
+from mft_core.sandbox import asks_for_code
 from mft_core.store.sources import parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+_LFS = b"version https://git-lfs"
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout")
 _DECODERS = {
     name
@@ -45,12 +53,14 @@ def read_config(directory: Path) -> Any:
     _check_names(directory)
     _check_adapter(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model = {directory}: no readable Hugging Face checkpoint ({error}).") from error
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its readers raise
+        raise asks_for_code(directory, "config.json") or ConfigError(
+            f"model = {directory}: no readable Hugging Face checkpoint ({error})."
+        ) from error
     names = config.architectures or []
     if config.is_encoder_decoder or not any(name in _DECODERS for name in names):
-        raise ConfigError(
+        raise asks_for_code(directory, "config.json") or ConfigError(
             f"model = {directory}: {', '.join(names) or config.model_type} is not a decoder; "
             "give a causal language model (…ForCausalLM)."
         )
@@ -90,17 +100,86 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     check_dropout(config, dropout)
     for owner, field in _dropouts(config):
         setattr(owner, field, dropout)
+    model: PreTrainedModel = _load(directory, config, dtype).to(device)
+    return model
+
+
+def check_weights(directory: Path) -> None:
+    """Check that the checkpoint can be loaded, without the memory that loading takes, and that its numbers are finite.
+
+    Raises:
+        ConfigError: whatever `load_model` would raise; or a weight that is not finite.
+    """
+    _load(directory, read_config(directory), None, device_map="meta")
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 (it is no mapping)
+                weight = handle.get_tensor(name)
+                if weight.dtype in DTYPES.values() or weight.dtype == torch.float16:
+                    if not bool(weight.isfinite().all()):
+                        raise ConfigError(
+                            f"model = {directory}: {name} in {path.name} has numbers that are not finite (NaN or "
+                            "infinite); give a sound checkpoint."
+                        )
+                elif weight.dtype.is_floating_point and weight.itemsize == 1:
+                    raise ConfigError(
+                        f"model = {directory}: {name} in {path.name} is {weight.dtype}, so quantised; give the plain "
+                        "checkpoint that it was made from."
+                    )
+
+
+def _load(directory: Path, config: Any, dtype: torch.dtype | None, **where: Any) -> Any:
+    """Load the model (on the CPU, if `where` says nothing else) with every weight that it has, and no other layers."""
     disable_progress_bar()  # a stage has its own display, into which this one would write
-    with PROCESS_WIDE:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+    level = get_verbosity()
+    try:
+        with PROCESS_WIDE:
+            set_verbosity(logging.CRITICAL)  # its report of what is missing; the error says it
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True,
+                trust_remote_code=False, ignore_mismatched_sizes=True, weights_only=True, **where,
+            )  # fmt: skip
+    except Exception as error:  # transformers raises whatever its readers raise
+        raise _unreadable(directory, error) from error
+    finally:
+        set_verbosity(level)
     model, info = loaded
     bad = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
     if bad:
-        raise ConfigError(f"model = {directory}: {len(bad)} weights are missing or misshapen, e.g. {bad[0]}.")
-    placed: PreTrainedModel = model.to(device)
-    return placed
+        raise ConfigError(
+            f"model = {directory}: {len(bad)} weights are missing or misshapen, e.g. {bad[0]}; config.json and the "
+            "weights belong to different models, or the copy is not whole: download it again."
+        )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", math.inf)
+    beyond = sorted(key for key in info["unexpected_keys"] if (found := _LAYER.search(key)) and int(found[1]) >= layers)
+    if beyond:
+        raise ConfigError(
+            f"model = {directory}: config.json says {layers} layers, and there are weights of more, e.g. {beyond[0]}; "
+            "they would be left out. Set num_hidden_layers to what the checkpoint has."
+        )
+    return model
+
+
+def _unreadable(directory: Path, error: Exception) -> ConfigError:
+    """Say which file of weights is not what it is called, where that can be told, and what to do."""
+    for path in sorted((*directory.glob("*.safetensors"), *directory.glob("*.bin"))):
+        with contextlib.suppress(OSError), path.open("rb") as handle:
+            if handle.read(len(_LFS)) == _LFS:
+                return ConfigError(
+                    f"model = {directory}: {path.name} is a Git LFS pointer, not the weights; get them with "
+                    "`git lfs pull`, or with `hf download`."
+                )
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as damage:
+                return ConfigError(
+                    f"model = {directory}: {path.name} is damaged or not whole ({damage}); download it again."
+                )
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    hint = " Pickled weights (*.bin) are read as plain tensors only." if isinstance(error, UnpicklingError) else ""
+    return ConfigError(f"model = {directory}: its weights cannot be loaded ({reason:.200}).{hint} Download it again.")
 
 
 def check_dropout(config: Any, dropout: float) -> None:
@@ -119,7 +198,7 @@ def skeleton(directory: Path) -> PreTrainedModel:
     """Return the model without its weights (meta device), to find sites in it."""
     config = read_config(directory)
     with PROCESS_WIDE, torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return model
 
 
@@ -148,32 +227,13 @@ def check_written(directory: Path) -> None:
     Raises:
         StageError: config, weights or tokenizer cannot be loaded, or a weight is missing, misshapen or not finite.
     """
-    disable_progress_bar()
     try:
-        config = read_config(directory)
-        with PROCESS_WIDE:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, local_files_only=True, output_loading_info=True, device_map="meta"
-            )
-        bad = sorted(loaded[1]["missing_keys"])
+        check_weights(directory)
         if (directory / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise StageError(f"the checkpoint that was made cannot be loaded, nothing of it is kept: {reason}") from error
-    bad += [name for name, weight in _tensors(directory) if not bool(weight.isfinite().all())]
-    if bad:
-        raise StageError(
-            f"the checkpoint that was made is not sound, nothing of it is kept: {len(bad)} weights are missing or not "
-            f"finite, e.g. {bad[0]}"
-        )
-
-
-def _tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                yield name, handle.get_tensor(name)
 
 
 def _holds_weights(name: str) -> bool:

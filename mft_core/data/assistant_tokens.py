@@ -9,11 +9,11 @@ the `<|assistant|>` header is not.
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +22,16 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mft_core.data.rows import Conversation, Message, iterate_rows
-from mft_core.data.tokens import TokenDataset
+from mft_core.data.rows import Conversation, Message
+from mft_core.data.tokens import Limits, TokenDataset
 from mft_core.errors import ConfigError
-from mft_core.sandbox import TimeLimit, UnstableTemplateError, steady_chat_template
+from mft_core.sandbox import TimeLimit, UnstableTemplateError, asks_for_code, steady_chat_template
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()
 """transformers keeps one compiled template a process, and the template the marks of the conversation it is at"""
 _BATCH = 1_000  # conversations rendered and tokenised together, and between two reports
-_BATCH_OF_CHECK = 64  # the first rows nearly always fit
+_SURE = 500  # rows drawn, of which a sample's share is known well enough
 
 _QUESTION, _ANSWER = "What is it?", "Qzx"
 """a turn whose words stand in no template"""
@@ -102,30 +102,29 @@ def encode(
             or no conversation fits.
     """
     template = check_tokenizer(tokenizer)
-    examples, kept, lengths, cut = [], [], [], 0
+    examples, kept, needed, cut = [], [], [], 0
     for start in range(0, len(conversations), _BATCH):
         batch = conversations[start : start + _BATCH]
-        for row, (ids, in_loss) in enumerate(_encode_batch(batch, start, tokenizer, template), start):
-            lengths.append(len(ids))
+        wheres = [f"row {row} of the mixture" for row in range(start, start + len(batch))]
+        for row, (ids, in_loss) in enumerate(_encode_batch(batch, wheres, tokenizer, template), start):
+            needed.append(_needed(in_loss))
             if in_loss[:max_length].any():
                 examples.append((ids[:max_length], in_loss[:max_length]))
                 kept.append(row)
                 cut += len(ids) > max_length
         report(start + len(batch))
     if conversations and not examples:
-        raise _none_fits(max_length, lengths)
-    return Encoded(TokenDataset.from_examples(examples), np.asarray(kept, np.int64), len(lengths) - len(kept), cut)
+        raise _none_fits(max_length, needed)
+    return Encoded(TokenDataset.from_examples(examples), np.asarray(kept, np.int64), len(needed) - len(kept), cut)
 
 
 def load_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a directory, with the template of a Jinja file in place of its own if one is given.
+    """Return the tokenizer in a directory, one that can encode conversations (see `read_tokenizer`).
 
     Raises:
-        ConfigError: see `check_tokenizer`.
+        ConfigError: see `read_tokenizer`, `check_tokenizer`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    tokenizer = read_tokenizer(directory, chat_template)
     check_tokenizer(tokenizer)
     return tokenizer
 
@@ -148,7 +147,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
     """Return a conversation's text, and where in it the assistant's words end and where the loss does."""
     template = check_tokenizer(tokenizer)
     conversation = (Message("user", _QUESTION), Message("assistant", _ANSWER))
-    [(text, spans)] = _rendered([conversation], 0, tokenizer, template)
+    [(text, spans)] = _rendered([conversation], ["a question and its answer"], tokenizer, template)
     return text, text.rfind(_ANSWER) + len(_ANSWER), spans[-1][1]
 
 
@@ -220,7 +219,9 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tupl
             for messages, _ in prompts
         ]
         for (ids, in_loss), (_, text) in zip(
-            _encode_batch(conversations, 0, tokenizer, template), prompts, strict=True
+            _encode_batch(conversations, ["a prompt of evaluation"] * len(prompts), tokenizer, template),
+            prompts,
+            strict=True,
         ):
             asked = tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids[: len(asked)].tolist() != asked or not in_loss[len(asked) : len(asked) + 1].all():
@@ -233,47 +234,115 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tupl
                 )
 
 
-def check_fits(sources: list[Path], tokenizer: Path, max_length: int, chat_template: Path | None) -> None:
-    """Check before any compute that at least one row keeps an assistant token; reads no further than that row.
-
-    Args:
-        sources: JSONL files or data-set directories of the mixture.
-        tokenizer: directory with the tokenizer's files.
-        max_length: tokens.
-        chat_template: Jinja file that replaces the tokenizer's own template.
+def read_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a directory, with the template of a Jinja file in place of its own if one is given.
 
     Raises:
-        ConfigError: no row fits; or see `check_tokenizer`, `mft_core.data.rows.iterate_rows`; or the template cannot
-            render a row that was read.
+        ConfigError: it cannot be read, or asks for code of its own.
     """
-    loaded = load_tokenizer(tokenizer, chat_template)
-    template = check_tokenizer(loaded)
-    rows = chain.from_iterable(map(iterate_rows, sources))
-    lengths: list[int] = []
-    while batch := list(islice(rows, _BATCH_OF_CHECK)):
-        for ids, in_loss in _encode_batch(batch, len(lengths), loaded, template):
-            if in_loss[:max_length].any():
-                return
-            lengths.append(len(ids))
-    raise _none_fits(max_length, lengths)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise whatever their readers raise
+        reason = str(error).strip().split("\n")[0]
+        raise (
+            asks_for_code(directory, "tokenizer_config.json")
+            or asks_for_code(directory, "config.json")
+            or ConfigError(
+                f"model = {directory}: its tokenizer cannot be read ({type(error).__name__}: {reason:.200}); it "
+                "needs a whole tokenizer.json: copy or download it again."
+            )
+        ) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"model.chat_template = {chat_template}: cannot be read ({error}).") from error
+    return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _none_fits(max_length: int, lengths: Sequence[int]) -> ConfigError:
+@dataclass(frozen=True)
+class Drawn:
+    """What a look at one source of a mixture has found, and how many of its rows are going to be drawn."""
+
+    sample: Sequence[tuple[str, Conversation]]
+    """file and line, row"""
+    rows: int
+    whole: bool
+    """the sample is all that is drawn"""
+
+
+def check_fits(
+    sources: Sequence[Drawn],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_dropped: float,
+    limits: Limits,
+) -> None:
+    """Encode the rows that were looked at, before any compute, and say what is bound to fail.
+
+    Args:
+        sources: of the mixture.
+        max_length: tokens.
+        max_dropped: share of the rows that may be dropped.
+        limits: what the model takes.
+
+    Raises:
+        ConfigError: too many rows are too long, or all are; the template cannot render one, or leaves out what it says;
+            one is nothing that the model takes.
+    """
+    template = check_tokenizer(tokenizer)
+    needed: list[int] = []
+    too_long = 0.0
+    for source in sources:
+        long = 0
+        for start in range(0, len(source.sample), _BATCH):
+            wheres, batch = zip(*source.sample[start : start + _BATCH], strict=True)
+            encoded = _encode_batch(batch, wheres, tokenizer, template)
+            for where, (ids, in_loss) in zip(wheres, encoded, strict=True):
+                needed.append(_needed(in_loss))
+                if in_loss[:max_length].any():
+                    limits.check(ids[:max_length], min(len(ids), max_length), where, tokenizer.convert_ids_to_tokens)
+                else:
+                    long += 1
+        too_long += source.rows * long / len(source.sample)
+    drawn = sum(source.rows for source in sources)
+    if too_long == drawn:
+        raise _none_fits(max_length, needed)
+    # a sample of so many rows is sure to a few points; of fewer, the stage itself says it
+    margin = 0.0 if all(source.whole for source in sources) else 0.1 if drawn >= _SURE else 1.0
+    if too_long / drawn > max_dropped + margin:
+        enough = sorted(needed)[int((1 - max_dropped) * (len(needed) - 1))]
+        raise ConfigError(
+            f"data.max_length = {max_length}: about {too_long / drawn:.0%} of {drawn:,} rows are too long to keep an "
+            f"answer and would be dropped; runtime.max_dropped = {max_dropped:g} allows for {max_dropped:.0%}. Set "
+            f"max_length to at least {enough}, or, if it is meant so, a larger runtime.max_dropped."
+        )
+
+
+def _needed(in_loss: np.ndarray) -> int:
+    """Return how many tokens it takes to keep the first answer whole."""
+    first = int(in_loss.argmax())
+    after = np.flatnonzero(~in_loss[first:])
+    return first + int(after[0]) if in_loss[first] and len(after) else len(in_loss)
+
+
+def _none_fits(max_length: int, needed: Sequence[int]) -> ConfigError:
     return ConfigError(
-        f"data.max_length = {max_length}: every one of the {len(lengths)} examples is too long to keep an assistant "
-        f"token; the shortest has {min(lengths)} tokens. Set max_length to at least {min(lengths)}."
+        f"data.max_length = {max_length}: every one of the {len(needed):,} examples is too long to keep an assistant "
+        f"token; the shortest has {min(needed)} tokens to the end of its first answer. Set max_length to at least "
+        f"{min(needed)}."
     )
 
 
 def _encode_batch(
-    batch: Sequence[Conversation], first: int, tokenizer: PreTrainedTokenizerBase, template: str
+    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the token ids, int32 [T], and what is in the loss, bool [T], of each conversation, uncut.
 
     Args:
-        first: number of the batch's first conversation, for errors.
+        wheres: names each conversation in errors.
     """
-    rendered = _rendered(batch, first, tokenizer, template)
+    rendered = _rendered(batch, wheres, tokenizer, template)
     tokens = tokenizer(
         [text for text, _ in rendered],
         add_special_tokens=False,
@@ -288,15 +357,15 @@ def _encode_batch(
 
 
 def _rendered(
-    batch: Sequence[Conversation], first: int, tokenizer: PreTrainedTokenizerBase, template: str
+    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> list[tuple[str, list[Span]]]:
     """Return text and spans of the assistant of each conversation."""
     render = _render_marked if _MARKS.search(template) else _render_by_prefix
     rendered = []
     with TimeLimit("chat template") as limit:
-        for row, conversation in enumerate(batch, first):
+        for conversation, where in zip(batch, wheres, strict=True):
             limit.renew()
-            rendered.append(_located(render, tokenizer, template, conversation, row))
+            rendered.append(_located(render, tokenizer, template, conversation, where))
     return rendered
 
 
@@ -304,18 +373,23 @@ Renderer = Callable[[PreTrainedTokenizerBase, str, Conversation], tuple[str, lis
 
 
 def _located(
-    render: Renderer, tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, row: int
+    render: Renderer, tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation, where: str
 ) -> tuple[str, list[Span]]:
     """Render one conversation and say which characters are the assistant's; errors name the conversation."""
     try:
         text, spans = render(tokenizer, template, conversation)
+        _check_shown(text, conversation)
+        if (tools := _tools(conversation)) and _render(tokenizer, template, _plain(conversation)) == _render(
+            tokenizer, template, _plain(conversation), **tools
+        ):
+            raise _UnfitTemplateError("it does not show the row's 'tools'")
     except UnstableTemplateError as error:
         raise ConfigError(f"chat template: {error}.") from error
     except (TemplateError, _UnfitTemplateError, ValueError) as error:
         first = conversation[0].content
         roles = ", ".join(message.role for message in conversation)
         raise ConfigError(
-            f"chat template: cannot encode row {row} of the mixture ({roles}; begins {first!r:.60}): {error}. "
+            f"chat template: cannot encode {where} ({roles}; begins {first!r:.60}): {error}. "
             "Use a chat template that accepts these roles in this order and keeps earlier turns as they are."
         ) from error
     return text, spans
@@ -325,12 +399,65 @@ class _UnfitTemplateError(Exception):
     """The template shows a turn differently once other turns follow, or not at all."""
 
 
-def _plain(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in conversation]
+def _more(message: Message) -> dict[str, Any]:
+    return json.loads(message.more) if message.more else {}
+
+
+def _plain(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return the messages as templates are given them; the tools are no part of them."""
+    return [
+        {"role": message.role, "content": message.content}
+        | {key: value for key, value in _more(message).items() if key != "tools"}
+        for message in conversation
+    ]
+
+
+def _tools(conversation: Conversation) -> dict[str, Any]:
+    """Return the row's tools as an argument of the template."""
+    more = _more(conversation[0])
+    return {"tools": more["tools"]} if "tools" in more else {}
+
+
+def _check_shown(text: str, conversation: Conversation) -> None:
+    """Refuse a template that leaves out what a row says besides its ordinary turns."""
+    for turn, message in enumerate(conversation):
+        if message.role == "tool" and not _stands_in(message.content.strip(), text):
+            raise _UnfitTemplateError(f"it does not show messages[{turn}], of the role 'tool'")
+        if message.role != "assistant":
+            _check_fields(text, turn, message)
+
+
+def _check_fields(text: str, turn: int, message: Message) -> None:
+    """Refuse a text that should have a message's further fields in it and has not."""
+    more = _more(message)
+    if not more:
+        return
+    said = {
+        "reasoning_content": [more.get("reasoning_content", "").strip()],
+        "name": [more.get("name", "")] if message.role != "tool" else [],  # (most show what the tool says alone)
+        "tool_calls": [word for call in more.get("tool_calls", ()) for word in _words(call.get("function", call))],
+    }
+    for field, words in said.items():
+        if not all(_stands_in(word, text) for word in words):
+            raise _UnfitTemplateError(f"it does not show the {field} of messages[{turn}]")
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers of a call."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _words(inner)
+    elif isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield str(value)
+
+
+def _stands_in(word: str, text: str) -> bool:
+    """Whether a text holds a word as it is, or as JSON writes it."""
+    return any(form in text for form in (word, json.dumps(word)[1:-1], json.dumps(word, ensure_ascii=False)[1:-1]))
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], **flags: bool
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, Any]], **flags: Any
 ) -> tuple[str, list[Span]]:
     """Render one conversation and return its text and, if they are asked for, the template's generation marks.
 
@@ -349,24 +476,32 @@ def _render_marked(
     tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
 ) -> tuple[str, list[Span]]:
     """Render with a template that marks what is generated."""
-    text, spans = _render(tokenizer, template, _plain(conversation), return_assistant_tokens_mask=True)
+    text, spans = _render(
+        tokenizer, template, _plain(conversation), return_assistant_tokens_mask=True, **_tools(conversation)
+    )
     generated = "".join(text[start:end] for start, end in spans)
-    for message in conversation:
-        if message.role == "assistant" and message.content.strip() not in generated:
+    spoken = [(turn, message) for turn, message in enumerate(conversation) if message.role == "assistant"]
+    for turn, message in spoken:
+        if message.content.strip() not in generated:
             raise _UnfitTemplateError(
                 "its {% generation %} marks do not enclose the assistant's content (marks inside a macro are misplaced)"
             )
-    return text, spans
+        _check_fields(generated, turn, message)
+    if all(message.trained for _, message in spoken):
+        return text, spans
+    if len(spans) != len(spoken):
+        raise _UnfitTemplateError("its {% generation %} marks do not tell which turns to leave out of the loss")
+    return text, [span for span, (_, message) in zip(spans, spoken, strict=True) if message.trained]
 
 
 def _render_by_prefix(
     tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
 ) -> tuple[str, list[Span]]:
     """Render beginnings of the conversation: a turn is what stands between its generation prompt and its end."""
-    messages = _plain(conversation)
+    messages, tools = _plain(conversation), _tools(conversation)
 
     def render(turns: int, prompt: bool) -> str:
-        return _render(tokenizer, template, messages[:turns], add_generation_prompt=prompt)[0]
+        return _render(tokenizer, template, messages[:turns], add_generation_prompt=prompt, **tools)[0]
 
     text = render(len(messages), False)
     spans = []
@@ -374,10 +509,13 @@ def _render_by_prefix(
         if message.role != "assistant":
             continue
         before = render(turn, True)
-        through = text if turn + 1 == len(messages) else render(turn + 1, False)
+        through = text if turn + 1 == len(messages) else _without_closing(tokenizer, render(turn + 1, False), text)
         if not (text.startswith(through) and through.startswith(before)):
             raise _UnfitTemplateError(f"it rewrites history: messages[{turn}] is shown otherwise once turns follow")
         spoken = through[len(before) :]
+        _check_fields(spoken, turn, message)
+        if not message.trained:
+            continue
         content = spoken.find(message.content.strip())
         if content < 0:
             raise _UnfitTemplateError(f"it does not show the content of messages[{turn}] as it is")
@@ -385,6 +523,16 @@ def _render_by_prefix(
         # White space after the end-of-turn token separates turns; it is never generated.
         spans.append((len(before), len(before) + max(least, len(spoken.rstrip()))))
     return text, spans
+
+
+def _without_closing(tokenizer: PreTrainedTokenizerBase, beginning: str, text: str) -> str:
+    """Return a rendered beginning without the special token with which some templates close every text (Phi-3's)."""
+    if not text.startswith(beginning):
+        for token in tokenizer.all_special_tokens:
+            opened = beginning.removesuffix(token)
+            if opened != beginning and text.endswith(token) and text.startswith(opened):
+                return opened
+    return beginning
 
 
 def _tokens_within(text: str, spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:

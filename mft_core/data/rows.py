@@ -1,15 +1,20 @@
-"""Conversations from outside: one JSONL file, or a directory laid out as a hub data set; checked before any
-compute.
+"""Conversations from outside: a JSONL file (also gzipped) or a Parquet file, or a directory laid out as a hub data set;
+checked before any compute.
 
-A row is `{"messages": [{"role", "content"}, ...]}`; further columns are ignored. Whatever is wrong with
-one is a `ConfigError` that names file, line (or row), field, value, what is valid and what to do.
-`pipelines` calls `check_rows_file` while it plans; the stage `prepare-data` loads and samples.
+A row is `{"messages": [{"role", "content"}, ...]}`, perhaps with `tools`. What else a message may hold is `FIELDS`; an
+unknown field of one may change what it means, so it is refused, and so are columns of `_OTHER_MEANING`. Further columns
+are ignored. Whatever is wrong is a `ConfigError` that names file, line (or row), field, value, what is valid and what
+to do. `pipelines` calls `look` while it plans; the stage `prepare-data` loads and samples.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +22,33 @@ import numpy as np
 
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError, did_you_mean
+from mft_core.recipes import MixturePart
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+TEMPLATE_FIELDS = ("tool_calls", "reasoning_content", "name", "tool_call_id")
+"""fields of a message that the chat template is given"""
+FIELDS = ("role", "content", "weight", "train", *TEMPLATE_FIELDS)
+"""fields of a message that mean something here"""
+_NOTES = frozenset(
+    {"id", "message_id", "turn_identifier", "timestamp", "created", "language", "source", "model", "metadata",
+     "country", "state", "hashed_ip", "header", "redacted", "toxic"}
+)  # fmt: skip
+"""fields of a message that are about it and not part of it, as public chat logs have them"""
+_OTHER_MEANING = ("system", "functions", "documents", "chat_template_kwargs", "weight", "train")
+"""columns beside `messages` that change what a row means, and are not taken"""
 _SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+ALL = MixturePart.model_validate({})
+"""every row of split `train`"""
+_SEEN = 1_024
+"""rows at least that are kept of a look at a source, or all of them"""
+_FORMATS = {
+    b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed with zstd", b"\xfd7zXZ": "compressed with xz",
+    b"BZh": "compressed with bzip2", b"ARROW1": "an Arrow file", b"\xff\xfe": "in UTF-16", b"\xfe\xff": "in UTF-16",
+}  # fmt: skip
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 
 
 class Message(NamedTuple):
@@ -30,38 +56,64 @@ class Message(NamedTuple):
 
     role: str
     content: str
+    trained: bool = True
+    """whether what an assistant says is in the loss"""
+    more: str = ""
+    """what else the template is given, a JSON object of `TEMPLATE_FIELDS`; of a first message also the row's `tools`"""
 
 
 Conversation = tuple[Message, ...]
 
 
-def check_rows_file(path: Path) -> int:
-    """Read a JSONL file once, row by row, and return the number of its rows; cheap enough for planning.
+@dataclass
+class Look:
+    """What one pass over a source has found; all its rows are sound."""
 
-    Of a directory only the layout is checked: split `train`, column `messages`, at least one row.
+    rows: int = 0
+    sample: list[tuple[str, Conversation]] = field(default_factory=list)
+    """rows at even distances, with file and line: all of them, or `_SEEN` at least; and the first with further fields
+    for the template"""
+
+
+def look(source: Path, part: MixturePart = ALL, report: Callable[[int], None] = lambda rows: None) -> Look:
+    """Read a source once, row by row, in the memory of a few rows; cheap enough for planning.
+
+    Args:
+        source: see `load_rows`.
+        part: for split and configuration.
+        report: receives the number of rows read so far, now and then.
 
     Raises:
-        ConfigError: missing, empty, not UTF-8, not JSON, or the first row that is no conversation (with its line).
+        ConfigError: missing, empty, in another format, or the first row that is no conversation (with its line).
     """
-    return len(_load_train(path)) if path.is_dir() else sum(1 for _ in _read_jsonl(path))
+    found, unusual, step = Look(), list[tuple[str, Conversation]](), 1
+    for where, row in _rows(source, part):
+        if found.rows % step == 0:
+            found.sample.append((where, row))
+            if len(found.sample) == 2 * _SEEN:
+                found.sample, step = found.sample[::2], 2 * step
+        if len(unusual) < _SEEN and any(message.more for message in row):
+            unusual.append((where, row))
+        found.rows += 1
+        if found.rows % 10_000 == 0:
+            report(found.rows)
+    seen = {where for where, _ in found.sample}
+    found.sample += [(where, row) for where, row in unusual if where not in seen]
+    return found
 
 
-def load_rows(source: Path) -> Sequence[Conversation]:
+def load_rows(source: Path, part: MixturePart = ALL) -> Sequence[Conversation]:
     """Open all conversations of a source, checked, in the source's own order.
 
     Args:
-        source: a JSONL file, or a directory that `datasets.load_dataset` reads, split `train`.
-            Those rows stay on disk and are checked when they are taken.
+        source: a JSONL or Parquet file, or a directory that `datasets.load_dataset` reads. The directory's rows stay
+            on disk and are checked when they are taken.
+        part: which split of a directory, and which of its configurations.
 
     Raises:
-        ConfigError: see `check_rows_file`; or a directory without data, split `train` or column `messages`.
+        ConfigError: see `look`; or a directory without data, the split, or the column `messages`.
     """
-    return _HubRows(source) if source.is_dir() else list(_read_jsonl(source))
-
-
-def iterate_rows(source: Path) -> Iterator[Conversation]:
-    """Yield the conversations of a source (see `load_rows`), reading no further than it is asked."""
-    yield from _HubRows(source) if source.is_dir() else _read_jsonl(source)
+    return _HubRows(source, part) if source.is_dir() else [row for _, row in _rows(source, part)]
 
 
 def sample(rows: Sequence[Conversation], wanted: int | None, seed: int, index: int, where: str) -> list[Conversation]:
@@ -87,7 +139,8 @@ def parse_row(row: Any, where: str) -> Conversation:
     """Check one row and return its conversation; `where` names file and line in the ConfigError."""
     if not isinstance(row, dict) or "messages" not in row:
         found = f"it has {', '.join(map(repr, row)) or 'no fields'}" if isinstance(row, dict) else f"it is {row!r:.60}"
-        raise ConfigError(f"{where}: no field 'messages'; {found}. A row is {_SHAPE}.")
+        advice = " It looks like one JSON array: write each of its objects on a line." if isinstance(row, list) else ""
+        raise ConfigError(f"{where}: no field 'messages'; {found}. A row is {_SHAPE}.{advice}")
     messages = row["messages"]
     if isinstance(messages, np.ndarray):
         messages = messages.tolist()
@@ -100,7 +153,57 @@ def parse_row(row: Any, where: str) -> Conversation:
             f"{where}: messages has no assistant turn (roles: {roles}), so nothing can be learned from it; "
             "every row needs at least one message with role 'assistant': add it or remove the row."
         )
-    return conversation
+    if not any(message.role == "assistant" and message.trained for message in conversation):
+        raise ConfigError(
+            f"{where}: weight or train leave every assistant turn out of the loss, so nothing can be learned from it; "
+            "remove the row."
+        )
+    if len(row) == 1:
+        return conversation
+    for name in _OTHER_MEANING:
+        alike = name == "system" and conversation[0].role == "system"
+        if not (_absent(row.get(name)) or alike or (name in ("weight", "train") and row[name] == 1)):
+            raise ConfigError(
+                f"{where}: {name} = {row[name]!r:.60}: beside 'messages' this changes what the row means, and is not "
+                "taken here; put it into the messages (a system turn; weight or train of a turn), or remove it."
+            )
+    return _with_tools(conversation, row.get("tools"), where)
+
+
+def _with_tools(conversation: Conversation, tools: Any, where: str) -> Conversation:
+    if isinstance(tools, str) and tools:  # columns of Parquet files hold them as text
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ConfigError(f"{where}: tools = {tools:.60}: not JSON. Valid: a list of tools' schemas.") from None
+    if _absent(tools):
+        return conversation
+    if not isinstance(tools, list) or not all(isinstance(_name(tool), str) for tool in tools):
+        raise ConfigError(
+            f"{where}: tools = {tools!r:.60}: not a list of tools' schemas. "
+            'Valid: [{"type": "function", "function": {"name": ..., "parameters": ...}}].'
+        )
+    first = conversation[0]
+    more = json.dumps({**json.loads(first.more or "{}"), "tools": _present(tools)}, ensure_ascii=False)
+    return (first._replace(more=more), *conversation[1:])
+
+
+def _name(tool: Any) -> Any:
+    """Return the name of a tool, or of the tool that is called."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _absent(value: Any) -> bool:
+    """Whether a field says nothing; tables have it in every row once one row has it."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _present(value: Any) -> Any:
+    """Return a value without the fields that say nothing."""
+    if isinstance(value, dict):
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parse_message(turn: Any, where: str) -> Message:
@@ -110,22 +213,124 @@ def _parse_message(turn: Any, where: str) -> Message:
     if role not in ROLES:
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise ConfigError(f"{where}.role = {role!r:.60}: unknown role.{hint} Valid: {', '.join(ROLES)}.")
+    if content is None and not _absent(turn.get("tool_calls")):
+        content = ""
     if not isinstance(content, str):
         raise ConfigError(f"{where}.content = {content!r:.60}: not a string. Valid: one text per message.")
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{where}.content: half a surrogate pair at character {error.start}; remove it.") from None
-    return Message(role, content)
+    if len(turn) == 2:
+        return Message(role, content)
+    fields = {key: value for key, value in turn.items() if not (key in ("role", "content") or _absent(value))}
+    trained = _trained(fields, role, where)
+    for key in fields:
+        if key not in TEMPLATE_FIELDS and key not in _NOTES:
+            raise ConfigError(
+                f"{where}.{key} = {fields[key]!r:.60}: unknown field, which may change what the message means."
+                f"{did_you_mean(key, FIELDS)} Valid: {', '.join(FIELDS)}; without effect: {', '.join(sorted(_NOTES))}. "
+                "Remove or rename it."
+            )
+    more = {key: _present(fields[key]) for key in TEMPLATE_FIELDS if key in fields}
+    _check_more(more, role, where)
+    return Message(role, content, trained, json.dumps(more, ensure_ascii=False) if more else "")
 
 
-def _read_jsonl(path: Path) -> Iterator[Conversation]:
+def _trained(fields: dict[str, Any], role: str, where: str) -> bool:
+    """Take `weight` and `train` out of a message's fields: whether an assistant's turn is in the loss."""
+    trained = True
+    for key in ("weight", "train"):
+        if key in fields:
+            value = fields.pop(key)
+            if value not in (0, 1) or (key == "train" and value and role != "assistant"):
+                raise ConfigError(
+                    f"{where}.{key} = {value!r:.60}: valid: 0 or false (the turn is not in the loss), and of an "
+                    "assistant 1 or true."
+                )
+            trained = trained and bool(value)
+    return trained or role != "assistant"
+
+
+def _check_more(more: dict[str, Any], role: str, where: str) -> None:
+    """Check the fields that the template is given, and have the arguments of calls as objects, as templates do."""
+    for key in more:
+        if key in ("tool_calls", "reasoning_content") and role != "assistant":
+            raise ConfigError(f"{where}.{key}: only an assistant has it; remove it from the {role}'s message.")
+        if key != "tool_calls" and not isinstance(more[key], str):
+            raise ConfigError(f"{where}.{key} = {more[key]!r:.60}: not a string.")
+    calls = more.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(_name(call), str) for call in calls):
+        raise ConfigError(
+            f"{where}.tool_calls = {calls!r:.60}: not a list of calls. "
+            'Valid: [{"type": "function", "function": {"name": ..., "arguments": {...}}}].'
+        )
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError:
+                raise ConfigError(
+                    f"{where}.tool_calls: arguments = {function['arguments']:.60}: not JSON. Valid: an object."
+                ) from None
+
+
+def _rows(source: Path, part: MixturePart) -> Iterator[tuple[str, Conversation]]:
+    """Yield (file and line, conversation) of a source's rows."""
+    if source.is_dir():
+        table = _load_table(source, part)
+        for start in range(0, len(table), 1_000):
+            columns = table[start : start + 1_000]
+            for i, values in enumerate(zip(*columns.values(), strict=True), start):
+                where = f"{source} row {i}"
+                yield where, parse_row(dict(zip(columns, values, strict=True)), where)
+        return
+    if (part.split, part.config) != ("train", None):
+        raise ConfigError(
+            f"data.mixture: split and config are of hub data sets and folders; {source} is one file: leave them out."
+        )
+    for where, row in _parquet_rows(source) if _begins(source) == _PARQUET else _json_rows(source):
+        yield where, parse_row(row, where)
+
+
+def _begins(path: Path) -> bytes:
+    try:
+        with path.open("rb") as handle:
+            return handle.read(len(_PARQUET))
+    except OSError:
+        return b""  # whoever reads on says what is wrong
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [name for name in ("messages", "tools", *_OTHER_MEANING) if name in file.schema_arrow.names]
+            for batch in file.iter_batches(1_000, columns=names if "messages" in names else None):
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"data file {path}: damaged ({_reason(error)}); copy or download it again.") from error
+    if not number:
+        raise ConfigError(f"data file {path}: empty; it needs at least one row.")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, row in read_json_lines(path):
-        yield parse_row(row, f"{path} line {number}")
+        yield f"{path} line {number}", row
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, parsed JSON) of a JSONL file; blank lines are passed over.
+    """Yield (line number from 1, parsed JSON) of a JSONL file, also a gzipped one; blank lines are passed over.
 
     Raises:
         ConfigError: the file is missing, unreadable, empty, not UTF-8, or a line is not JSON.
@@ -134,36 +339,46 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ConfigError(f"data file {path}: no such file; give the path of a JSONL file, one row per line.")
     found = False
     try:
-        with path.open("rb") as handle:
+        with _opened(path) as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     found = True
                     yield number, _parse_line(line, f"{path} line {number}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConfigError(f"data file {path}: damaged gzip ({_reason(error)}); compress or copy it again.") from error
     except OSError as error:
         raise ConfigError(f"data file {path}: cannot be read ({error.strerror}); check its permissions.") from error
     if not found:
         raise ConfigError(f"data file {path}: empty; it needs at least one row.")
 
 
+def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path, "rb") if _begins(path)[:2] == _GZIP else path.open("rb")
+
+
 def _parse_line(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        shown = line.decode(errors="replace").strip()
-        reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", error)
-        raise ConfigError(
-            f"{where}: not JSON ({reason}): {shown:.60}. Valid: one JSON object per line (JSONL)."
-        ) from error
+        known = next((name for magic, name in _FORMATS.items() if line.startswith(magic)), None)
+        what = f"not text: the file is {known}" if known else f"not UTF-8 (byte {error.start})"
+        raise ConfigError(f"{where}: {what}; give JSONL in UTF-8 (also gzipped), or Parquet.") from error
+    except RecursionError:
+        reason = "nested too deeply"
+    except json.JSONDecodeError as error:
+        reason = error.msg
+    except ValueError:
+        reason = "a number of thousands of digits"
+    shown = line.decode(errors="replace").strip()
+    raise ConfigError(f"{where}: not JSON ({reason}): {shown:.60}. Valid: one JSON object per line (JSONL).")
 
 
 class _HubRows(Sequence[Conversation]):
-    """Rows of a hub data set's split `train`, read from its memory-mapped table when they are asked for."""
+    """Rows of a directory's split, read from its memory-mapped table when they are asked for."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, part: MixturePart) -> None:
         self._where = str(directory)
-        self._table = _load_train(directory)
+        self._table = _load_table(directory, part)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -174,23 +389,40 @@ class _HubRows(Sequence[Conversation]):
         return parse_row(self._table[index], f"{self._where} row {index}")
 
 
-def _load_train(directory: Path) -> Dataset:
+def _load_table(directory: Path, part: MixturePart) -> Dataset:
     import datasets  # a heavy import, and only directories need it
 
     try:
-        splits = datasets.load_dataset(str(directory))
+        splits = datasets.load_dataset(str(directory), part.config)
     except Exception as error:  # datasets raises whatever its readers raise
-        reason = str(error.__cause__ or error).split("\n")[0]
+        configs = _configurations(directory)
+        if part.config not in configs and (part.config or len(configs) > 1):
+            asked = f"no configuration '{part.config}'" if part.config else "it has several configurations"
+            raise ConfigError(
+                f"data set {directory}: {asked}; set config of the mixture's part to one of {', '.join(configs)}."
+            ) from error
         raise ConfigError(
-            f"data set {directory}: cannot be loaded ({reason}); valid: parquet or JSONL, split 'train'."
+            f"data set {directory}: cannot be loaded ({_reason(error.__cause__ or error)}); valid: Parquet or JSONL."
         ) from error
-    if "train" not in splits:
-        raise ConfigError(f"data set {directory}: no split 'train'. It has: {', '.join(map(str, splits))}.")
-    table = splits["train"]
+    if part.split not in splits:
+        raise ConfigError(
+            f"data set {directory}: no split '{part.split}'. It has: {', '.join(map(str, splits))}; set split of the "
+            "mixture's part to one of them."
+        )
+    table = splits[part.split]
     if "messages" not in table.column_names:
         raise ConfigError(
             f"data set {directory}: no column 'messages'. It has: {', '.join(table.column_names)}. A row is {_SHAPE}."
         )
     if len(table) == 0:
         raise ConfigError(f"data set {directory}: empty; it needs at least one row.")
-    return table.select_columns(["messages"])
+    return table.select_columns([name for name in ("messages", "tools", *_OTHER_MEANING) if name in table.column_names])
+
+
+def _configurations(directory: Path) -> list[str]:
+    import datasets
+
+    try:
+        return [str(name) for name in datasets.get_dataset_config_names(str(directory))]
+    except Exception:  # as above; whoever asks has an error to tell already
+        return []

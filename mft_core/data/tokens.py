@@ -5,15 +5,16 @@ One safetensors file, memory-light (5 bytes per token), the same bytes for the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from mft_core.errors import StageError
+from mft_core.errors import ConfigError, StageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,3 +78,39 @@ class TokenDataset:
             return cls(arrays["input_ids"], arrays["loss_mask"], arrays["offsets"])
         except (OSError, SafetensorError, KeyError) as error:
             raise StageError(f"{path}: no token data set ({error}); run prepare-data again.") from error
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a decoder takes; beyond it, a lookup fails, or positions are what it never saw."""
+
+    tokens: int
+    """rows of the embedding"""
+    positions: int | None
+    """longest sequence; None where the configuration names none"""
+
+    @classmethod
+    def of(cls, config: Any) -> Limits:
+        """Read them from a model's configuration."""
+        text = config.get_text_config()
+        return cls(text.vocab_size, getattr(text, "max_position_embeddings", None))
+
+    def check(self, ids: np.ndarray, longest: int, where: str, name: Callable[[int], object] = str) -> None:
+        """Raise a ConfigError if sequences of token ids, from `where`, are none that the model takes.
+
+        Args:
+            longest: tokens of the longest sequence.
+            name: says which token an id is.
+        """
+        largest = int(ids.max(initial=0))
+        if largest >= self.tokens:
+            raise ConfigError(
+                f"{where}: token id {largest} ({name(largest)}), and the model's embedding has {self.tokens} rows, for "
+                f"ids 0 to {self.tokens - 1}. The tokenizer is larger than the model: give the one that belongs to it, "
+                "or resize the embedding (model.resize_token_embeddings(len(tokenizer))) and save the model."
+            )
+        if self.positions is not None and longest > self.positions:
+            raise ConfigError(
+                f"{where}: {longest} tokens in a row, and the model takes {self.positions} positions "
+                f"(max_position_embeddings); set data.max_length to at most {self.positions}."
+            )

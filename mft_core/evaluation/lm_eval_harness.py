@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerBase
 
 _MEANS = ("mean", "nanmean")
 
@@ -273,16 +272,6 @@ def _device(runtime: Runtime) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
 
 
-def load_tokenizer(path: Path, chat_template: Path | None) -> PreTrainedTokenizerBase:
-    """Return a checkpoint's tokenizer, with the template of a Jinja file in place of its own if one is given."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    return tokenizer
-
-
 def _load_model(
     recipe: Evaluate,
     path: Path,
@@ -295,9 +284,9 @@ def _load_model(
     from lm_eval.models.huggingface import HFLM
 
     from mft_core.compute import PROCESS_WIDE
-    from mft_core.data.assistant_tokens import chat_prompt, end_of_turn, stop_tokens
+    from mft_core.data.assistant_tokens import chat_prompt, end_of_turn, read_tokenizer, stop_tokens
 
-    tokenizer = load_tokenizer(path, chat_template)
+    tokenizer = read_tokenizer(path, chat_template)
     if recipe.apply_chat_template and not tokenizer.chat_template:
         raise StageError(
             "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
@@ -336,6 +325,7 @@ def _load_model(
     with PROCESS_WIDE:
         model = ReportingModel(
             pretrained=str(path),
+            trust_remote_code=False,
             tokenizer=tokenizer,
             device=_device(runtime),
             dtype=recipe.precision,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft_core.checkpoints.files import read_config
-from mft_core.data.assistant_tokens import chat_prompt, check_same_tokens
+from mft_core.data.assistant_tokens import chat_prompt, check_same_tokens, read_tokenizer
 from mft_core.errors import ConfigError, StageError
-from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, load_tokenizer, seeded, settled
+from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
 from mft_core.evaluation.outcomes import outcome
 from mft_core.recipes import Evaluate, Runtime
 
@@ -41,7 +41,7 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
         ConfigError: anything that the evaluation would not survive, or that would make its number wrong.
     """
     check_task(recipe, benchmark)
-    loaded = load_tokenizer(tokenizer, template)
+    loaded = read_tokenizer(tokenizer, template)
     runtime = Runtime.model_validate({})
     with settled(runtime), seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
         with _told(f"task '{recipe.task}': lm-eval cannot load it"):

@@ -15,6 +15,7 @@ from mft_core import compute
 from mft_core.checkpoints.files import WeightFiles, load_model, read_config
 from mft_core.data.batching import StepBatches, micro_batches
 from mft_core.data.order import seeded_order
+from mft_core.data.tokens import Limits
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import MaskScope
 from mft_core.masks.selection import Global, Local, Scope
@@ -72,8 +73,10 @@ class Job:
         return Choice({site.name: mask for site, mask in zip(self.sites, masks, strict=True)})
 
     def data(self) -> TrainingData:
-        """Load the tokens."""
-        return TrainingData.load(self.inputs["data"])
+        """Load the tokens, which have to be some that the model takes."""
+        data = TrainingData.load(self.inputs["data"])
+        data.check(Limits.of(read_config(self.inputs["model"])))
+        return data
 
     def model(self) -> PreTrainedModel:
         """Load the model to look at: frozen, without dropout, in the type that it is stored in."""

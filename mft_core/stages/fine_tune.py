@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mft_core import compute
-from mft_core.checkpoints.files import DTYPES, check_written, load_model, save_model
-from mft_core.data.assistant_tokens import end_of_turn, stop_tokens
+from mft_core.checkpoints.files import DTYPES, check_written, load_model, read_config, save_model
+from mft_core.data.assistant_tokens import end_of_turn, read_tokenizer, stop_tokens
+from mft_core.data.tokens import Limits
 from mft_core.masks.sites import find_sites
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import FineTune
@@ -42,6 +43,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     training = recipe.training
     device = compute.settle(context.runtime)
     data = TrainingData.load(inputs["data"])
+    data.check(Limits.of(read_config(inputs["model"])))
     model = _load(recipe, inputs["model"], device, context.runtime.shard and recipe.lora is None)
     trainable = _trainable(recipe, model)
     if context.runtime.gradient_checkpointing:
@@ -92,7 +94,7 @@ def _set_end_of_turn(checkpoint: Path) -> None:
     """Tell whoever generates with the checkpoint to stop where the assistant's turns end in training."""
     if not (checkpoint / "tokenizer.json").is_file():
         return
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
     end = end_of_turn(tokenizer) if tokenizer.chat_template else None
     settings = checkpoint / "generation_config.json"
     config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}

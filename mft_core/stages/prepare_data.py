@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mft_core.data.assistant_tokens import encode, load_tokenizer
+from mft_core.data.dropped import check_dropped
 from mft_core.data.overlap import clean, normalise, read_questions
 from mft_core.data.rows import Conversation, load_rows, sample
 from mft_core.data.tokens import TokenDataset
@@ -48,7 +49,7 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     source_of: list[int] = []
     for index, part in enumerate(recipe.mixture):
         path = inputs[f"source-{index}"]
-        drawn = sample(load_rows(path), part.rows, recipe.seed, index, f"mixture[{index}] ({path})")
+        drawn = sample(load_rows(path, part), part.rows, recipe.seed, index, f"mixture[{index}] ({path})")
         rows += drawn
         source_of += [index] * len(drawn)
     asked = [
@@ -67,6 +68,18 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     encoded = encode(
         candidates, tokenizer, recipe.max_length, lambda done: context.report(Progress(done, len(candidates), "row"))
     )
+    lost = {
+        "rows": [source_of.count(index) for index in range(len(recipe.mixture))],
+        "duplicates_removed": cleaned.duplicates,
+        "benchmark_questions": len(asked),
+        "benchmark_overlaps_removed": {
+            "equal_question": cleaned.equal_questions,
+            "shared_13_words": cleaned.shared_ngrams,
+        },
+        "too_long": encoded.too_long,
+        "cut": encoded.cut,
+    }
+    check_dropped(lost, context.runtime.max_dropped)
     sources = [source_of[cleaned.kept[index]] for index in encoded.kept]
     prompts = [_prompt(candidates[index]) for index in encoded.kept]
     validation = choose_validation(prompts, recipe.validation_rows, recipe.seed)
@@ -78,15 +91,7 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     for name, dataset in parts.items():
         dataset.save(out / f"{name}.safetensors")
     report = {
-        "rows": [source_of.count(index) for index in range(len(recipe.mixture))],
-        "duplicates_removed": cleaned.duplicates,
-        "benchmark_questions": len(asked),
-        "benchmark_overlaps_removed": {
-            "equal_question": cleaned.equal_questions,
-            "shared_13_words": cleaned.shared_ngrams,
-        },
-        "too_long": encoded.too_long,
-        "cut": encoded.cut,
+        **lost,
         "left_out_by_fraction": len(remaining) - len(train),
         "train_rows": [sum(sources[index] == source for index in train) for source in range(len(recipe.mixture))],
         **{name: _describe(dataset) for name, dataset in parts.items()},

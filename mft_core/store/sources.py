@@ -25,6 +25,8 @@ _TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.txt",
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+"""files of weights that are fetched where there are no others"""
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
 # What is fetched of a hub repository: Llama's hold every weight a second and a third time (*.bin, original/*.pth).
 _WANTED: dict[str, list[str] | None] = {
@@ -60,10 +62,11 @@ class Source(BaseModel):
         from huggingface_hub.utils import httpx
 
         kind = "dataset" if self.kind == "dataset" else "model"
+        fetch = functools.partial(snapshot_download, self.location, revision=self.revision, repo_type=kind)
         try:
-            folder = snapshot_download(
-                self.location, revision=self.revision, repo_type=kind, allow_patterns=_WANTED[self.kind]
-            )
+            folder = fetch(allow_patterns=_WANTED[self.kind])
+            if self.kind == "model" and not any(Path(folder).glob("*.safetensors")):
+                folder = fetch(allow_patterns=PICKLED)  # repositories of some age have nothing else
         except (OSError, httpx.HTTPError) as error:
             raise StageError(
                 f"{self.kind} {self.location} (commit {self.revision[:12]}) cannot be fetched from the hub: "
@@ -105,8 +108,11 @@ def local_files(location: Path, files: Sequence[str], kind: Literal["model", "to
 
 def _digest(root: Path, files: tuple[str, ...]) -> str:
     """Hash files, or take the hash that they had when they were last seen with the same stamps."""
-    stats = [(root / name).stat() for name in files]
-    return _digest_of(root, files, tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats))
+    try:
+        stats = [(root / name).stat() for name in files]
+        return _digest_of(root, files, tuple((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats))
+    except OSError as error:
+        raise ConfigError(f"{error.filename or root}: cannot be read ({error.strerror}); check its rights.") from error
 
 
 @functools.lru_cache(maxsize=256)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from mft_core.cache_key import digest
 from mft_core.compute import own_randomness
 from mft_core.data.batching import StepBatches, micro_batches, plan_epochs
-from mft_core.data.tokens import TokenDataset
+from mft_core.data.tokens import Limits, TokenDataset
 from mft_core.errors import ConfigError, StageError
 from mft_core.recipes import Training
 from mft_core.stage import Progress, StageContext
@@ -71,6 +71,12 @@ class TrainingData:
 
     train: TokenDataset
     validation: TokenDataset
+
+    def check(self, limits: Limits) -> None:
+        """Raise a ConfigError if a sequence is none that the model takes."""
+        for name, part in (("training", self.train), ("validation", self.validation)):
+            longest = int(part.lengths.max(initial=0))
+            limits.check(part.input_ids, longest, f"the {name} data")
 
     @classmethod
     def load(cls, directory: Path) -> TrainingData:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from mft_core.errors import ConfigError, did_you_mean
 from mft_core.evaluation.lm_eval_harness import check_scoring, task_leaves
+from mft_core.store.sources import PICKLED
 from pipelines.config import resolve
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
 
@@ -68,7 +69,7 @@ def _model(spec: ModelSpec, online: bool) -> Finding:
         except ConfigError as error:
             return Finding(what, False, str(error))
         return Finding(what, True, "a local checkpoint")
-    if cached(spec.path, spec.revision, "model", "*.safetensors"):
+    if any(cached(spec.path, spec.revision, "model", name) for name in ("*.safetensors", *PICKLED)):
         return Finding(what, True, "in the local hub cache")
     if not online:
         return Finding(what, False, f"not in the local hub cache, and the hub cannot be asked. {_token()}")
@@ -77,8 +78,9 @@ def _model(spec: ModelSpec, online: bool) -> Finding:
 
 def _rows(source: SourceSpec, online: bool) -> Finding:
     if Path(source.path).is_absolute():
-        there = Path(source.path).is_file()
-        return Finding(f"data {Path(source.path).name}", there, "a local file" if there else f"no file {source.path}")
+        path = Path(source.path)
+        kind = "a local file" if path.is_file() else "a local folder" if path.is_dir() else None
+        return Finding(f"data {path.name}", kind is not None, kind or f"no file {source.path}")
     return _dataset(f"data {source.path}", source.path, source.revision, online)
 
 

@@ -23,6 +23,7 @@ from pipelines.config.setup import Label, Layers
 
 _HERE = Path(__file__).resolve().parents[1]
 _PATH_KEYS = {"path", "chat_template"}
+_FILES = (".jsonl", ".json", ".gz", ".parquet", ".jinja")
 Model = TypeVar("Model", bound=Recipe)
 FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
 
@@ -229,7 +230,7 @@ def anchored(layer: Any, folder: Path) -> Any:
 
 def _anchor(text: str, folder: Path) -> str:
     path = Path(text).expanduser()
-    local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in (".jsonl", ".json", ".jinja")
+    local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in _FILES
     return str((folder / path).resolve()) if local or path.is_absolute() else text
 
 

@@ -79,9 +79,13 @@ def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"]) -> Source:
 
 
 def rows(spec: SourceSpec) -> Source:
-    """Return one source of training rows."""
-    if Path(spec.path).is_absolute():
-        return local_file(Path(spec.path), "data.mixture.path")
+    """Return one source of training rows: a file, a folder with all its files, or a hub data set."""
+    path = Path(spec.path)
+    if path.is_absolute() and path.is_dir():
+        every = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+        return local_files(path, sorted(str(name) for name in every if not str(name).startswith(".")))
+    if path.is_absolute():
+        return local_file(path, "data.mixture.path")
     return pinned(spec.path, _commit(spec.path, spec.revision, "dataset"), "dataset")
 
 
@@ -195,6 +199,23 @@ def _hub_file(name: str, commit: str) -> Path:
         return Path(hf_hub_download(name, "config.json", revision=commit))
     except (OSError, httpx.HTTPError) as error:
         raise _not_to_be_had("model", name, commit, first_line(error)) from error
+
+
+@functools.cache
+def hub_files(name: str, commit: str) -> tuple[Path, frozenset[str]]:
+    """Return where the local cache has a model's repository (or would), and which files it has: by the hub's word,
+    else by that of the cache.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import httpx
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots" / commit
+    try:
+        siblings = HfApi().model_info(name, revision=commit, timeout=10).siblings or []
+        return folder, frozenset(file.rfilename for file in siblings)
+    except (OSError, httpx.HTTPError):
+        return folder, frozenset(path.name for path in folder.glob("*"))
 
 
 @functools.cache

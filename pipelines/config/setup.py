@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mft_core.methods import METHODS, MethodName, uses
-from mft_core.recipes import Lora, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
+from mft_core.recipes import Lora, MixturePart, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
 from mft_core.store.sources import Source
 from pipelines.config.geometry import Geometry
 
@@ -60,9 +60,16 @@ class ModelSpec(Recipe):
 class SourceSpec(Recipe):
     """One source of training rows, each with `messages`."""
 
-    path: str = Field(description="a local JSONL file or a hub data set's name")
+    path: str = Field(description="a local JSONL (also gzipped) or Parquet file, a folder, or a hub data set's name")
     revision: str = "main"
     rows: int | None = Field(None, gt=0, description="rows drawn; null takes all")
+    split: str = Field("train", description="of a hub data set or a folder")
+    config: str | None = Field(None, description="configuration (subset) of a hub data set or a folder; null: its one")
+
+    @property
+    def part(self) -> MixturePart:
+        """What of it stands in a recipe."""
+        return MixturePart(rows=self.rows, split=self.split, config=self.config)
 
 
 class DataSpec(Recipe):

@@ -20,7 +20,6 @@ from mft_core.recipes import (
     LearnMask,
     Lora,
     MergeMask,
-    MixturePart,
     PrepareData,
     Training,
 )
@@ -146,7 +145,7 @@ def _mask_words(setup: Setup) -> list[str]:
 
 def _data(resolved: Resolved, spec: DataSpec, fraction: float, domain: str) -> Node:
     recipe = PrepareData(
-        mixture=tuple(MixturePart(rows=source.rows) for source in spec.mixture),
+        mixture=tuple(source.part for source in spec.mixture),
         fraction=fraction,
         max_length=spec.max_length,
         validation_rows=spec.validation_rows,

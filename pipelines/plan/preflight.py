@@ -6,20 +6,27 @@ Looks only at what is going to be computed, so that a cached study imports neith
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mft_core.errors import ConfigError
 from mft_core.methods import METHODS, uses
-from mft_core.recipes import Evaluate, PrepareData, Runtime
+from mft_core.recipes import Evaluate, MixturePart, PrepareData, Runtime
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source
+from pipelines.config import resolve
 from pipelines.config.catalogue import Profile, Study
-from pipelines.config.setup import ModelSpec, Resolved, Setup, datas, trainings
+from pipelines.config.setup import ModelSpec, Resolved, trainings
 from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan, check_disk, make_plans
+
+if TYPE_CHECKING:
+    from mft_core.data.rows import Look
+
+Looks = dict[tuple[Source, MixturePart], "Look"]
 
 
 def checked_plans(
@@ -41,30 +48,41 @@ def checked_plans(
     for name in rerun:
         get_stage(name)
     plans = make_plans(studies, profile, store, overrides, seeds)
+    looks: Looks = {}
     for plan in plans:
-        check(plan, store)
+        check(plan, store, looks)
     return plans, store
 
 
-def check(plan: Plan, store: ArtifactStore) -> None:
+def check(plan: Plan, store: ArtifactStore, looks: Looks) -> None:
     """Raise a ConfigError for anything in the plan that is bound to fail.
 
     Checks disk, processes and devices, that the model is a whole decoder with maskable weights, chat template, training
     rows and their lengths, and the benchmarks.
+
+    Args:
+        looks: what has been seen of data files before; is added to.
     """
     store.check_writable()
     check_disk(plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
     _check_processes(nodes, plan.runtime)
+    if any(get_stage(stage).heavy for stage in stages):
+        from mft_core import compute
+
+        compute.find_device(plan.runtime)
     if stages - {"compare"}:
+        for spec in dict.fromkeys(resolved.setup.model for resolved in plan.asked):
+            _check_tokenizer([resolved for resolved in plan.asked if resolved.setup.model == spec])
+        for source in dict.fromkeys(node.inputs.get("model") for node in nodes):
+            if isinstance(source, Source):
+                _check_weights(source)
         _check_models(plan.asked)
-    if "prepare-data" in stages:
-        _check_rows(resolved.setup for resolved in plan.asked)
-        prepared = [node for node in nodes if node.stage == "prepare-data"]
-        _check_end_of_turn(prepared)
-        _check_held_out(prepared)
-        _check_lengths(prepared)
+    prepared = [node for node in nodes if node.stage == "prepare-data"]
+    _check_end_of_turn(prepared)
+    _check_held_out(prepared)
+    _check_data(plan, prepared, looks)
     _check_benchmarks(node for node in nodes if node.stage == "evaluate")
 
 
@@ -76,41 +94,54 @@ def _check_processes(nodes: Iterable[Node], runtime: Runtime) -> None:
             launch.check(node.recipe, runtime)
 
 
-def _check_rows(setups: Iterable[Setup]) -> None:
-    from mft_core.data.rows import check_rows_file
+def _check_data(plan: Plan, nodes: Iterable[Node], looks: Looks) -> None:
+    """Look through the rows of local sources, and encode those at even distances as the stage will.
 
-    held: dict[str, int] = {}
-    for source in dict.fromkeys(source for setup in setups for data in datas(setup) for source in data.mixture):
-        if not Path(source.path).is_absolute():
-            continue
-        if source.path not in held:
-            held[source.path] = check_rows_file(Path(source.path))
-        if source.rows is not None and source.rows > held[source.path]:
-            raise ConfigError(
-                f"data.mixture: rows = {source.rows}, but {source.path} holds only {held[source.path]}; "
-                f"valid: 1 to {held[source.path]}, or null for all."
-            )
+    Of hub data sets, only the stage itself sees the rows.
+    """
+    from mft_core.checkpoints.files import read_config
+    from mft_core.data.assistant_tokens import Drawn, check_fits, load_tokenizer
+    from mft_core.data.tokens import Limits
 
-
-def _check_lengths(nodes: Iterable[Node]) -> None:
-    """Refuse a `data.max_length` that no example fits; of hub data sets, only the stage itself sees the rows."""
-    from mft_core.data.assistant_tokens import check_fits
-
+    seen = set()
     for node in nodes:
-        assert isinstance(node.recipe, PrepareData)
+        recipe, model = node.recipe, plan.resolved[node.id].model
+        assert isinstance(recipe, PrepareData)
         given = {name: source for name, source in node.inputs.items() if isinstance(source, Source)}
-        sources = [given[f"source-{index}"] for index in range(len(node.recipe.mixture))]
-        if all(source.revision is None for source in sources):
-            template = given.get("chat_template")
-            check_fits(
-                [source.local_path() for source in sources],
-                given["tokenizer"].local_path(),
-                node.recipe.max_length,
-                template.local_path() if template else None,
-            )
+        sources = [given[f"source-{index}"] for index in range(len(recipe.mixture))]
+        template = given.get("chat_template")
+        same = (*recipe.mixture, *sources, recipe.max_length, given["tokenizer"], template, model.config)
+        if same in seen or any(source.revision for source in sources):
+            continue
+        seen.add(same)
+        tokenizer = load_tokenizer(given["tokenizer"].local_path(), template.local_path() if template else None)
+        drawn = []
+        for source, part in zip(sources, recipe.mixture, strict=True):
+            found = looks.get((source, part)) or _look(Path(source.location), part)
+            looks[source, part] = found
+            if part.rows is not None and part.rows > found.rows:
+                raise ConfigError(
+                    f"data.mixture: rows = {part.rows}, but {source.location} holds only {found.rows}; "
+                    f"valid: 1 to {found.rows}, or null for all."
+                )
+            whole = part.rows in (None, found.rows) and len(found.sample) == found.rows
+            drawn.append(Drawn(found.sample, part.rows or found.rows, whole))
+        limits = Limits.of(read_config(model.config.parent))
+        check_fits(drawn, tokenizer, recipe.max_length, plan.runtime.max_dropped, limits)
 
 
-def _check_models(asked: Iterable[Resolved]) -> None:
+def _look(path: Path, part: MixturePart) -> Look:
+    """Read a source, and say so where that takes a while."""
+    from mft_core.data.rows import look
+
+    def tell(rows: int) -> None:
+        if rows % 100_000 == 0:
+            print(f"checking {path.name}: {rows:,} rows", file=sys.stderr, flush=True)
+
+    return look(path, part, tell)
+
+
+def _check_models(asked: Sequence[Resolved]) -> None:
     from mft_core.checkpoints.files import WeightFiles, check_dropout, read_config, skeleton
     from mft_core.layers import parse_layers
     from mft_core.masks.sites import choose_sites, find_sites
@@ -124,8 +155,6 @@ def _check_models(asked: Iterable[Resolved]) -> None:
         config = read_config(directory)
         for training in trainings(setup).values():
             check_dropout(config, training.dropout)
-        _check_weights(spec)
-        _check_chat_template(resolved)
         method = METHODS[setup.method]
         if method.selector or uses(setup.method, "lora"):
             if spec not in sites:
@@ -141,42 +170,53 @@ def _check_models(asked: Iterable[Resolved]) -> None:
                 WeightFiles(directory).check([site.name for site in chosen])
 
 
-def _check_weights(spec: ModelSpec) -> None:
-    """Refuse a local checkpoint without weights, or with a part of them; the hub's are fetched whole."""
-    directory = Path(spec.path)
-    if not directory.is_absolute():
-        return
-    indices = sorted(directory.glob("*.safetensors.index.json")) or sorted(directory.glob("*.bin.index.json"))
-    wanted = {name for index in indices for name in _shards(index)}
+def _check_weights(source: Source) -> None:
+    """Refuse a checkpoint whose weights cannot be loaded; of the hub's, those that were fetched before.
+
+    A repository may have nothing but pickled weights; those are read as plain tensors.
+    """
+    from mft_core.checkpoints.files import check_weights
+
+    directory, names = Path(source.location), None
+    if source.revision is not None:
+        directory, names = resolve.hub_files(source.location, source.revision)
+    files = {path.name for path in directory.glob("*")} if names is None else set(names)
+    kinds = ("model.safetensors", "pytorch_model.bin")  # as transformers prefers them
+    taken = next((name for name in kinds if files & {name, f"{name}.index.json"}), None)
+    if taken is None:
+        where = "there" if names is None else "in the hub's repository, or, if it cannot be asked, its local cache"
+        raise ConfigError(
+            f"model.path = {source.location}: no weight files {where} (model*.safetensors with an index if they are "
+            "several, or pytorch_model*.bin); give a whole checkpoint."
+        )
+    index = f"{taken}.index.json"
+    wanted = files & {taken, index}
+    if (directory / index).is_file():
+        content = json.loads((directory / index).read_text(encoding="utf-8"))  # `read_config` has found it sound
+        wanted |= set(content["weight_map"].values())
     missing = sorted(name for name in wanted if not (directory / name).is_file())
-    if missing:
+    if missing and names is None:
         raise ConfigError(
             f"model.path = {directory}: {len(missing)} weight files of its index are missing, first {missing[0]}; "
             "copy or download the checkpoint again."
         )
-    if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
-        raise ConfigError(f"model.path = {directory}: no weight files there (*.safetensors); give a whole checkpoint.")
+    if not missing:
+        check_weights(directory)
 
 
-def _shards(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"model: {index} is no index of weight files ({error!r}).") from error
+def _check_tokenizer(asked: Sequence[Resolved]) -> None:
+    """Refuse a model's tokenizer that cannot be read, or that lacks the chat template that one of the setups needs."""
+    from mft_core.checkpoints.files import read_config
+    from mft_core.data.assistant_tokens import read_tokenizer
 
-
-def _check_chat_template(resolved: Resolved) -> None:
-    setup, spec = resolved.setup, resolved.setup.model
-    chats = setup.method != "base" or any(bench.apply_chat_template for bench in setup.benchmarks)
-    if spec.chat_template or not chats:
-        return
-    directory = resolved.model.tokenizer.local_path()
-    settings = directory / "tokenizer_config.json"
-    in_settings = settings.is_file() and json.loads(settings.read_text()).get("chat_template")
-    if not in_settings and not (directory / "chat_template.jinja").is_file():
+    model, setups = asked[0].model, [resolved.setup for resolved in asked]
+    read_config(model.config.parent)  # which says first what is wrong with the whole
+    tokenizer = read_tokenizer(model.tokenizer.local_path(), model.template.local_path() if model.template else None)
+    chats = any(setup.method != "base" or any(b.apply_chat_template for b in setup.benchmarks) for setup in setups)
+    if chats and not tokenizer.chat_template:
         raise ConfigError(
-            f"model.path = {spec.path}: its tokenizer has no chat template; set model.chat_template to a Jinja file "
-            "(the tulu format is shipped as mft_core/data/templates/tulu.jinja)."
+            f"model.path = {setups[0].model.path}: its tokenizer has no chat template; set model.chat_template to a "
+            "Jinja file (the tulu format is shipped as mft_core/data/templates/tulu.jinja)."
         )
 
 

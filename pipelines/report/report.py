@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mft_core.data import dropped
 from mft_core.errors import StageError
 from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
@@ -45,10 +46,11 @@ class Report:
 
     @functools.cached_property
     def tables(self) -> dict[str, list[Row]]:
-        """Every table of numbers besides `rows`, by name: choices, winners, costs, a search, each analysis."""
+        """Every table of numbers besides `rows`, by name: choices, winners, data, costs, a search, each analysis."""
         parts: dict[str, Callable[[], list[Row]]] = {
             "chosen": lambda: chosen(self.rows),
             "winners": lambda: _read_rows(self.directory / "winners.json"),
+            "data": lambda: _data(self.plan, self.manifests),
             "cost": lambda: costs.by_stage(self.plan, self.manifests),
             "cost-per-point": lambda: costs.per_point(self.plan, self.manifests, self.rows),
         }
@@ -60,6 +62,15 @@ class Report:
             of_search: dict[str, list[Row]] = {}
             found |= attempt("the search's tables", lambda: search_tables(search, self.manifests), of_search)
         return {name: rows for name, rows in found.items() if rows}
+
+
+def _data(plan: Plan, manifests: Mapping[str, dict[str, Any]]) -> list[Row]:
+    """Return what became of the rows of each mixture."""
+    nodes = [node for node in closure([comparison_node(plan)]) if node.stage == "prepare-data" and node.id in manifests]
+    return [
+        {"data": node.label.removeprefix("prepare-data "), **dropped.row(manifests[node.id]["summary"])}
+        for node in nodes
+    ]
 
 
 def slug(name: str) -> str:

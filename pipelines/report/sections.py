@@ -38,6 +38,8 @@ def of_study(report: Report, asked: Asked) -> list[Section]:
         parts.append(
             attempt(f"part '{name}'", functools.partial(_analysis, name, directory), _failed(slug(name), name))
         )
+    if data := report.tables.get("data"):
+        parts.append(part("data", "Training data", lambda: _data(data)))
     return [
         *parts,
         part("cost", "Cost", lambda: cost(report.tables)),
@@ -87,6 +89,16 @@ def _analysis(name: str, directory: Path) -> Section:
     _, _, of = name.partition(" ")
     title = heading[1] if heading else name
     return Section(slug(name), f"{title}: {of}" if of and of not in title else title, body)
+
+
+def _data(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what became of the mixtures' rows: what was dropped, and what is left to train on."""
+    note = (
+        "Rows of each mixture, and how many of them were dropped: those there twice, benchmark questions, those too "
+        "long to keep an answer within `data.max_length`. Rows that were cut there are among those used."
+    )
+    lines = [[value if name == "data" else _count(value) for name, value in row.items()] for row in rows]
+    return f"{note}\n\n{grid([name.replace('_', ' ') for name in rows[0]], lines)}"
 
 
 def cost(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

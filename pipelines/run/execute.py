@@ -17,6 +17,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.utilities.annotations import quote
 
+from mft_core.data import dropped
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
@@ -93,10 +94,19 @@ def run_nodes(
         if future.state.is_completed():
             ref = ArtifactRef.model_validate(future.result()["artifact"])
             outcomes[node.id] = Outcome(node, ref, _is_cached(future))
+            if node.stage == "prepare-data" and node.id not in done:
+                _tell_losses(node, ref, place.store, display)
         elif not future.state.is_pending():  # pending: never started, for want of an input that failed
             failures.append((node, future.result(raise_on_failure=False)))
     _raise(failures)
     return outcomes
+
+
+def _tell_losses(node: Node, ref: ArtifactRef, store: ArtifactStore, display: Display) -> None:
+    """Say which rows of the data were dropped, of cached data too."""
+    manifest = store.manifest(ref.stage, ref.key)
+    if lost := dropped.told(manifest["summary"]) if manifest else None:
+        display.say(f"{node.label}: {lost}")
 
 
 def _announce(display: Display, node: Node, future: PrefectFuture[Made]) -> None:

@@ -68,6 +68,12 @@ def _commit(
     folder.mkdir(parents=True)
     summary: dict[str, Any] = {"of": node.label}
     (folder / "what.txt").write_text(node.id)
+    if node.stage == "prepare-data":
+        summary |= {
+            "rows": [1_000, 293], "duplicates_removed": 3, "benchmark_questions": 30, "too_long": 1_234, "cut": 5,
+            "benchmark_overlaps_removed": {"equal_question": 1, "shared_13_words": 1}, "left_out_by_fraction": 0,
+            "train": {"examples": 46}, "validation": {"examples": 8},
+        }  # fmt: skip
     if node.stage == "evaluate":
         _write_answers(folder, accuracy)
     elif getattr(node.recipe, "training", None):

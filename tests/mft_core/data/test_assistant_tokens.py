@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mft_core.data.assistant_tokens import (
+    Drawn,
     EndOfTurn,
     chat_prompt,
     check_end_of_turn,
@@ -22,9 +24,11 @@ from mft_core.data.assistant_tokens import (
     check_same_tokens,
     encode,
     end_of_turn,
+    load_tokenizer,
     stop_tokens,
 )
 from mft_core.data.rows import Message
+from mft_core.data.tokens import Limits
 from mft_core.errors import ConfigError
 from tests.support.tiny import make_tokenizer
 
@@ -247,40 +251,189 @@ def test_a_template_that_cannot_be_trusted_with_a_conversation_is_refused(templa
         encode(rows, tokenizer, 1000)
 
 
-def write_rows(path, answers):
-    rows = [[{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer}] for answer in answers]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+NO_LIMITS = Limits(10**6, None)
 
 
-def test_a_max_length_that_no_row_fits_is_refused_before_compute_with_the_shortest_length(tmp_path):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    rows = [write_rows(tmp_path / f"{i}.jsonl", ["seven", "8"] * 40) for i in range(2)]
-    shortest = len(spoken(TOKENIZER, "u:What?", "a:8")[0])
+def drawn(*answers, rows=None, question="What?"):
+    sample = [(f"file line {i}", conversation(f"u:{question}", f"a:{answer}")) for i, answer in enumerate(answers, 1)]
+    return Drawn(sample, rows or len(sample), rows is None)
+
+
+def test_a_max_length_that_no_row_fits_is_refused_before_compute_with_the_shortest_length():
+    shortest = spoken(TOKENIZER, "u:What?", "a:8")[0].index("</s>") + 1
+    sources = [drawn(*["seven", "8"] * 40)] * 2
     with pytest.raises(
         ConfigError, match=rf"data\.max_length = 8: every one of the 160 .*shortest has {shortest} tokens"
     ):
-        check_fits(rows, tmp_path / "tokenizer", 8, None)
-    with pytest.raises(ConfigError, match=r"data\.max_length = 8"):
+        check_fits(sources, TOKENIZER, 8, 1.0, NO_LIMITS)
+    with pytest.raises(ConfigError, match=rf"data\.max_length = 8.*at least {shortest}\."):
         encode([conversation("u:What?", "a:8")], TOKENIZER, 8)
 
 
-def test_one_row_that_fits_is_enough_and_what_stands_behind_it_is_not_read(tmp_path):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    first = write_rows(tmp_path / "first.jsonl", ["a long answer " * 90])
-    second = write_rows(tmp_path / "second.jsonl", ["8"])
-    check_fits([first, second], tmp_path / "tokenizer", 30, None)
-    many = write_rows(tmp_path / "many.jsonl", ["8"] * 200)
-    check_fits([many, tmp_path / "missing.jsonl"], tmp_path / "tokenizer", 30, None)
+def test_of_a_conversation_of_many_turns_the_advice_is_what_its_first_answer_needs():
+    turns = [turn for number in range(50) for turn in (f"u:What is {number}?", f"a:It is {number}.")]
+    for template in (TOKENIZER.chat_template, UNMARKED):
+        with pytest.raises(ConfigError) as caught:
+            encode([conversation(*turns)], with_template(template), 8)
+        least = int(re.search(r"at least (\d+)\.", str(caught.value))[1])
+        kept = encode([conversation(*turns)], with_template(template), least).dataset.example(0)
+        assert TOKENIZER.decode(kept[0][kept[1]]) == "It is 0.</s>"
+
+
+def test_more_long_rows_than_allowed_are_refused_with_the_length_that_keeps_enough():
+    mostly_long = [drawn("8", "9", question="Why? " * 50), drawn("7")]
+    needed = len(spoken(TOKENIZER, "u:" + "Why? " * 50, "a:8")[0])
+    with pytest.raises(ConfigError, match=rf"about 67% of 3 rows .*max_dropped = 0\.5 .*at least {needed}, or"):
+        check_fits(mostly_long, TOKENIZER, 30, 0.5, NO_LIMITS)
+    check_fits(mostly_long, TOKENIZER, 30, 0.7, NO_LIMITS)
+    check_fits(mostly_long, TOKENIZER, 300, 0.0, NO_LIMITS)
+
+
+def test_a_sample_refuses_only_what_is_sure():
+    half = [drawn(*"89", question="Why? " * 50, rows=10_000), drawn("7", "7", rows=10_000)]
+    check_fits(half, TOKENIZER, 30, 0.45, NO_LIMITS)
+    with pytest.raises(ConfigError, match=r"about 50% of 20,000 rows"):
+        check_fits(half, TOKENIZER, 30, 0.3, NO_LIMITS)
+    few = [drawn("8", question="Why? " * 50, rows=9), drawn("7", rows=9)]
+    check_fits(few, TOKENIZER, 30, 0.1, NO_LIMITS)
+
+
+def test_token_ids_and_lengths_that_the_model_does_not_take_are_refused_with_the_place():
+    ids = encode([conversation("u:What?", "a:8")], TOKENIZER, 100).dataset.example(0)[0]
+    most = int(ids.max())
+    name = re.escape(TOKENIZER.convert_ids_to_tokens(most))
+    check_fits([drawn("8")], TOKENIZER, 100, 0.5, Limits(most + 1, len(ids)))
+    with pytest.raises(ConfigError, match=rf"file line 1: token id {most} \({name}\), .*has {most} rows.*resize"):
+        check_fits([drawn("8")], TOKENIZER, 100, 0.5, Limits(most, None))
+    with pytest.raises(ConfigError, match=rf"file line 1: {len(ids)} tokens .*takes {len(ids) - 1} positions"):
+        check_fits([drawn("8")], TOKENIZER, 100, 0.5, Limits(1_000, len(ids) - 1))
+    check_fits([drawn("8")], TOKENIZER, len(ids) - 1, 0.5, Limits(1_000, len(ids) - 1))  # it is cut
 
 
 def test_the_check_uses_the_chat_template_that_replaces_the_tokenizers_own(tmp_path):
     make_tokenizer(chat_template=False).save_pretrained(tmp_path / "tokenizer")
-    rows = [write_rows(tmp_path / "rows.jsonl", ["8"])]
     (tmp_path / "template.jinja").write_text(TOKENIZER.chat_template, encoding="utf-8")
-    check_fits(rows, tmp_path / "tokenizer", 30, tmp_path / "template.jinja")
+    assert load_tokenizer(tmp_path / "tokenizer", tmp_path / "template.jinja").chat_template == TOKENIZER.chat_template
     with pytest.raises(ConfigError, match="no chat template"):
-        check_fits(rows, tmp_path / "tokenizer", 30, None)
+        load_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match=r"template = .*tokenizer: cannot be read"):
+        load_tokenizer(tmp_path / "tokenizer", tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize("content", ["{}", "", "version https://git-lfs.github.com/spec/v1\n", None])
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_the_file_it_needs(tmp_path, content):
+    make_tokenizer().save_pretrained(tmp_path)
+    if content is None:
+        (tmp_path / "tokenizer.json").unlink()
+    else:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"its tokenizer cannot be read .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_asks_for_code_of_its_own_is_refused_and_none_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who would be asked says yes
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    path = tmp_path / "tokenizer_config.json"
+    asking = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | asking))
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json asks for code of its own .*own\.OwnTokenizer"):
+        load_tokenizer(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def unlearned(row, *turns):
+    return tuple(message._replace(trained=False) if i in turns else message for i, message in enumerate(row))
+
+
+@pytest.mark.parametrize("template", [TOKENIZER.chat_template, UNMARKED], ids=["marked", "by prefix"])
+def test_turns_that_are_not_trained_are_shown_and_not_learned(template):
+    row = conversation("u:What?", "a:bad", "u:Again?", "a:good", "u:And?", "a:worse")
+    whole_ids, whole = encode([row], with_template(template), 1000).dataset.example(0)
+    ids, in_loss = encode([unlearned(row, 1, 5)], with_template(template), 1000).dataset.example(0)
+    assert ids.tolist() == whole_ids.tolist()
+    assert TOKENIZER.decode(whole_ids[whole]) == "bad</s>good</s>worse</s>"
+    assert TOKENIZER.decode(ids[in_loss]) == "good</s>"
+
+
+def test_marks_that_do_not_tell_the_turns_apart_are_refused_where_a_turn_is_not_trained():
+    template = "{% generation %}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% endgeneration %}"
+    row = conversation("u:What?", "a:bad", "u:Again?", "a:good")
+    encode([row], with_template(template), 1000)
+    with pytest.raises(ConfigError, match="do not tell which turns to leave out"):
+        encode([unlearned(row, 1)], with_template(template), 1000)
+
+
+WITH_CALLS = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_CALLS = WITH_CALLS.replace(
+    "<|im_start|>{{ m.role }}\n", "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+).replace(
+    "<|im_end|>\n{% endfor %}",
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}",
+)
+ARGUMENTS = {"order": 17, "who": 'A "b" ü'}
+LOOKUP = {"function": {"name": "lookup", "arguments": ARGUMENTS}}
+CALLING = (
+    Message("user", "Where?", more=json.dumps({"tools": [{"type": "function", "function": {"name": "lookup"}}]})),
+    Message("assistant", "", more=json.dumps({"reasoning_content": "hm\n", "tool_calls": [LOOKUP]})),
+    Message("tool", "there"),
+    Message("assistant", "There."),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [WITH_CALLS, MARKED_CALLS], ids=["by prefix", "marked"])
+def test_calls_and_reasoning_are_learned_where_the_template_shows_them(template):
+    ids, in_loss = encode([CALLING], with_template(template), 1000).dataset.example(0)
+    text, learned = TOKENIZER.decode(ids), TOKENIZER.decode(ids[in_loss])
+    assert "<tools>[{" in text
+    assert "there" in text
+    assert learned.startswith("<think>hm\n</think><call>{")
+    assert "17" in learned
+    assert learned.endswith("}</call><|im_end|>There.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, r"does not show the reasoning_content of messages\[1\]"),
+        (WITH_CALLS[WITH_CALLS.index("{% for m") :], "does not show the row's 'tools'"),
+        (
+            WITH_CALLS.replace("m.reasoning_content", "m.thought"),
+            r"does not show the reasoning_content of messages\[1\]",
+        ),
+        (WITH_CALLS.replace("call.function", "call.function.name"), r"does not show the tool_calls of messages\[1\]"),
+        (MARKED_CALLS.replace("m.tool_calls", "m.calls"), r"does not show the tool_calls of messages\[1\]"),
+        (WITH_CALLS.replace("in messages", "in messages if m.role != 'tool'"), r"does not show messages\[2\].*'tool'"),
+    ],
+)
+def test_a_template_that_leaves_out_what_a_message_says_is_refused(template, expected):
+    with pytest.raises(ConfigError, match=rf"row 0 .*{expected}"):
+        encode([CALLING], with_template(template), 1000)
+
+
+CLOSING = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+
+
+def test_a_template_that_closes_the_whole_text_is_trained_turn_by_turn():
+    turns = ["u:one", "a:1", "u:two", "a:2"]
+    tokens, learned = spoken(with_template(CLOSING), *turns)
+    open_tokens, open_learned = spoken(with_template(CHATML), *turns)
+    assert tokens == [*open_tokens, "</s>"]
+    assert learned == [*open_learned, "Ċ", "</s>"]  # what closes the text comes after the last turn alone
+    assert spoken(with_template(CLOSING), *turns[:2])[0][-1] == "</s>"
+
+
+def test_a_template_that_closes_and_rewrites_is_refused():
+    tokenizer = with_template(CLOSING.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | upper }}"))
+    with pytest.raises(ConfigError, match="rewrites history"):
+        encode([conversation("u:one", "a:one", "u:two", "a:two")], tokenizer, 1000)
 
 
 def test_data_prepared_in_two_threads_at_once_is_that_of_one():

@@ -193,8 +193,8 @@ def misshape_a_weight(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (spoil_a_weight, r"not finite, e\.g\. model\.norm\.weight"),
-        (lose_a_weight, r"missing or not finite, e\.g\. model\.norm\.weight"),
+        (spoil_a_weight, r"model\.norm\.weight .*not finite"),
+        (lose_a_weight, r"missing or misshapen, e\.g\. model\.norm\.weight"),
         (misshape_a_weight, "cannot be loaded"),
         (lambda checkpoint: (checkpoint / "tokenizer.json").write_text("{"), "cannot be loaded"),
         (lambda checkpoint: (checkpoint / "adapter_config.json").write_text("{}"), "adapter_config.json lies there"),
@@ -234,3 +234,19 @@ def test_a_checkpoint_tells_whoever_generates_where_its_turns_end(tmp_path: Path
     assert ends["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.pad_token_id]
     kept = fine_tune(tmp_path, "b", base=asis, max_steps=1) / "model/generation_config.json"
     assert kept.read_bytes() == (asis / "generation_config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [({"vocab_size": 40}, "token id"), ({"max_position_embeddings": 9}, "9 pos")]
+)
+def test_data_that_the_model_does_not_take_is_refused_before_any_step(
+    tmp_path: Path, size: dict, expected: str
+) -> None:
+    base = save_checkpoint(tmp_path / "small", **size)
+    save_checkpoint(tmp_path / "base")
+    save_data(tmp_path / "data")
+    with pytest.raises(ConfigError, match=rf"the training data: .*{expected}"):
+        fine_tune(tmp_path, "out", base=base)
+    with pytest.raises(ConfigError, match=rf"the training data: .*{expected}"):
+        make_job(base, tmp_path / "data", selector="wanda", calibration_rows=8).data()
+    assert not list((tmp_path / "out").iterdir())

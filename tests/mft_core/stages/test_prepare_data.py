@@ -7,6 +7,7 @@ import json
 import datasets
 import pytest
 
+from mft_core.data.dropped import told
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 from mft_core.recipes import MixturePart, PrepareData, Runtime
@@ -37,7 +38,7 @@ def world(tmp_path_factory):
     return root
 
 
-def prepare(world, out, *, recipe=None, reports=None, **changes):
+def prepare(world, out, *, recipe=None, reports=None, runtime=None, **changes):
     inputs = {
         "tokenizer": world / "tokenizer",
         "source-0": world / "sums.jsonl",
@@ -48,7 +49,7 @@ def prepare(world, out, *, recipe=None, reports=None, **changes):
     inputs |= {name: path for name, path in changes.items() if "-" in name or name in ("tokenizer", "chat_template")}
     settings |= {name: value for name, value in changes.items() if name in PrepareData.model_fields}
     out.mkdir(parents=True)
-    context = StageContext(Runtime(), out, (reports if reports is not None else []).append)
+    context = StageContext(runtime or Runtime(), out, (reports if reports is not None else []).append)
     summary = get_stage("prepare-data").run(recipe or PrepareData(**settings), inputs, out, context)
     parts = {name: TokenDataset.load(out / f"{name}.safetensors") for name in ("train", "validation")}
     return summary, parts
@@ -216,3 +217,29 @@ def test_what_a_benchmark_asks_is_kept_out_as_it_is_asked(world, tmp_path):
         json.loads((made / "report.json").read_text())["benchmark_overlaps_removed"] for made in (without, report)
     ]
     assert [each["equal_question"] for each in removed] == [1, 2]
+
+
+def test_rows_that_are_dropped_are_refused_above_the_share_that_the_user_allows(world, tmp_path):
+    write(tmp_path / "long.jsonl", [chat(f"{i}" + " please" * 80, "7") for i in range(38)] + [chat("1", "2")] * 2)
+    given = {"source-0": tmp_path / "long.jsonl", "mixture": (MixturePart(),), "validation_rows": 0}
+    with pytest.raises(ConfigError) as caught:
+        prepare(world, tmp_path / "refused", **given)
+    assert "39 of 40 rows (98%) were dropped: 1 there twice, 38 too long to keep an answer" in str(caught.value)
+    assert "runtime.max_dropped = 0.5" in str(caught.value)
+    assert not list((tmp_path / "refused").iterdir())
+    summary, _ = prepare(world, tmp_path / "allowed", runtime=Runtime(max_dropped=0.95), **given)
+    assert (summary["too_long"], summary["train"]["examples"]) == (38, 1)
+
+
+def test_rows_that_are_there_twice_are_no_loss(world, tmp_path):
+    write(tmp_path / "same.jsonl", [chat("1", "2")] * 39 + [chat("2", "3")])
+    given = {"source-0": tmp_path / "same.jsonl", "mixture": (MixturePart(),), "validation_rows": 0}
+    summary, _ = prepare(world, tmp_path / "out", **given)
+    assert told(summary) == "38 of 40 rows (95%) were dropped: 38 there twice"
+
+
+def test_nothing_is_told_where_nothing_was_dropped(world, tmp_path):
+    given = {"source-0": world / "products.jsonl", "mixture": (MixturePart(),), "validation_rows": 0}
+    assert told(prepare(world, tmp_path / "out", **given)[0]) is None
+    cut = prepare(world, tmp_path / "cut", max_length=16, **given)[0]
+    assert told(cut) == f"{cut['cut']} were cut at max_length"

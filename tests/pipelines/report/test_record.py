@@ -109,7 +109,7 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
                 param, metric = run.get(f"params.{name}"), run.get(f"metrics.{metric_name(name, row['benchmark'])}")
                 assert value in (metric, float(param) if isinstance(param, str) else None), name
     parent = runs.loc["mini-study on mini"]
-    assert set(report.tables) == {"winners", "chosen", "cost", "cost-per-point"}
+    assert set(report.tables) == {"winners", "chosen", "data", "cost", "cost-per-point"}
     for table, rows in report.tables.items():
         for name, value in table_metrics(table, rows).items():
             assert parent[f"metrics.{name}"] == value

@@ -79,7 +79,7 @@ def test_the_markdown_says_the_same_and_its_figure_lies_beside_it(pages):
     text = (pages / "report.md").read_text()
     titles = re.findall(r"^## (.*)", text, re.MULTILINE)
     chosen = "Chosen on validation rows"
-    assert titles == ["Answer", "Figure", "Table", chosen, "Cost", "Settings", "Where this comes from"]
+    assert titles == ["Answer", "Figure", "Table", chosen, "Training data", "Cost", "Settings", "Where this comes from"]
     assert "MFT: better than FFT in 2 of 3 comparisons" in text
     assert (pages / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
 
@@ -91,6 +91,17 @@ def test_csv_and_parquet_hold_every_number_of_the_rows(pages, report):
         assert kept["seed"] == (None if row["seed"] is None else str(row["seed"]))
         assert {name: kept[name] for name in row if name != "seed"} == {n: v for n, v in row.items() if n != "seed"}
     assert len((pages / "rows.csv").read_text().splitlines()) == len(report.rows) + 1
+
+
+def test_what_became_of_the_rows_of_the_data_is_a_section_and_a_table(pages, report):
+    text = (pages / "report.md").read_text()
+    section = text[text.index("## Training data") : text.index("## Cost")]
+    assert "| sums | 1,293 | 3 | 2 | 1,234 | 5 | 0 | 8 | 46 |" in section
+    assert report.tables["data"] == [
+        {"data": "sums", "rows": 1_293, "duplicates": 3, "benchmark_questions": 2, "too_long": 1_234, "cut": 5,
+         "left_out_by_fraction": 0, "validation": 8, "training": 46},
+    ]  # fmt: skip
+    assert "too long" in (pages / "report.html").read_text()
 
 
 def test_rows_have_the_validation_loss_of_the_checkpoint_that_was_kept(report):
