@@ -57,8 +57,8 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     save_model(result, out / "model", DTYPES[training.precision], inputs["model"])
     if "chat_template" in inputs:
         _set_chat_template(out / "model", inputs["chat_template"])
+    check_written(out / "model")  # before its tokenizer is asked anything
     _set_end_of_turn(out / "model")
-    check_written(out / "model")
     history.write(out / "history.jsonl")
     return history.summary()
 
