@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mft_core.recipes import Recipe, Runtime
+from mft_core.geometry import Geometry
+from mft_core.recipes import LearnMask, Recipe, Runtime
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,50 @@ class StageFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What, besides its recipe, says how much a stage needs; what it has no input for is 0."""
+
+    geometry: Geometry
+    runtime: Runtime
+    precision: str
+    """of the fine-tuned checkpoint"""
+    longest: int
+    """tokens of the longest training sequence"""
+    cpu: bool = False
+    """it is computed in main memory, where the C library keeps freed blocks between others"""
+    train: float = 0
+    """sequences to train on"""
+    validation: float = 0
+    """sequences held out"""
+    length: float = 0
+    """mean tokens of a sequence"""
+    items: float = 0
+    """of a benchmark, with tokens of a prompt and the most of an answer"""
+    prompt: float = 0
+    answer: float = 0
+    mask: LearnMask | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage needs, in numbers that know no device; bytes."""
+
+    flops: float
+    moved: float
+    """bytes that pass through the device's memory, where that is the limit"""
+    seconds: float
+    """on any device: of a processor core or a disk"""
+    precision: str
+    """that it computes in"""
+    memory: Mapping[str, int]
+    """of one process at the worst moment, by what it is"""
+    left: int
+    """of its payload"""
+    state: int
+    """of its resumable state, while it runs"""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One link of the chain. `version` is raised when the stage's numbers change for the same recipe and inputs."""
 
@@ -55,6 +100,8 @@ class Stage:
     recipe: type[Recipe]
     heavy: bool
     """heavy stages occupy a device; light ones run in parallel"""
+    needs: Callable[[Any, Facts], Needs]
+    """what computing it will take, from its recipe and what is known of its inputs; imports no torch"""
     load: Callable[[], StageFunction]
     """imports the stage's function and returns it: on first use, since planning must not import torch"""
 

@@ -79,12 +79,13 @@ def plan(
     overrides: Overrides = None,
     seeds: Seeds = None,
     as_json: AsJson = False,
+    on: Annotated[str | None, typer.Option(help="another device to tell the times of: cpu, h100, a100, …")] = None,
 ) -> None:
-    """Show what a study would run: runs, stages, what is cached, hours, memory and disk. Computes nothing."""
+    """Show what a study would run: runs, stages, what is cached, time, memory and disk. Computes nothing."""
     from pipelines.cost.plan_view import as_dict, show, show_together
     from pipelines.cost.predicted import bills
 
-    priced = bills(*_plans(study, profile, overrides, seeds))
+    priced = bills(*_plans(study, profile, overrides, seeds, unpinned=True), on)
     if as_json:
         found = [as_dict(bill) for bill in priced]
         print(json.dumps(found if len(found) > 1 else found[0], indent=2))
@@ -205,14 +206,16 @@ def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
 
 
 def _plans(
-    study: str, profile: str, overrides: list[str] | None, seeds: str | None
+    study: str, profile: str, overrides: list[str] | None, seeds: str | None, unpinned: bool = False
 ) -> tuple[list[Plan], ArtifactStore]:
     from mft_core.store.artifacts import ArtifactStore
     from pipelines.config.catalogue import load_profile, load_studies
     from pipelines.plan.plan import make_plans
 
     store = ArtifactStore.from_environment()
-    return make_plans(load_studies(study), load_profile(profile), store, overrides or [], _seeds(seeds)), store
+    return make_plans(
+        load_studies(study), load_profile(profile), store, overrides or [], _seeds(seeds), unpinned
+    ), store
 
 
 def _checked_plans(

@@ -126,7 +126,7 @@ def run_study(
             for recorder in recorders:
                 recorder.progress(call, progress)
 
-        place = workplace(plans[0], store, display, record)
+        place = workplace(plans, store, display, record)
         done: set[str] = set()
         if any(plan.search for plan in plans):
             if place.runtime.heavy_slots > 1:  # the same processes for all rounds
@@ -233,7 +233,7 @@ def run_stage(
     """Run one stage of planned studies, and what it needs; `study` is what the user called them."""
     wanted = _up_to(stage, plans)
     with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
-        outcomes = run_nodes(wanted, workplace(plans[0], store, display), display, rerun)
+        outcomes = run_nodes(wanted, workplace(plans, store, display), display, rerun)
     return [
         {"label": done.node.label, "directory": str(done.artifact.local_path(store))}
         for done in outcomes.values()

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -51,6 +51,8 @@ class Workplace:
     report: Callable[[StageCall, Progress], None] = lambda call, progress: None
     notes: Mapping[str, Any] = field(default_factory=dict)
     """provenance of the flow run, e.g. its MLflow run id"""
+    promised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """by node id, what the plan says that a stage takes; kept in its provenance, from which the next plan learns"""
     workers: Workers | None = None
     """processes for heavy stages, where several may run at one time"""
 
@@ -131,6 +133,7 @@ def _build(
 ) -> ArtifactRef:
     """Compute the artifact, here or in a process of the pool."""
     stage = get_stage(call.stage)
+    place = replace(place, notes={**place.notes, "promised": place.promised.get(call.node)})
 
     def report(progress: Progress) -> None:
         place.report(call, progress)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 from mft_core.errors import unknown
 from mft_core.recipes import (
@@ -18,7 +20,8 @@ from mft_core.recipes import (
     PrepareData,
     Recipe,
 )
-from mft_core.stage import Stage, StageFunction
+from mft_core.stage import Facts, Needs, Stage, StageFunction
+from mft_core.stages import needs
 
 
 def _function(name: str, heavy: bool) -> StageFunction:
@@ -31,22 +34,22 @@ def _function(name: str, heavy: bool) -> StageFunction:
     return spread(name, run)
 
 
-def _stage(name: str, version: int, recipe: type[Recipe], *, heavy: bool) -> Stage:
-    return Stage(name, version, recipe, heavy, functools.partial(_function, name, heavy))
+def _stage(name: str, version: int, recipe: type[Recipe], need: Callable[[Any, Facts], Needs], *, heavy: bool) -> Stage:
+    return Stage(name, version, recipe, heavy, need, functools.partial(_function, name, heavy))
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        _stage("prepare-data", 1, PrepareData, heavy=False),
-        _stage("fine-tune", 1, FineTune, heavy=True),
-        _stage("learn-mask", 2, LearnMask, heavy=True),
-        _stage("merge-mask", 1, MergeMask, heavy=False),
-        _stage("evaluate", 1, Evaluate, heavy=True),
-        _stage("compare", 4, Compare, heavy=False),
-        _stage("anatomy", 2, Anatomy, heavy=True),
-        _stage("landscape", 2, Landscape, heavy=True),
-        _stage("predict-layers", 1, PredictLayers, heavy=True),
+        _stage("prepare-data", 1, PrepareData, needs.prepare_data, heavy=False),
+        _stage("fine-tune", 1, FineTune, needs.fine_tune, heavy=True),
+        _stage("learn-mask", 2, LearnMask, needs.learn_mask, heavy=True),
+        _stage("merge-mask", 1, MergeMask, needs.merge_mask, heavy=False),
+        _stage("evaluate", 1, Evaluate, needs.evaluate, heavy=True),
+        _stage("compare", 4, Compare, needs.compare, heavy=False),
+        _stage("anatomy", 2, Anatomy, needs.anatomy, heavy=True),
+        _stage("landscape", 2, Landscape, needs.landscape, heavy=True),
+        _stage("predict-layers", 1, PredictLayers, needs.predict_layers, heavy=True),
     )
 }
 

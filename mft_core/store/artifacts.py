@@ -32,7 +32,7 @@ from mft_core.recipes import Recipe, Runtime
 from mft_core.stage import Progress, Stage, StageContext
 from mft_core.store import manifests, provenance
 from mft_core.store.manifests import MANIFEST
-from mft_core.store.usage import Meter
+from mft_core.store.usage import Meter, compare
 
 _RERUN = ".rerun"
 _FOLDERS = ("artifacts", "work", "locks", "logs", "prefect", "reports")
@@ -253,6 +253,7 @@ class ArtifactStore:
                 **meter.used,
             },
         }
+        compare(notes.get("promised"), meter.used, f"{stage.name} {key[:12]}", log)
         manifest = manifests.seal(content)
         manifests.commit(temporary, final, manifest)
         log.info("finished %s %s", stage.name, key)

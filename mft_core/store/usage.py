@@ -18,6 +18,7 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -123,6 +124,17 @@ def processor() -> str:
     lines = path.read_text().splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {psutil.cpu_count()} cores"
+
+
+def compare(promised: Mapping[str, float] | None, used: Mapping[str, Any], stage: str, log: logging.Logger) -> None:
+    """Warn where a stage that ran alone took over a fifth more memory than its plan said."""
+    if promised and used["alone"] and used["peak_memory_bytes"] > 1.2 * promised["peak_memory_bytes"]:
+        log.warning(
+            "%s took %.2f GB of memory where the plan said %.2f; the next plan will say what was measured.",
+            stage,
+            used["peak_memory_bytes"] / 1e9,
+            promised["peak_memory_bytes"] / 1e9,
+        )
 
 
 def _on_gpu() -> bool:

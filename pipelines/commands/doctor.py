@@ -19,21 +19,20 @@ from packaging.requirements import Requirement
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Recipe, Runtime
+from mft_core.stage import Facts
+from mft_core.stages import STAGES
+from mft_core.stages.needs import NUMBER, state_bytes
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands import doctor_hub
 from pipelines.commands.doctor_hub import Finding
 from pipelines.config import resolve
 from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile
 from pipelines.config.compose import runtime_of, setups
-from pipelines.config.geometry import read_geometry
-from pipelines.config.setup import ModelSpec, Setup
-from pipelines.plan.disk import parameter_count, state_bytes
-from pipelines.plan.memory import memory_parts
+from pipelines.config.setup import ModelSpec, Setup, datas
 
 _CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 _TRAINING_BYTES = 16
 """per trained weight: the weight, its gradient and AdamW's two moments, all float32"""
-_BYTES = {"float32": 4, "bfloat16": 2}
 _USUAL = Runtime()
 _GPU_ADVISED = 500_000_000
 """weights; training more of them on a CPU takes days"""
@@ -126,7 +125,7 @@ def _home(store: ArtifactStore) -> Finding:
 def _size(spec: ModelSpec) -> Size | None:
     """Count the weights from config.json; where that cannot be had, take the number in the model's name."""
     try:
-        return Size(parameter_count(resolve.configuration(spec)), "from its config.json")
+        return Size(resolve.geometry(resolve.configuration_file(spec)).weights, "from its config.json")
     except ConfigError:
         named = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", Path(spec.path).name, re.IGNORECASE)
     if not named:
@@ -141,7 +140,7 @@ def _unknown_size(spec: ModelSpec) -> Finding:
 
 def _space(setup: Setup, size: Size, store: ArtifactStore, runtime: Runtime = _USUAL) -> list[Finding]:
     """Compare what fine-tuning, mask and evaluation need with the disk and the device's memory."""
-    stored = _BYTES[setup.precision] * size.weights
+    stored = NUMBER[setup.precision] * size.weights
     disk = {
         "download": 0 if Path(setup.model.path).is_absolute() else 2 * size.weights,
         "fine-tuned model": stored,
@@ -164,32 +163,36 @@ def _space(setup: Setup, size: Size, store: ArtifactStore, runtime: Runtime = _U
 def _memory(setup: Setup, weights: int, runtime: Runtime, device: str, available: int) -> Finding:
     """Compare the peaks of the heavy stages with what the device has; on a CPU, all processes share it."""
     try:
-        geometry = read_geometry(resolve.configuration(setup.model))
-        heaviest = _heaviest(setup).items()
-        needs = {name: sum(memory_parts(recipe, setup, geometry, runtime).values()) for name, recipe in heaviest}
+        longest = max(data.max_length for data in datas(setup))
+        geometry = resolve.geometry(resolve.configuration_file(setup.model))
+        facts = Facts(geometry, runtime, setup.precision, longest, device == "cpu")
+        found = {name: STAGES[stage].needs(recipe, facts) for name, (stage, recipe) in _heaviest(setup).items()}
+        needs = {name: sum(need.memory.values()) for name, need in found.items()}
     except ConfigError:  # no config.json: what fine-tuning takes besides activations is known all the same
-        needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": _BYTES[setup.precision] * weights}
+        needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": NUMBER[setup.precision] * weights}
         return _enough(f"memory of {device}, before activations", needs, max(needs.values()), available)
     at_once = runtime.heavy_slots * (runtime.processes if device == "cpu" else 1)
     return _enough(f"memory of {device}", needs, at_once * max(needs.values()), available)
 
 
-def _heaviest(setup: Setup) -> dict[str, Recipe]:
-    """Return what takes most memory of a study on the setup, by what it does."""
+def _heaviest(setup: Setup) -> dict[str, tuple[str, Recipe]]:
+    """Return the stages that take most memory of a study on the setup, with their recipes, by what they do."""
     mask = setup.mask
     shots = max(bench.num_fewshot or 0 for bench in setup.benchmarks)
+    learned = LearnMask(
+        sparsity=mask.sparsity,
+        layers=mask.layers,
+        modules=mask.modules,
+        scope=mask.scope,
+        min_kept=mask.min_kept,
+        score_init=mask.score_init,
+        training=mask.training,
+    )
+    evaluated = Evaluate(task=setup.benchmarks[0].task, num_fewshot=shots, precision=setup.precision)
     return {
-        "fine-tuning": FineTune(training=setup.fine_tune),
-        "mask learning": LearnMask(
-            sparsity=mask.sparsity,
-            layers=resolve.layers(setup.model, setup.mask.layers),
-            modules=mask.modules,
-            scope=mask.scope,
-            min_kept=mask.min_kept,
-            score_init=mask.score_init,
-            training=mask.training,
-        ),
-        "evaluation": Evaluate(task=setup.benchmarks[0].task, num_fewshot=shots, precision=setup.precision),
+        "fine-tuning": ("fine-tune", FineTune(training=setup.fine_tune)),
+        "mask learning": ("learn-mask", learned),
+        "evaluation": ("evaluate", evaluated),
     }
 
 

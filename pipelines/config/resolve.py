@@ -20,10 +20,11 @@ from mft_core.data.overlap import question_of
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import Definition, definitions
+from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
 from mft_core.methods import uses
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
-from pipelines.config.geometry import read_geometry
+from pipelines.config.catalogue import FOLDERS
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
 
 _FIELD = re.compile(r"(?:\{\{\s*)?(\w+)(?:\s*\}\})?")
@@ -36,9 +37,16 @@ class Resolver:
     Made anew for every planning, so that what was changed since is seen.
     """
 
-    def __init__(self) -> None:
-        self._model, self._layers = functools.cache(resolved_model), functools.cache(layers)
-        self._rows, self._items = functools.cache(rows), functools.cache(benchmark_items)
+    def __init__(self, unpinned: bool = False) -> None:
+        """Prepare to look.
+
+        Args:
+            unpinned: go on where neither hub nor its cache says what a repository is, with the revision's name and the
+                model configuration that ships with a profile; enough for a plan, not for a run.
+        """
+        self._model = functools.cache(functools.partial(resolved_model, unpinned=unpinned))
+        self._rows = functools.cache(functools.partial(rows, unpinned=unpinned))
+        self._items = functools.cache(benchmark_items)
         self._benchmark = functools.cache(benchmark)
 
     def resolve(self, setup: Setup) -> Resolved:
@@ -53,17 +61,28 @@ class Resolver:
         held_out = {(source.digest, task): (task, source) for task, source in map(self._items, local)}
         benchmarks = {bench.name: self._benchmark(bench) for bench in setup.benchmarks}
         if uses(setup.method, "mask"):
-            mask = setup.mask.model_copy(update={"layers": self._layers(setup.model, setup.mask.layers)})
+            chosen = format_layers(parse_layers(setup.mask.layers, len(found.geometry.layers)))
+            mask = setup.mask.model_copy(update={"layers": chosen})
             setup = setup.model_copy(update={"mask": mask})
         return Resolved(setup, found, mixed, tuple(held_out[name] for name in sorted(held_out)), benchmarks)
 
 
-def resolved_model(spec: ModelSpec) -> ResolvedModel:
+def resolved_model(spec: ModelSpec, unpinned: bool = False) -> ResolvedModel:
     """Return the base model with what its files say of it."""
-    found, tokenizer = model(spec), _checkpoint(spec, "tokenizer")
+    found, tokenizer = _checkpoint(spec, "model", unpinned), _checkpoint(spec, "tokenizer", unpinned)
     template = local_file(Path(spec.chat_template), "model.chat_template") if spec.chat_template else None
-    config = configuration_file(spec)
-    return ResolvedModel(found, tokenizer, template, config, read_geometry(_read_configuration(config)))
+    try:
+        config = configuration_file(spec)
+    except ConfigError:
+        shipped = [path for path in FOLDERS["profile"].glob("*/config.json") if _shipped_for(path) == spec.path]
+        if not (unpinned and shipped):
+            raise
+        config = shipped[0]
+    return ResolvedModel(found, tokenizer, template, config, geometry(config))
+
+
+def _shipped_for(config: Path) -> object:
+    return json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
 
 
 def model(spec: ModelSpec) -> Source:
@@ -71,14 +90,14 @@ def model(spec: ModelSpec) -> Source:
     return _checkpoint(spec, "model")
 
 
-def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"]) -> Source:
+def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"], unpinned: bool = False) -> Source:
     """Return the base model, or its tokenizer: the same place, but only that one's files count."""
     if Path(spec.path).is_absolute():
         return local_checkpoint(kind, Path(spec.path))
-    return pinned(spec.path, _commit(spec.path, spec.revision, "model"), kind)
+    return pinned(spec.path, _commit(spec.path, spec.revision, "model", unpinned), kind)
 
 
-def rows(spec: SourceSpec) -> Source:
+def rows(spec: SourceSpec, unpinned: bool = False) -> Source:
     """Return one source of training rows: a file, a folder with all its files, or a hub data set."""
     path = Path(spec.path)
     if path.is_absolute() and path.is_dir():
@@ -86,7 +105,7 @@ def rows(spec: SourceSpec) -> Source:
         return local_files(path, sorted(str(name) for name in every if not str(name).startswith(".")))
     if path.is_absolute():
         return local_file(path, "data.mixture.path")
-    return pinned(spec.path, _commit(spec.path, spec.revision, "dataset"), "dataset")
+    return pinned(spec.path, _commit(spec.path, spec.revision, "dataset", unpinned), "dataset")
 
 
 def benchmark(spec: BenchmarkSpec) -> Source:
@@ -153,18 +172,14 @@ def _is_bare(one: Definition, items: Path) -> bool:
     return isinstance(row, dict) and bare is not None and question_of(row) == row.get(bare[1])
 
 
-def layers(spec: ModelSpec, text: str) -> str:
-    """Return layers of the model in canonical form; its configuration says how many there are."""
-    config = configuration(spec)
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        if isinstance(config.get(name), int):
-            return format_layers(parse_layers(text, config[name]))
-    raise ConfigError(f"model = {spec.path}: its config.json names no number of decoder layers; is it a decoder?")
-
-
-def configuration(spec: ModelSpec) -> dict[str, Any]:
-    """Return the model's config.json (its text part, for multimodal ones)."""
-    return _read_configuration(configuration_file(spec))
+def geometry(config: Path) -> Geometry:
+    """Return a model's sizes from its config.json, and from its weights where they are beside it."""
+    found = read_geometry(_read_configuration(config), config.parent)
+    if not found.layers:
+        raise ConfigError(
+            f"model = {config.parent}: its config.json names no number of decoder layers; is it a decoder?"
+        )
+    return found
 
 
 def configuration_file(spec: ModelSpec) -> Path:
@@ -219,7 +234,7 @@ def hub_files(name: str, commit: str) -> tuple[Path, frozenset[str]]:
 
 
 @functools.cache
-def _commit(name: str, revision: str, kind: str) -> str:
+def _commit(name: str, revision: str, kind: str, unpinned: bool = False) -> str:
     """Pin a revision of a hub repository to its commit: the hub's word, else that of the local cache."""
     if _COMMIT.fullmatch(revision):
         return revision
@@ -231,7 +246,8 @@ def _commit(name: str, revision: str, kind: str) -> str:
         info = api.model_info if kind == "model" else api.dataset_info
         return str(info(name, revision=revision, timeout=10).sha)
     except (OSError, httpx.HTTPError) as error:  # no network, or no access: the cache may still know the revision
-        commit = cached_commit(name, revision, kind)
+        silent = getattr(error, "response", None) is None  # a hub that answers has said that there is no such thing
+        commit = cached_commit(name, revision, kind) or (revision if unpinned and silent else None)
         if commit is None:
             raise _not_to_be_had(kind, name, revision, first_line(error)) from error
         return commit

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from mft_core.geometry import Geometry
 from mft_core.methods import METHODS, MethodName, uses
 from mft_core.recipes import Lora, MixturePart, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
 from mft_core.store.sources import Source
-from pipelines.config.geometry import Geometry
 
 OF_ANOTHER_DOMAIN = ("mask", "continued")
 """sections that may name another domain, whose data they take"""

@@ -12,11 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.cost import workload
-from pipelines.cost.predicted import Bill, Device, Run, stages
+from mft_core.stages.needs import PROCESS
+from pipelines.cost.predicted import Bill, Run, stages
 from pipelines.graph.lookup import Step
-from pipelines.plan.memory import PROCESS
-from pipelines.plan.plan import Plan
+from pipelines.plan import workload
 from pipelines.search import view
 
 _WIDTH = 100
@@ -24,7 +23,7 @@ _WIDTH = 100
 
 
 def as_dict(bill: Bill) -> dict[str, Any]:
-    """Return the plan's variants and stages with what is known of each; hours are those of `device`."""
+    """Return the plan's variants and stages with what is known of each; hours are those on the clock, of `device`."""
     plan = bill.plan
     return {
         "study": plan.study.name,
@@ -42,7 +41,8 @@ def as_dict(bill: Bill) -> dict[str, Any]:
                 "hours_measured": cost.measured,
                 "hours_to_come": cost.to_come,
                 "shared_with": _elsewhere(bill, step),
-                **_memory_as_dict(plan, step),
+                "peak_memory_bytes": bill.peak(step.node),
+                "memory_parts_bytes": dict(plan.needs(step.node).memory),
             }
             for step, cost in stages(bill)
         ],
@@ -51,7 +51,8 @@ def as_dict(bill: Bill) -> dict[str, Any]:
         "hours": bill.hours,
         "hours_shared": bill.shared,
         "hours_to_come": bill.to_come,
-        "device": {"name": bill.device.name, "unit": bill.device.unit, "assumed": _assumed(bill.device)},
+        "wall_hours_to_come": bill.wall,
+        "device": {"name": bill.device.name, "assumed": _assumed(bill)},
     }
 
 
@@ -64,12 +65,6 @@ def _run_as_dict(run: Run) -> dict[str, Any]:
     }
 
 
-def _memory_as_dict(plan: Plan, step: Step) -> dict[str, Any]:
-    if step.node.id not in plan.resolved:  # an answer: a comparison, an analysis
-        return {}
-    return {"peak_memory_bytes": _peak(plan, step), "memory_parts_bytes": plan.memory(step.node)}
-
-
 def _elsewhere(bill: Bill, step: Step) -> str | None:
     """Return the earlier study that is charged with the stage, if it is not this one."""
     study = bill.charged[step.node.id]
@@ -78,41 +73,41 @@ def _elsewhere(bill: Bill, step: Step) -> str | None:
 
 def show(bill: Bill) -> None:
     """Print the plan: a row per stage of work, then what it costs."""
-    console, plan, device = _console(), bill.plan, bill.device
+    console, plan = _console(), bill.plan
     console.print(f"[bold]{plan.study.name}[/bold] on [bold]{plan.profile.name}[/bold]: {plan.study.question}")
-    table = _table("stage", "what", "memory", device.unit, "state", right=(2, 3))
+    table = _table("stage", "what", "memory", "time", "state", right=(2, 3))
     for step in plan.steps:
         if step.node.stage != "evaluate":
-            table.add_row(*_named(step), _gigabytes(_peak(plan, step)), _hours_of(bill, [step]), _state(step))
+            table.add_row(*_named(step), _gigabytes(bill.peak(step.node)), _hours_of(bill, [step]), _state(step))
     evaluations = [step for step in plan.steps if step.node.stage == "evaluate"]
-    most = max((_peak(plan, step) for step in evaluations), default=0)
+    most = max((bill.peak(step.node) for step in evaluations), default=0)
     states = Counter(map(_state, evaluations))
     pairs = f"{len(evaluations)} (model, benchmark) pairs"
     table.add_row("evaluate", pairs, _gigabytes(most), _hours_of(bill, evaluations), _counts(states))
     for step in bill.answers:
-        table.add_row(*_named(step), "", _hours_of(bill, [step]), _state(step))
+        table.add_row(*_named(step), _gigabytes(bill.peak(step.node)), _hours_of(bill, [step]), _state(step))
     console.print(table)
     every = [*plan.steps, *bill.answers]
     console.print(
         f"{len(plan.variants)} variants, {len(every)} stages: {_counts(Counter(map(_state, every)))}; "
         f"about {plan.disk_needed / 1e9:.2f} GB of disk needed"
     )
-    console.print(f"[bold]{_total(bill.hours, bill.to_come, device)}[/bold]")
+    console.print(f"[bold]{_total(bill.hours, bill.to_come, bill.wall)}[/bold]")
     if plan.search:
         hours = view.hours(plan.search, {node_id: cost.hours for node_id, cost in bill.costs.items()})
-        trainings = f"all trainings of the search: {_amount(hours, device)} {device.unit}, counted above"
+        trainings = f"all trainings of the search: {_time(hours)}, counted above"
         for line in (*view.lines(plan.search), trainings):
             console.print(line, soft_wrap=True)
     processes = plan.runtime.processes
     of = "a process" if processes == 1 else f"each of the {processes} processes of a training"
     console.print(f"memory: estimated peak of {of}; {_gigabytes(PROCESS)} of it are taken before there is any tensor")
-    console.print(_explained(step for step, _ in stages(bill)) + _assumed(device), style="dim")
+    console.print(_explained(step for step, _ in stages(bill)) + _assumed(bill), style="dim")
 
 
 def show_together(bills: Sequence[Bill]) -> None:
     """Print several plans that run as one: every run of every study, then a row a study, and all together."""
-    console, device = _console(), bills[0].device
-    runs = _table("run", "domain", "seed", device.unit, "shared", "with", "to come", right=(2, 3, 4, 6))
+    console = _console()
+    runs = _table("run", "domain", "seed", "time", "shared", "with", "to come", right=(2, 3, 4, 6))
     runs.pad_edge, runs.padding = False, (0, 1, 0, 0)
     width = max(37, console.width - 63)  # what the other columns leave
     for bill in bills:
@@ -128,15 +123,15 @@ def show_together(bills: Sequence[Bill]) -> None:
     )
     further = sum(bill.open for bill in bills)
     hours, to_come = (sum(getattr(cost, name) for cost in costs.values()) + further for name in ("hours", "to_come"))
-    console.print(f"[bold]{_total(hours, to_come, device)}[/bold], each stage counted once")
+    console.print(f"[bold]{_total(hours, to_come, sum(bill.wall for bill in bills))}[/bold], each stage counted once")
     console.print("shared: charged to an earlier run of the same study ('here'), or of the study that is named")
-    console.print(_explained(steps.values()) + _assumed(device), style="dim")
+    console.print(_explained(steps.values()) + _assumed(bills[0]), style="dim")
 
 
 def _add_runs(table: Table, bill: Bill, width: int) -> None:
     """Add a study: its name, a row a run, what answers it, and its sums; names are folded to the width."""
     fold = functools.partial(textwrap.fill, width=width, initial_indent="  ", subsequent_indent="    ")
-    device, study = bill.device, bill.plan.study.name
+    study = bill.plan.study.name
     table.add_row(f"[bold]{study}[/bold]")
     for run in bill.runs:
         columns = run.variant.columns
@@ -144,30 +139,29 @@ def _add_runs(table: Table, bill: Bill, width: int) -> None:
         name = run.variant.name.replace(f" seed={seed}", "", 1)
         shared = ", ".join("here" if other == study else other for other in run.shared_with)
         table.add_row(
-            fold(name), str(columns["domain"]), "" if seed is None else str(seed), _amount(run.hours, device),
-            *((_amount(run.shared, device), shared) if run.shared else ("", "")), _amount(run.to_come, device),
+            fold(name), str(columns["domain"]), "" if seed is None else str(seed), _time(run.hours),
+            *((_time(run.shared), shared) if run.shared else ("", "")), _time(run.to_come),
         )  # fmt: skip
     for step in bill.answers:
         cost = bill.costs[step.node.id]
         if step.node.stage != "compare":
-            hours_of = (_amount(cost.hours, device), "", "", _amount(cost.to_come, device))
-            table.add_row(fold(f"analysis: {step.node.label}"), "", "", *hours_of)
-    sums = (_amount(bill.hours, device), _amount(bill.shared, device), "other studies", _amount(bill.to_come, device))
+            amounts_of = (_time(cost.hours), "", "", _time(cost.to_come))
+            table.add_row(fold(f"analysis: {step.node.label}"), "", "", *amounts_of)
+    sums = (_time(bill.hours), _time(bill.shared), "other studies", _time(bill.to_come))
     table.add_row(f"  [bold]{study}: {len(bill.runs)} runs[/bold]", "", "", *(f"[bold]{text}[/bold]" for text in sums))
     table.add_row()
 
 
 def _summary(bills: Sequence[Bill]) -> Table:
-    device = bills[0].device
-    heads = ("study", "runs", "stages", "shared", "to compute", "memory", device.unit, "of them shared", "to come")
+    heads = ("study", "runs", "stages", "shared", "to compute", "memory", "time", "of them shared", "to come")
     table = _table(*heads, right=range(1, len(heads)))
     seen: set[str] = set()
     for bill in bills:
         steps = {step.node.id: step for step, _ in stages(bill)}
         new = sum(step.artifact is None for node_id, step in steps.items() if node_id not in seen)
-        most = max(_peak(bill.plan, step) for step in bill.plan.steps)
+        most = max(bill.peak(step.node) for step in bill.plan.steps)
         counts = (len(bill.runs), len(steps), len(steps.keys() & seen), new)
-        sums = (_amount(hours, device) for hours in (bill.hours, bill.shared, bill.to_come))
+        sums = (_time(hours) for hours in (bill.hours, bill.shared, bill.to_come))
         table.add_row(bill.plan.study.name, *map(str, counts), _gigabytes(most), *sums)
         seen |= steps.keys()
     return table
@@ -189,39 +183,38 @@ def _named(step: Step) -> tuple[str, str]:
 
 
 def _hours_of(bill: Bill, steps: Sequence[Step]) -> str:
-    return _amount(sum(bill.costs[step.node.id].hours for step in steps), bill.device)
+    return _time(sum(bill.costs[step.node.id].hours for step in steps))
 
 
-def _amount(hours: float, device: Device) -> str:
-    """Write hours in the device's unit, to two places or three figures."""
-    value = hours * device.units_an_hour
-    if 0 < value < 0.005:
-        return "<0.01"
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+def _time(hours: float) -> str:
+    """Write a time in the unit that suits it, to two figures or more: 4.2 s, 37 min, 5.1 h, 12 days."""
+    units = (("days", 24, 48), ("h", 1, 1.5), ("min", 1 / 60, 1.5 / 60), ("s", 1 / 3600, 0))
+    unit, size = next((unit, size) for unit, size, least in units if hours >= least)
+    value = hours / size
+    return f"{value:,.{1 if 0 < value < 10 else 0}f} {unit}"
 
 
-def _total(hours: float, to_come: float, device: Device) -> str:
-    done = hours - to_come
+def _total(hours: float, to_come: float, wall: float) -> str:
     return (
-        f"{_amount(hours, device)} {device.unit} in all: {_amount(done, device)} measured (cached), "
-        f"{_amount(to_come, device)} estimated to come"
+        f"{_time(hours)} in all: {_time(hours - to_come)} measured (cached), {_time(to_come)} estimated to come, "
+        f"in {_time(wall)} on the clock"
     )
 
 
-def _assumed(device: Device) -> str:
+def _assumed(bill: Bill) -> str:
     """Say what an estimate rests on."""
-    peak = max(device.peak.values())
-    share = f" ({device.utilisation:.0%} of {peak / 1e12:.0f} TFLOP/s)" if device.utilisation < 1 else ""
+    device, factors = bill.device, bill.experience.factors
+    of = f", taken for {device.taken_for}" if device.taken_for not in device.name else ""
+    by = f"corrected by what was measured here of {', '.join(sorted(factors))}; " if factors else ""
+    known = [source for item in bill.plan.resolved.values() for source in (item.model.source, *item.rows.values())]
+    lost = sorted({source.location for source in known if source.revision and len(source.revision) != 40})
+    note = f"Not pinned: the hub cannot be asked for {lost[0]} and {len(lost) - 1} more. " if lost else ""
     return (
-        f"assumed: {device.name} at {peak * device.utilisation / 1e9:,.0f} GFLOP/s{share}, "
-        f"{device.memory / 1e9:,.0f} GB/s of memory; where data are not prepared, {workload.TOKENS} tokens a row of a "
-        "hub data set (twice the tokens cost twice); answers as long as the task allows. Cached stages: as measured. "
-        "Not counted: downloads, writing resumable states."
+        f"{note}times: of {device.name}{of}, at {device.float32 / 1e9:,.0f} GFLOP/s in float32, "
+        f"{device.bfloat16 / 1e9:,.0f} in bfloat16, {by}where data are not prepared, {workload.TOKENS} tokens a row of "
+        "a hub data set (twice the tokens take twice as long); answers as long as the task allows. Cached stages: as "
+        "measured. Not counted: downloads, starting servers, writing resumable states."
     )
-
-
-def _peak(plan: Plan, step: Step) -> int:
-    return sum(plan.memory(step.node).values())
 
 
 def _gigabytes(size: int) -> str:

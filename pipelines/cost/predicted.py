@@ -1,46 +1,53 @@
-"""What the runs of a plan cost, in hours of a device, before anything runs; for `mft plan`.
+"""How long the runs of a plan take, before anything runs: for `mft plan`, and promised to each stage of `mft run`.
 
-A stage that is there costs what its manifest measured, and nothing more; one that is to come costs what
-`pipelines.cost.flops` counts, on an assumed device. Where `runtime.device` is a CUDA device, or it is 'auto' and the
-fine-tuning is in bfloat16, that is `ACCELERATOR`, else `CORE`. Hours are those of all devices together: several
-processes make a training shorter, not cheaper.
+A stage that is there took what its manifest measured; one to come takes what it needs (`mft_core.stages.needs`) on the
+device that is here, or on another by name. Rates are those of the table below, corrected, stage by stage, by the median
+of what finished stages in this store took against what was promised to them on the same device (`Experience`).
 
-`ACCELERATOR` has the peak and the memory of the data sheet of an 80 GB H100 (dense), and uses 40% of the peak: PaLM
-reports 46% (Chowdhery et al. 2022, table 3), Korthikanti et al. 2022 ("Reducing Activation Recomputation", table 5)
-42 to 56%, so small batches and padding are allowed for. One measurement to hold it against: masks of layers 20-23 of
-LLaMA2-7B, packed rows of 1,024 tokens in batches of 8 on one H100: 21,000 tokens/s, estimated 18,800. One sequence of
-512 at a time, as published, gave 4,700: unpacked data in small micro-batches cost four times as much as told here.
-That starting a layer takes 0.8 ms and the disk passes 1 GB a second is assumed, not measured.
-`CORE` is fitted to stages of the profile `tiny` (one thread): fine-tuning 51 s, masks of four layers 14 to 16 s, and
-evaluation of 600 items 1 to 4 s are met within a third. Adapters took 1.7 times, `landscape` three times what is told,
-on a machine that was not quiet; a core of another make, or a larger model, will differ.
-
-Not counted: waiting for memory that is not there, writing resumable states, downloads, and comparisons.
+Data sheets give peak and memory of an accelerator (dense), of which 40% is used: PaLM reports 46% (Chowdhery et al.
+2022, table 3), Korthikanti et al. 2022 (table 5) 42 to 56%. A mask of layers 20-23 of LLaMA2-7B, packed rows of 1,024
+tokens in batches of 8, passed 21,000 tokens/s on one H100, estimated 18,800; one sequence of 512 at a time 4,700. A CPU
+core is fitted to the profile `tiny` (1.6 M weights, one thread) and within 1.6 times of SmolLM2-135M on two cores.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from statistics import median
 
-from mft_core.layers import parse_layers
-from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, MergeMask, PredictLayers, PrepareData
+import psutil
+
+from mft_core.errors import unknown
+from mft_core.recipes import Runtime
+from mft_core.stage import Needs
+from mft_core.stages.needs import PROCESS
+from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.geometry import Geometry
-from pipelines.config.setup import Resolved, Setup
-from pipelines.cost import flops, workload
-from pipelines.cost.flops import Work
+from mft_core.store.usage import processor
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes
 from pipelines.plan.analyses import answers
+from pipelines.plan.needs import accelerator_here
 from pipelines.plan.plan import Plan
 from pipelines.search import view
 
+_PEAKS = {
+    "h200": (989e12, 67e12, 4.8e12),
+    "h100": (989e12, 67e12, 3.35e12),
+    "a100": (312e12, 19.5e12, 2.04e12),
+    "l40s": (362e12, 91e12, 0.86e12),
+    "4090": (165e12, 83e12, 1.0e12),
+}
+"""operations a second in bfloat16 and float32, and bytes of memory a second, by what is in an accelerator's name"""
+_UTILISATION = 0.4
+_CORE, _CORE_MEMORY = 5e10, 4e9
+"""operations and bytes of memory a second of a processor core"""
 _TRAININGS = ("fine-tune", "learn-mask")
 """stages that `runtime.processes` share among them"""
+ON = ("cpu", *_PEAKS)
+"""what `mft plan --on` takes"""
 
 
 @dataclass(frozen=True)
@@ -48,62 +55,81 @@ class Device:
     """What work takes on a device; rates per second."""
 
     name: str
-    unit: str
-    """what its time is told in"""
-    units_an_hour: int
-    peak: Mapping[str, float]
-    """flops in a second, by precision"""
-    utilisation: float
-    """share of the peak that is reached"""
+    """as a manifest's provenance has it"""
+    bfloat16: float
+    float32: float
     memory: float
-    """bytes of its memory"""
-    disk: float
-    """bytes of the disk beside it"""
-    launch: float
-    """seconds to start a decoder layer's kernels in the eager mode of transformers"""
     start: float
     """seconds before a stage does anything"""
-    processor: bool
-    """it is a processor core itself, and does what needs no accelerator too"""
+    taken_for: str = ""
+    """the data sheet that is used"""
 
-    def hours(self, work: Work, precision: str) -> float:
-        """Return the hours that the work takes."""
-        seconds = work.flops / (self.peak[precision] * self.utilisation) + work.moved / self.memory
-        seconds += work.stored / self.disk + work.launches * self.launch
-        if self.processor:
-            return (seconds + work.processor + self.start) / 3600
-        return (seconds + self.start) / 3600 if seconds else 0.0
+    def hours(self, node: Node, needs: Needs, runtime: Runtime) -> float:
+        """Return how long a stage takes."""
+        seconds = needs.flops / (self.bfloat16 if needs.precision == "bfloat16" else self.float32)
+        seconds += needs.moved / self.memory
+        seconds /= runtime.processes if node.stage in _TRAININGS else 1
+        return (seconds + needs.seconds + self.start) / 3600
 
 
-ACCELERATOR = Device(
-    name="an 80 GB accelerator of H100 class",
-    unit="GPU-hours",
-    units_an_hour=1,
-    peak={"bfloat16": 989e12, "float32": 67e12},
-    utilisation=0.4,
-    memory=3.35e12,
-    disk=1e9,
-    launch=0.8e-3,
-    start=10,
-    processor=False,
-)
-CORE = Device(
-    name="one CPU core",
-    unit="core-min",
-    units_an_hour=60,
-    peak={"bfloat16": 5e10, "float32": 5e10},
-    utilisation=1.0,
-    memory=4e9,
-    disk=1e9,
-    launch=0.2e-3,
-    start=0.2,
-    processor=True,
-)
+def device_of(runtime: Runtime, on: str | None = None) -> Device:
+    """Return the device that stages run on here, or one that is named.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if on is not None and on not in ON:
+        raise unknown("--on", on, ON)
+    found = on or (None if runtime.device == "cpu" else accelerator_here()) or "cpu"
+    if found == "cpu":
+        cores = runtime.threads or psutil.cpu_count() or 1
+        rate = _CORE * cores
+        return Device(processor(), rate, rate, _CORE_MEMORY, 0.2, f"{cores} cores" if cores > 1 else "one core")
+    sheet = next((name for name in _PEAKS if name in found.lower()), "a100")
+    bfloat16, float32, memory = _PEAKS[sheet]
+    return Device(found, bfloat16 * _UTILISATION, float32 * _UTILISATION, memory, 10, sheet)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What finished stages of a store took on one device, against what had been promised to them."""
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """measured over promised seconds, the median, by stage"""
+    peaks: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    """most bytes measured, by stage and bytes promised: of the same kind and shape"""
+
+    @classmethod
+    def of(cls, store: ArtifactStore, device: Device) -> Experience:
+        """Read the manifests of a store."""
+        ratios: dict[str, list[float]] = {}
+        peaks: dict[tuple[str, int], int] = {}
+        for path in (store.home / "artifacts").glob("*/*/manifest.json"):
+            manifest = manifests.read(path.parent) or {}
+            used = manifest.get("provenance", {})
+            promised = used.get("promised")
+            if promised and used.get("device") == device.name:
+                ratios.setdefault(manifest["stage"], []).append(used["seconds"] / promised["seconds"])
+                shape = manifest["stage"], promised["peak_memory_bytes"]
+                if used["alone"]:
+                    peaks[shape] = max(peaks.get(shape, 0), used["peak_memory_bytes"])
+        return cls({stage: median(found) for stage, found in ratios.items()}, peaks)
+
+
+def promises(plan: Plan) -> dict[str, dict[str, float]]:
+    """Return by node id what is promised to the stages to compute, of the table's rates alone."""
+    device = device_of(plan.runtime)
+    found = {}
+    for step in plan.to_compute:
+        needs = plan.needs(step.node)
+        seconds = 3600 * device.hours(step.node, needs, plan.runtime)
+        found[step.node.id] = {"seconds": round(seconds, 3), "peak_memory_bytes": sum(needs.memory.values())}
+    return found
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage, in hours of the device."""
+    """Of one stage, in hours on the clock."""
 
     hours: float
     """in all"""
@@ -146,6 +172,7 @@ class Bill:
     """the study that is charged with a stage: this one, or an earlier one"""
     open: float = 0.0
     """hours of what a search has still to ask for: trainings, and what follows its choices; they are nobody else's"""
+    experience: Experience = Experience()
 
     @property
     def hours(self) -> float:
@@ -163,50 +190,80 @@ class Bill:
         own = (cost for node_id, cost in self.costs.items() if self.charged[node_id] == self.plan.study.name)
         return sum(cost.to_come for cost in own) + self.open
 
+    def peak(self, node: Node) -> int:
+        """Return the most bytes that a process of the stage holds: measured of its kind and shape, else estimated."""
+        promised = sum(self.plan.needs(node).memory.values())
+        measured = self.experience.peaks.get((node.stage, promised))
+        return promised if measured is None else PROCESS + measured
 
-def bills(plans: Sequence[Plan], store: ArtifactStore) -> list[Bill]:
-    """Price plans of one profile that run one after the other; what two of them need is charged to the first."""
+    @property
+    def wall(self) -> float:
+        """Hours until all is there: as many heavy stages at a time as there are slots, each after what it needs."""
+        ends: dict[str, float] = {}
+        for step in (*self.plan.steps, *self.answers):
+            before = [given.node.id for given in step.node.inputs.values() if isinstance(given, Edge)]
+            ends[step.node.id] = self.costs[step.node.id].to_come + max((ends.get(key, 0) for key in before), default=0)
+        return max(self.to_come / self.plan.runtime.heavy_slots, *ends.values())
+
+
+def bills(plans: Sequence[Plan], store: ArtifactStore, on: str | None = None) -> list[Bill]:
+    """Price plans of one profile that run one after the other; what two of them need is charged to the first.
+
+    Args:
+        on: a device of `ON`; None is the one that is here.
+    """
     charged: dict[str, str] = {}
     estimates: dict[str, Cost] = {}
-    return [_bill(plan, store, charged, estimates) for plan in plans]
+    device = device_of(plans[0].runtime, on)
+    experience = Experience.of(store, device)
+    return [_bill(plan, store, device, experience, charged, estimates) for plan in plans]
 
 
-def device_of(plan: Plan) -> Device:
-    """Return the device that the plan's stages are priced on."""
-    if plan.runtime.device != "auto":
-        return CORE if plan.runtime.device == "cpu" else ACCELERATOR
-    precisions = {item.setup.fine_tune.precision for item in plan.variants}
-    return ACCELERATOR if "bfloat16" in precisions else CORE
-
-
-def _bill(plan: Plan, store: ArtifactStore, charged: dict[str, str], known: dict[str, Cost]) -> Bill:
+def _bill(
+    plan: Plan,
+    store: ArtifactStore,
+    device: Device,
+    experience: Experience,
+    charged: dict[str, str],
+    known: dict[str, Cost],
+) -> Bill:
     steps = {step.node.id: step for step in plan.steps}
     asked = [node for node in closure(answers(plan)) if node.id not in steps]
     further = look_up(asked, store, plan.steps)
     every = {**steps, **{step.node.id: step for step in further}}
-    device = device_of(plan)
-    pricing = _Pricing(plan, device, every)
     for node_id, step in every.items():
         if node_id not in known:
-            known[node_id] = pricing.cost(step)
+            known[node_id] = _cost(plan, device, experience, step)
     costs = {node_id: known[node_id] for node_id in every}
     runs = [_run(item, costs, charged, plan.study.name) for item in plan.variants]
     for node_id in every:
         charged.setdefault(node_id, plan.study.name)
     mine = {node_id: charged[node_id] for node_id in every}
-    return Bill(plan, device, runs, costs, further, mine, _open(plan, device, every, costs))
+    still_open = _open(plan, device, experience, every, costs)
+    return Bill(plan, device, runs, costs, further, mine, still_open, experience)
 
 
-def _open(plan: Plan, device: Device, every: Mapping[str, Step], costs: Mapping[str, Cost]) -> float:
+def _cost(plan: Plan, device: Device, experience: Experience, step: Step) -> Cost:
+    """Return what a stage has taken, or is going to."""
+    if step.manifest is not None:
+        return Cost(float(step.manifest["provenance"].get("seconds") or 0) / 3600, True)
+    needs = plan.needs(step.node)
+    hours = device.hours(step.node, needs, plan.runtime) * experience.factors.get(step.node.stage, 1)
+    return Cost(hours, False)
+
+
+def _open(
+    plan: Plan, device: Device, experience: Experience, every: Mapping[str, Step], costs: Mapping[str, Cost]
+) -> float:
     """Return the hours of what the plan's search will ask for, as those of its like."""
     if plan.search is None or plan.search.finished:
         return 0.0
     known = {node_id: cost.hours for node_id, cost in costs.items()}
     trainings = view.hours(plan.search, known) - sum(known[node.id] for node in plan.search.nodes)
     following = [Step(node, None) for node in closure(plan.search.to_come) if node.id not in every]
-    pricing = _Pricing(plan, device, {**every, **{step.node.id: step for step in following}})
     asked = {node.id for node in plan.search.to_come if node.stage != "learn-mask"}
-    return trainings + sum(pricing.cost(step).hours for step in following if step.node.id in asked)
+    priced = (_cost(plan, device, experience, step) for step in following if step.node.id in asked)
+    return trainings + sum(cost.hours for cost in priced)
 
 
 def _run(item: Variant, costs: Mapping[str, Cost], charged: dict[str, str], study: str) -> Run:
@@ -223,92 +280,6 @@ def _run(item: Variant, costs: Mapping[str, Cost], charged: dict[str, str], stud
         shared_with=with_studies,
         to_come=sum(costs[node_id].to_come for node_id in own),
     )
-
-
-class _Pricing:
-    """Prices the stages of one plan."""
-
-    def __init__(self, plan: Plan, device: Device, steps: Mapping[str, Step]) -> None:
-        self._plan, self._device, self._steps = plan, device, steps
-
-    def cost(self, step: Step) -> Cost:
-        """Return what a stage has cost, or is going to."""
-        if step.manifest is not None:
-            return Cost(_measured(step.node, step.manifest["provenance"], self._device), True)
-        resolved = self._resolved(step.node)
-        precision = _precision(step.node, resolved.setup)
-        return Cost(self._device.hours(self._work(step.node, resolved, precision), precision), False)
-
-    def _resolved(self, node: Node) -> Resolved:
-        """Return the settings of a variant that the stage belongs to; of an analysis, of the model that it looks at."""
-        while node.id not in self._plan.resolved:
-            node = next(given.node for given in node.inputs.values() if isinstance(given, Edge))
-        return self._plan.resolved[node.id]
-
-    def _work(self, node: Node, resolved: Resolved, precision: str) -> Work:
-        setup, geometry, runtime, recipe = resolved.setup, resolved.model.geometry, self._plan.runtime, node.recipe
-        if isinstance(recipe, PrepareData):
-            found = workload.sequences(node, geometry.vocabulary, None)
-            return Work(processor=flops.PREPARED * (found.train + found.validation))
-        if isinstance(recipe, MergeMask):
-            return flops.merge(geometry, precision)
-        if isinstance(recipe, Evaluate):
-            return flops.evaluate(recipe, geometry, workload.items(node, geometry.vocabulary), runtime)
-        data = self._data(node, geometry)
-        if isinstance(recipe, LearnMask):
-            return flops.learn_mask(recipe, geometry, data, setup.fine_tune.precision, runtime)
-        if data is None:  # a comparison
-            return Work()
-        if isinstance(recipe, FineTune):
-            return flops.fine_tune(recipe, geometry, data, runtime)
-        if isinstance(recipe, Anatomy):
-            return flops.anatomy(recipe, geometry, data, precision)
-        if isinstance(recipe, PredictLayers):
-            return flops.predict_layers(recipe.calibration_rows, geometry, data, precision)
-        if isinstance(recipe, Landscape):
-            mask = _mask_of(node)
-            layers = parse_layers(mask.layers, len(geometry.layers))
-            masked = sum(matrix.weights for matrix in geometry.masked(layers, mask.modules))
-            return flops.landscape(recipe, geometry, data, min(layers), masked, precision)
-        raise TypeError(f"no estimate for the stage {node.stage}")
-
-    def _data(self, node: Node, geometry: Geometry) -> workload.Sequences | None:
-        given = node.inputs.get("data")
-        if not isinstance(given, Edge):
-            return None
-        step = self._steps.get(given.node.id)
-        return workload.sequences(given.node, geometry.vocabulary, step.manifest if step else None)
-
-
-def _mask_of(landscape: Node) -> LearnMask:
-    merged = landscape.inputs["masked"]
-    assert isinstance(merged, Edge)
-    mask = merged.node.inputs["mask"]
-    assert isinstance(mask, Edge)
-    assert isinstance(mask.node.recipe, LearnMask)
-    return mask.node.recipe
-
-
-def _precision(node: Node, setup: Setup) -> str:
-    """Return what the stage computes in."""
-    recipe = node.recipe
-    if isinstance(recipe, FineTune | LearnMask) and recipe.training is not None:
-        return recipe.training.precision
-    return recipe.precision if isinstance(recipe, Evaluate) else setup.fine_tune.precision
-
-
-def _measured(node: Node, used: Mapping[str, Any], device: Device) -> float:
-    """Return the hours of all devices that a finished stage took; of cores that torch chose, all of the machine's."""
-    runtime = used.get("runtime") or {}
-    devices = runtime.get("processes") or 1 if node.stage in _TRAININGS else 1
-    if device.processor:
-        devices *= runtime.get("threads") or _cores(str(used.get("device")))
-    return float(used.get("seconds") or 0.0) * devices / 3600
-
-
-def _cores(machine: str) -> int:
-    found = re.search(r"(\d+) cores$", machine)
-    return int(found[1]) if found else 1
 
 
 def stages(bill: Bill) -> Iterator[tuple[Step, Cost]]:

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import Compare, Runtime
+from mft_core.stage import Needs
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
 from mft_core.store.sources import Source
@@ -26,8 +28,7 @@ from pipelines.config.setup import Resolved
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
-from pipelines.plan.disk import disk_needed
-from pipelines.plan.memory import memory_parts
+from pipelines.plan.needs import disk_needed, needs_of
 from pipelines.search.trials import Point, Search, Trial, space_of, walk
 
 
@@ -43,7 +44,7 @@ class Plan:
     resolved: Mapping[str, Resolved]
     """for every stage that may run, by node id, what is known of a variant that it belongs to"""
     disk_needed: int
-    """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now; see `pipelines.plan.disk`"""
+    """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now"""
     search: Search | None = None
     """the study's search as far as the store holds it; its choices are variants once it is finished"""
 
@@ -58,10 +59,13 @@ class Plan:
         """The steps that are not cached."""
         return [step for step in self.steps if step.artifact is None]
 
-    def memory(self, node: Node) -> dict[str, int]:
-        """Return what one process of a stage of the plan holds at its worst moment, bytes by name."""
-        of = self.resolved[node.id]
-        return memory_parts(node.recipe, of.setup, of.model.geometry, self.runtime)
+    def needs(self, node: Node) -> Needs:
+        """Return what computing a stage of the plan, or one that answers it, needs."""
+        return needs_of(node, self.resolved, self.runtime, self._there)
+
+    @functools.cached_property
+    def _there(self) -> dict[str, Mapping[str, Any]]:
+        return {step.node.id: step.manifest for step in self.steps if step.manifest}
 
     def comparison(self) -> tuple[Compare, list[Node]]:
         """Return the recipe of the comparison and the evaluations that it takes, in order.
@@ -112,13 +116,18 @@ def make_plans(
     store: ArtifactStore,
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
+    unpinned: bool = False,
 ) -> list[Plan]:
     """Expand several studies on a profile; what one of them uses of the overrides, the others need not.
+
+    Args:
+        studies, profile, store, overrides, seeds: as in `make_plan`.
+        unpinned: to be looked at, not run; see `Resolver`.
 
     Raises:
         ConfigError: as `make_plan`; or no study uses an override.
     """
-    resolver, plans = Resolver(), []
+    resolver, plans = Resolver(unpinned), []
     unused = set(compose.parse_overrides(overrides))
     keys = {text: text.partition("=")[0].strip() for text in overrides}
     for study in studies:
@@ -158,7 +167,7 @@ def make_plan(
     resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
     missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
-    needed = disk_needed(missing, resolved, runtime.heavy_slots)
+    needed = disk_needed((needs_of(node, resolved, runtime, {}) for node in missing), runtime.heavy_slots)
     return Plan(study, profile, runtime, variants, steps, resolved, needed, search)
 
 

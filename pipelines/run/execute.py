@@ -22,6 +22,7 @@ from mft_core.errors import ConfigError, StageError, told
 from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.sources import Source
+from pipelines.cost.predicted import promises
 from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan
 from pipelines.run import interrupt
@@ -140,7 +141,7 @@ def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
 
 
 def workplace(
-    plan: Plan,
+    plans: Sequence[Plan],
     store: ArtifactStore,
     display: Display,
     record: Callable[[StageCall, Progress], None] = lambda call, progress: None,
@@ -152,5 +153,7 @@ def workplace(
         display.update(call.label, progress)
         record(call, progress)
 
+    promised = {key: told for plan in plans for key, told in promises(plan).items()}
     run_id = getattr(flow_run, "id", None)
-    return Workplace(store=store, runtime=plan.runtime, report=report, notes={"prefect_flow_run": run_id})
+    notes = {"prefect_flow_run": run_id}
+    return Workplace(store=store, runtime=plans[0].runtime, report=report, notes=notes, promised=promised)

@@ -276,3 +276,24 @@ def test_data_fine_tuning_and_mask_run_offline_through_the_common_stages(offline
     example = json.loads((Path(made["prepare-data"][0]) / "examples.json").read_text())[0]
     assert example["text"].startswith("<|user|>\n(")
     assert "<|assistant|>\n" in example["text"]
+
+
+def test_a_paper_profile_is_planned_without_hub_cache_or_weights_but_not_run(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "MFT_HOME": str(tmp_path / "mft")}
+    command = [sys.executable, "-m", "pipelines.cli"]
+    root = Path(__file__).resolve().parents[3]
+
+    def call(*words):
+        return subprocess.run([*command, *words], cwd=root, env=environment, capture_output=True, text=True)
+
+    for profile, weights in (("llama2-7b", 6_738_415_616), ("llama3.1-8b", 8_030_261_248)):
+        done = call("plan", "sparsity", "--profile", profile, "--on", "h100", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert "Not pinned: the hub cannot be asked" in found["device"]["assumed"]
+        tuned = next(stage for stage in found["stages"] if stage["stage"] == "fine-tune")
+        assert tuned["memory_parts_bytes"]["optimizer"] == 8 * weights
+    refused = call("run", "sparsity", "--profile", "llama2-7b")
+    assert refused.returncode == 2
+    assert "meta-llama/Llama-2-7b-hf" in refused.stderr

@@ -1,21 +1,23 @@
-"""What a plan says that its runs cost: follows from recipes, geometry and data, and counts what is shared once."""
+"""What a plan says that its runs take: follows from recipes, geometry and data, and counts what is shared once."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
-from mft_core.analysis import cuts, landscape
+from mft_core.errors import ConfigError
+from mft_core.geometry import read_geometry
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Runtime, Training
+from mft_core.stage import Facts
 from mft_core.stages import STAGES
+from mft_core.stages.needs import forward
+from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_studies, load_study
-from pipelines.config.geometry import read_geometry
-from pipelines.cost import flops, plan_view
+from pipelines.cost import plan_view
 from pipelines.cost.plan_view import as_dict, show, show_together
-from pipelines.cost.predicted import ACCELERATOR, CORE, bills, device_of, stages
-from pipelines.cost.workload import Items, Sequences, sequences
+from pipelines.cost.predicted import bills, device_of, promises, stages
 from pipelines.plan.plan import make_plan, make_plans
+from pipelines.plan.workload import sequences
 from tests.support.mini import write_profile, write_study
 
 LLAMA2_7B = read_geometry(
@@ -24,8 +26,10 @@ LLAMA2_7B = read_geometry(
         "num_attention_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "tie_word_embeddings": False,
     }
 )  # fmt: skip
-DATA = Sequences(train=60_000, validation=500, tokens=30e6, validation_tokens=250e3)
+DATA = {"train": 60_000, "validation": 500, "length": 500}
+TOKENS = 2 * 30e6
 PLAIN = Runtime()
+H100 = device_of(PLAIN, "h100")
 
 
 def training(**changes):
@@ -33,101 +37,61 @@ def training(**changes):
     return Training.model_validate(fields)
 
 
-def mask(layers="20-23", selector="learned", **changes):
-    if selector == "learned":
-        changes = {"score_init": "normal", "training": training(), **changes}
-    return LearnMask.model_validate({"sparsity": 0.1, "layers": layers, "selector": selector, **changes})
+def needs(stage, recipe, runtime=PLAIN, **amounts):
+    return STAGES[stage].needs(recipe, Facts(LLAMA2_7B, runtime, "bfloat16", 4096, **{**DATA, **amounts}))
 
 
 def tuned(runtime=PLAIN, lora=None, **changes):
-    recipe = FineTune.model_validate({"training": training(**changes), "lora": lora})
-    return flops.fine_tune(recipe, LLAMA2_7B, DATA, runtime)
+    return needs("fine-tune", FineTune.model_validate({"training": training(**changes), "lora": lora}), runtime)
 
 
-def masked(layers="20-23", selector="learned", runtime=PLAIN, **changes):
-    data = DATA if selector not in ("random", "magnitude") else None
-    return flops.learn_mask(mask(layers, selector, **changes), LLAMA2_7B, data, "bfloat16", runtime)
+def masked(layers="20-23", selector="learned", runtime=PLAIN, amounts=None, **changes):
+    if selector == "learned":
+        changes = {"score_init": "normal", "training": training(), **changes}
+    recipe = LearnMask.model_validate({"sparsity": 0.1, "layers": layers, "selector": selector, **changes})
+    return needs("learn-mask", recipe, runtime, **(amounts or {}))
 
 
-def hours(work, device=ACCELERATOR):
-    return device.hours(work, "bfloat16")
-
-
-def test_full_fine_tuning_of_7b_costs_six_flops_a_weight_and_token():
-    told = 6 * LLAMA2_7B.weights * 2 * DATA.tokens / (0.4 * 989e12) / 3600
-    assert hours(tuned()) == pytest.approx(told, rel=0.05)
+def test_full_fine_tuning_of_7b_takes_six_operations_a_weight_and_token():
+    assert tuned().flops == pytest.approx(6 * LLAMA2_7B.weights * TOKENS, rel=0.05)
 
 
 def test_a_packed_7b_mask_passes_tokens_as_fast_as_measured_on_an_h100_within_a_factor():
-    packed = replace(DATA, train=DATA.tokens / 1024)
-    work = flops.learn_mask(mask("20-23"), LLAMA2_7B, packed, "bfloat16", PLAIN)
-    seconds = hours(replace(work, stored=0)) * 3600 - ACCELERATOR.start
-    assert 21_000 / 1.5 < 2 * DATA.tokens / seconds < 21_000 * 1.5
+    found = masked(amounts={"train": 30e6 / 1024, "length": 1024})
+    seconds = found.flops / H100.bfloat16 + found.moved / H100.memory
+    assert 21_000 / 1.5 < TOKENS / seconds < 21_000 * 1.5
 
 
-def test_a_mask_costs_the_less_the_higher_it_lies_and_the_less_it_covers_and_less_than_fine_tuning():
-    low, middle, high = (hours(masked(layers)) for layers in ("0-3", "12-15", "28-31"))
-    assert hours(tuned()) > low > middle > high
-    assert tuned().flops > masked("all").flops > masked("0-3").flops
-    assert hours(masked("20-23", modules="attention")) < hours(masked("20-23"))
-    forward = flops.Passes(LLAMA2_7B, DATA.length).forward()
-    assert forward < masked("31").flops / (2 * DATA.tokens) < 1.1 * forward
+def test_a_mask_takes_the_less_the_higher_it_lies_and_the_less_it_covers_and_less_than_fine_tuning():
+    low, middle, high = (masked(layers).flops for layers in ("0-3", "12-15", "28-31"))
+    assert tuned().flops > masked("all").flops > low > middle > high
+    assert masked("20-23", modules="attention").flops < masked("20-23").flops
+    assert 1 < masked("31").flops / (TOKENS * forward(LLAMA2_7B, 500)) < 1.1
 
 
-@pytest.mark.parametrize("work", [tuned, masked, lambda **changes: tuned(lora={"rank": 64}, **changes)])
-def test_twice_the_epochs_cost_twice(work):
-    if work is masked:
-        once, twice = (masked(training=training(epochs=epochs)) for epochs in (1, 2))
-    else:
-        once, twice = work(epochs=1), work(epochs=2)
-    assert twice.flops == 2 * once.flops
-    assert twice.moved == pytest.approx(2 * once.moved, rel=0.01)
-
-
-def test_a_training_that_ends_early_costs_its_steps():
-    assert tuned(max_steps=10).flops == pytest.approx(10 * 128 * DATA.length / (2 * DATA.tokens) * tuned().flops)
+def test_a_training_that_ends_early_takes_its_steps_and_recomputing_another_pass():
+    assert tuned(max_steps=10).flops == pytest.approx(10 * 128 / 120_000 * tuned().flops)
+    recomputed = Runtime(gradient_checkpointing=True)
+    assert tuned(recomputed).flops / tuned().flops == pytest.approx(4 / 3, rel=0.02)
 
 
 def test_validations_add_forward_passes_over_the_validation_tokens():
     added = tuned(validations=4).flops - tuned().flops
-    forward = flops.Passes(LLAMA2_7B, DATA.length).forward()
-    assert added == pytest.approx(4 * DATA.validation_tokens * forward)
+    assert added == pytest.approx(4 * 500 * 500 * forward(LLAMA2_7B, 500))
 
 
-def test_recomputing_activations_costs_another_forward_pass_through_what_is_passed_backwards():
-    recomputed = Runtime(gradient_checkpointing=True)
-    assert tuned(recomputed).flops / tuned().flops == pytest.approx(4 / 3, rel=0.02)
-    low, high = (masked(at, runtime=recomputed).flops - masked(at).flops for at in ("0-3", "24-27"))
-    assert low == pytest.approx(4 * high)  # 32 layers against 8
-
-
-def test_adapters_need_no_gradients_of_the_weights_but_more_than_a_forward_and_a_backward_pass():
-    forward = flops.Passes(LLAMA2_7B, DATA.length).forward() * 2 * DATA.tokens
-    assert 2 * forward < tuned(lora={"rank": 64}).flops < 2.3 * forward
-    assert tuned(lora={"rank": 64}).moved > tuned(lora={"rank": 64, "dropout": 0}).moved
-
-
-def test_selectors_that_do_not_train_cost_next_to_nothing_and_movement_more_than_wanda():
-    costs = {name: masked(selector=name) for name in ("random", "magnitude")}
-    costs |= {name: masked(selector=name, calibration_rows=128) for name in ("wanda", "movement")}
-    assert all(hours(work) < 0.02 * hours(masked()) for work in costs.values())
-    assert costs["random"].flops == 0 < costs["wanda"].flops < costs["movement"].flops
-
-
-def test_hours_are_linear_in_flops_and_go_down_with_what_the_device_does_in_a_second():
-    work = replace(tuned(), moved=0, stored=0)
-    device = replace(ACCELERATOR, start=0)
-    assert hours(work, replace(device, utilisation=0.2)) == pytest.approx(2 * hours(work, device))
-    fast = replace(device, peak={"bfloat16": 2 * 989e12})
-    assert hours(work, fast) == pytest.approx(hours(work, device) / 2)
+def test_selectors_that_do_not_train_take_next_to_nothing_and_movement_more_than_wanda():
+    found = {name: masked(selector=name) for name in ("random", "magnitude")}
+    found |= {name: masked(selector=name, calibration_rows=128) for name in ("wanda", "movement")}
+    assert all(work.flops < 0.02 * masked().flops for work in found.values())
+    assert found["random"].flops == 0 < found["wanda"].flops < found["movement"].flops
 
 
 def test_decoding_reads_the_weights_once_a_token_of_a_batch():
+    asked = {"items": 64, "prompt": 100, "answer": 10}
     recipe = Evaluate(task="sums", precision="bfloat16")
-    asked = Items(count=64, prompt=100, answer=10)
-    one, two = (flops.evaluate(recipe, LLAMA2_7B, asked, Runtime(eval_batch_size=size)) for size in (64, 32))
+    one, two = (needs("evaluate", recipe, Runtime(eval_batch_size=size), **asked) for size in (64, 32))
     assert two.moved - one.moved == pytest.approx(10 * 2 * LLAMA2_7B.weights)
-    assert two.launches == 2 * one.launches
     assert two.flops == one.flops
 
 
@@ -137,13 +101,8 @@ def test_of_experts_those_count_that_a_token_passes_through():
         "num_key_value_heads": 4, "vocab_size": 100, "num_experts_per_tok": 2,
     }  # fmt: skip
     few, many = (read_geometry({"model_type": "mixtral", "num_local_experts": n, **sizes}) for n in (2, 8))
-    assert flops.Passes(few, 10).forward() == flops.Passes(many, 10).forward()
+    assert forward(few, 10) == forward(many, 10)
     assert few.weights < many.weights
-
-
-def test_numbers_of_the_analyses_are_those_of_their_code():
-    assert len(landscape.LINE) == flops.LINE
-    assert cuts.DECILES == flops.DECILES
 
 
 @pytest.fixture(scope="module")
@@ -246,32 +205,66 @@ def test_a_cached_stage_has_cost_what_was_measured_and_costs_nothing_more(mini):
 def test_trainings_are_priced_by_the_tokens_that_were_counted_once_they_are(mini):
     step, _ = by_stage(mini())["prepare-data sums"]
     guessed = sequences(step.node, 512, None)
-    assert (guessed.train, guessed.validation) == (52, 8)
+    assert (guessed["train"], guessed["validation"]) == (52, 8)
     built = mini.store.build(STAGES["prepare-data"], step.node.recipe, step.node.inputs, Runtime(threads=1))
     counted = sequences(step.node, 512, built.manifest)
-    assert counted.tokens == built.manifest["summary"]["train"]["tokens"]
-    assert guessed.tokens / 2 < counted.tokens < guessed.tokens * 2
-    more = {**built.manifest["summary"], "train": {"examples": 52, "tokens": 10 * counted.tokens}}
-    assert sequences(step.node, 512, {**built.manifest, "summary": more}).length == pytest.approx(10 * counted.length)
+    assert counted["length"] == pytest.approx(built.manifest["summary"]["train"]["tokens"] / 52)
+    assert guessed["length"] / 2 < counted["length"] < guessed["length"] * 2
 
 
 def test_a_share_of_the_data_costs_its_share(mini):
     whole, half = (by_stage(mini(*sets))["prepare-data sums" + label][0].node
                    for sets, label in (((), ""), (("data.fraction=0.5",), " fraction=0.5")))  # fmt: skip
-    assert sequences(half, 512, None).tokens == pytest.approx(sequences(whole, 512, None).tokens / 2)
+    assert sequences(half, 512, None)["train"] == pytest.approx(sequences(whole, 512, None)["train"] / 2)
 
 
-def test_the_device_is_what_the_runtime_names_or_what_the_precision_is_meant_for(mini):
-    assert device_of(mini().plan) is CORE
-    assert device_of(mini("fine_tune.precision=bfloat16").plan) is ACCELERATOR
-    assert device_of(mini("runtime.device=cuda").plan) is ACCELERATOR
-    assert device_of(mini("fine_tune.precision=bfloat16", "runtime.device=cpu").plan) is CORE
+def test_the_device_is_the_one_that_is_here_or_the_one_that_is_named():
+    assert "cores" in device_of(Runtime(device="cpu")).name
+    assert device_of(Runtime(device="cpu", threads=2)).float32 == 2 * device_of(Runtime(threads=1), "cpu").float32
+    assert device_of(PLAIN, "a100").bfloat16 < H100.bfloat16
+    with pytest.raises(ConfigError, match=r"--on.*h100"):
+        device_of(PLAIN, "h1000")
 
 
-def test_one_study_is_shown_with_the_cost_of_every_stage_their_sum_and_what_is_assumed(mini, capsys):
-    bill = mini()
-    show(bill)
+def test_a_plan_learns_from_what_finished_stages_took_against_what_was_promised(mini, caplog):
+    before = mini("runtime.device=cpu")
+    step, cost = by_stage(before)["prepare-data sums"]
+    promised = promises(before.plan)[step.node.id]
+    assert promised["seconds"] == pytest.approx(3600 * cost.hours, rel=0.01)
+    less = {"seconds": promised["seconds"] / 10, "peak_memory_bytes": 1}  # as if the plan had said so
+    notes = {"promised": less}
+    built = mini.store.build(STAGES["prepare-data"], step.node.recipe, step.node.inputs, Runtime(), notes=notes)
+    used = built.manifest["provenance"]
+    assert used["promised"] == less
+    assert ("of memory where the plan said" in caplog.text) == (used["peak_memory_bytes"] > 1)
+    after = mini("runtime.device=cpu", "data.fraction=0.5")
+    factor = used["seconds"] / less["seconds"]
+    assert after.experience.factors == {"prepare-data": pytest.approx(factor)}
+    assert after.experience.peaks == {("prepare-data", 1): used["peak_memory_bytes"]}
+    _, other = by_stage(after)["prepare-data sums fraction=0.5"]
+    whole = promises(after.plan)[by_stage(after)["prepare-data sums fraction=0.5"][0].node.id]
+    assert other.hours == pytest.approx(factor * whole["seconds"] / 3600, rel=0.01)
+    assert manifests.read(mini.store.directory("prepare-data", built.ref.key)) is not None
+
+
+def test_as_many_trainings_as_there_are_slots_run_at_a_time_each_after_what_it_needs(mini):
+    one, four = mini(), mini("runtime.heavy_slots=4")
+    assert one.wall == pytest.approx(one.to_come)
+    assert four.to_come / 4 <= four.wall < one.wall
+    longest = max(cost.hours for cost in four.costs.values())
+    assert four.wall > longest
+
+
+def test_one_study_is_shown_with_the_time_of_every_stage_their_sum_and_what_is_assumed(mini, capsys):
+    show(mini("runtime.device=cpu"))
     out = capsys.readouterr().out
-    assert f"{bill.hours * 60:.2f} core-min in all" in out
-    assert "assumed: one CPU core" in out
-    assert as_dict(bill)["device"]["unit"] == "core-min"
+    assert "in all: 0 s measured (cached)" in out
+    assert "GFLOP/s in float32" in out
+    assert "GPU" not in out
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"), [(0, "0 s"), (0.001, "3.6 s"), (0.5, "30 min"), (40, "40 h"), (268, "11 days")]
+)
+def test_a_time_is_told_in_the_unit_that_suits_it(hours, text):
+    assert plan_view._time(hours) == text

@@ -2,13 +2,13 @@
 
 import pytest
 
+from mft_core.geometry import read_geometry
 from mft_core.recipes import Training
+from mft_core.stages.needs import state_bytes
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
-from pipelines.config.geometry import read_geometry
 from pipelines.cost.plan_view import as_dict
 from pipelines.cost.predicted import bills
-from pipelines.plan.disk import parameter_count, state_bytes
 from pipelines.plan.plan import make_plan
 from tests.support.mini import TRAINING, write_profile, write_study
 from tests.support.tiny import make_model
@@ -36,20 +36,15 @@ def needed(tmp_path):
     return plan
 
 
-def test_the_number_of_weights_is_that_of_the_model(model):
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    assert parameter_count(model.config.to_dict()) == pytest.approx(weights, rel=0.01)
-
-
 def test_a_fine_tuning_needs_its_checkpoint_two_states_and_the_snapshots_of_both(needed, model):
-    weights = parameter_count(model.config.to_dict())
+    weights = model.num_parameters()
     assert needed({"method": "fft"}) == weights * (4 + 24 + 12)
     last = {**TRAINING, "keep": "last", "precision": "bfloat16"}
     assert needed({"method": "fft"}, fine_tune=last) == weights * (2 + 24)
 
 
 def test_a_mask_needs_a_bit_for_each_weight_and_the_state_of_its_scores_alone(needed, model):
-    weights = parameter_count(model.config.to_dict())
+    weights = model.num_parameters()
     masked = sum(p.numel() for n, p in model.named_parameters() if ".layers.1." in n or ".layers.2." in n)
     both = needed({"method": "fft"}, {"method": "mft"})
     assert both == pytest.approx(weights * (4 + 4 + 36) + masked / 8, rel=0.01)  # one training at a time
@@ -58,7 +53,7 @@ def test_a_mask_needs_a_bit_for_each_weight_and_the_state_of_its_scores_alone(ne
 
 
 def test_trainings_that_wait_for_a_slot_need_no_state_yet(needed, model):
-    weights = parameter_count(model.config.to_dict())
+    weights = model.num_parameters()
     one = needed({"method": "continued-fft"})
     assert needed({"method": "continued-fft"}, seeds=(0, 1, 2)) == one + 2 * weights * 4
 

@@ -1,6 +1,9 @@
 """The memory that a plan announces is what torch allocates, and follows what the runtime says."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mft_core.data.tokens import TokenDataset
+from mft_core.geometry import read_geometry
 from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import find_sites
 from mft_core.methods import CALIBRATED, SELECTORS, TRAINED
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, MergeMask, PrepareData, Runtime, Training
+from mft_core.stage import Facts
+from mft_core.stages import STAGES, needs
+from mft_core.stages.needs import PROCESS
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.training import loss
 from mft_core.training.activations import recompute_activations
@@ -21,12 +28,8 @@ from mft_core.training.loop import TrainingData, train
 from mft_core.training.lora import LoraTuner
 from pipelines.commands import doctor
 from pipelines.config.catalogue import load_profile, load_study
-from pipelines.config.geometry import read_geometry
-from pipelines.config.setup import Setup
 from pipelines.cost.plan_view import as_dict, show
 from pipelines.cost.predicted import bills
-from pipelines.plan import memory
-from pipelines.plan.memory import PROCESS, memory_parts
 from pipelines.plan.plan import make_plan
 from tests.bench.memory import cpu_peak
 from tests.support.mini import write_profile, write_study
@@ -57,24 +60,12 @@ def parts():
 
     def of(recipe, fields=SMALL, max_length=LENGTH, family="llama", **runtime):
         config = json.loads(AutoConfig.for_model(family, **fields).to_json_string())
-        spec = training(precision="bfloat16")
-        setup = Setup.model_validate(
-            {
-                "backbone": "small", "domain": "sums", "method": "mft", "model": {"path": "/model"},
-                "data": {"max_length": max_length, "mixture": [{"path": "/rows"}]},
-                "fine_tune": spec, "continued": spec.model_dump(), "mask": {"layers": "1-2", "training": spec},
-                "benchmarks": [{"name": "sums", "task": "sums"}],
-            }
-        )  # fmt: skip
-        return memory_parts(recipe, setup, read_geometry(config), Runtime.model_validate(runtime))
+        settings = Runtime.model_validate(runtime)
+        facts = Facts(read_geometry(config), settings, "bfloat16", max_length, train=100, mask=mask_of())
+        (stage,) = [stage for stage in STAGES.values() if stage.recipe is type(recipe)]
+        return stage.needs(recipe, facts).memory
 
     return of
-
-
-def test_the_longest_sequences_are_those_of_whichever_data_the_method_takes(parts, monkeypatch):
-    other = parts(FineTune(training=training()), max_length=LENGTH)
-    monkeypatch.setattr(memory, "datas", lambda setup: [setup.data, setup.data.model_copy(update={"max_length": 256})])
-    assert total(parts(FineTune(training=training()), max_length=LENGTH)) > total(other)
 
 
 def total(parts):
@@ -177,11 +168,11 @@ def test_llama2_7b_is_fine_tuned_on_80_gb_with_lean_optimizer_and_recomputed_act
 
 
 def test_many_logits_are_made_a_part_at_a_time(parts, monkeypatch):
-    assert memory.MOST_LOGITS == loss.MOST_LOGITS
+    assert needs.MOST_LOGITS == loss.MOST_LOGITS
     wide, lean = {**SMALL, "vocab_size": 100_000}, {"micro_batch_tokens": 100_000, "max_length": 1000}
     recipe = FineTune(training=training(batch_size=100))
     divided = parts(recipe, wide, **lean)["activations"]
-    monkeypatch.setattr(memory, "MOST_LOGITS", 2**60)
+    monkeypatch.setattr(needs, "MOST_LOGITS", 2**60)
     assert parts(recipe, wide, **lean)["activations"] - divided > 12 * (100_000 * 100_000 - 2**26) * 0.99
 
 
@@ -245,7 +236,7 @@ def mini_plan(tmp_path):
 
 def test_a_plan_says_the_peak_of_every_stage_before_it_runs(mini_plan, tmp_path, capsys):
     bill = bills([mini_plan], ArtifactStore(tmp_path / "home"))[0]
-    stages = [stage for stage in as_dict(bill)["stages"] if stage["stage"] != "compare"]
+    stages = as_dict(bill)["stages"]
     assert all(stage["peak_memory_bytes"] == sum(stage["memory_parts_bytes"].values()) for stage in stages)
     peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in reversed(stages)}  # the first of each
     assert peaks["prepare-data"] == PROCESS < peaks["merge-mask"] < peaks["learn-mask"] < peaks["fine-tune"]
@@ -266,4 +257,48 @@ def test_the_doctor_says_whether_the_heaviest_stage_fits(available, ok, tmp_path
         assert stage in found["memory of cpu"].detail
     halves = doctor._space(setup, doctor.Size(10**6, "told"), store, Runtime(processes=2, heavy_slots=2))
     needed = {finding.what: finding.detail for finding in halves}["memory of cpu"]
-    assert "2." in needed.split(" GB needed")[0]  # four processes of 0.6 GB
+    assert needed.split(" GB needed")[0] > "2."  # four processes of 0.6 GB
+
+
+SMOLLM2 = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+"""SmolLM2-135M's sizes, but for the number of its layers"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_real_training_stage_takes_the_memory_that_was_promised_within_a_fifth(tmp_path):
+    code = f"from pathlib import Path; from {__name__} import train_smollm2; train_smollm2(Path({str(tmp_path)!r}))"
+    root = Path(__file__).resolve().parents[3]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["measured"] / 1.2 < told["promised"] < told["measured"] * 1.2
+
+
+def train_smollm2(folder):
+    """Fine-tune eight layers of SmolLM2's shape in bfloat16 on rows of many lengths; write promise and measurement."""
+    from mft_core.store.sources import local_checkpoint, local_files
+    from tests.support.tiny import make_tokenizer
+
+    config = AutoConfig.for_model("llama", num_hidden_layers=8, **SMOLLM2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(80, 321, size=100)
+    rows = [(rng.integers(300, size=length), np.arange(length) > length // 4) for length in lengths]
+    (folder / "data").mkdir()
+    TokenDataset.from_examples(rows).save(folder / "data" / "train.safetensors")
+    TokenDataset.from_examples(rows[:4]).save(folder / "data" / "validation.safetensors")
+    spec = training(precision="bfloat16", batch_size=24, max_steps=3, epochs=1, validations=2, keep="best")
+    recipe, runtime = FineTune(training=spec), Runtime(threads=1, micro_batch_tokens=2048, device="cpu")
+    inputs = {
+        "model": local_checkpoint("model", folder / "model"),
+        "data": local_files(folder / "data", ["train.safetensors", "validation.safetensors"]),
+    }
+    built = ArtifactStore(folder / "home").build(STAGES["fine-tune"], recipe, inputs, runtime)
+    sizes = read_geometry(json.loads((folder / "model" / "config.json").read_text()), folder / "model")
+    promised = STAGES["fine-tune"].needs(recipe, Facts(sizes, runtime, "bfloat16", 320, cpu=True)).memory
+    measured = PROCESS + built.manifest["provenance"]["peak_memory_bytes"]
+    (folder / "told.json").write_text(json.dumps({"promised": sum(promised.values()), "measured": measured}))

@@ -19,9 +19,9 @@ from typing import Any
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
+from mft_core.stages.needs import ANSWER, EXAMPLE
 from mft_core.store.sources import Source
 from pipelines.graph.nodes import Node
-from pipelines.plan.memory import ANSWER, EXAMPLE
 
 TOKENS = 500
 """tokens that are assumed of a training row of a hub data set"""
@@ -44,31 +44,6 @@ _SEEN = 200
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Training data: sequences, and tokens of them."""
-
-    train: float
-    validation: float
-    tokens: float
-    """of all training sequences together"""
-    validation_tokens: float
-
-    @property
-    def length(self) -> float:
-        """Mean tokens of a training sequence."""
-        return self.tokens / max(self.train, 1)
-
-
-@dataclass(frozen=True)
-class Items:
-    """A benchmark's items, with the tokens of a prompt and the most of an answer."""
-
-    count: float
-    prompt: float
-    answer: float
-
-
-@dataclass(frozen=True)
 class _Text:
     """A JSONL file by its beginning: rows in all, and of one row characters and turns."""
 
@@ -77,22 +52,19 @@ class _Text:
     turns: float
 
 
-def sequences(node: Node, vocabulary: int, manifest: Mapping[str, Any] | None) -> Sequences:
-    """Return what a stage `prepare-data` makes.
-
-    Args:
-        manifest: of the finished stage; None: it is estimated.
-    """
+def sequences(node: Node, vocabulary: int, manifest: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return what a stage `prepare-data` makes, as `Facts` have it; without its manifest it is estimated."""
     if manifest is not None:
         train, validation = manifest["summary"]["train"], manifest["summary"]["validation"]
-        return Sequences(train["examples"], validation["examples"], train["tokens"], validation["tokens"])
+        length = train["tokens"] / max(train["examples"], 1)
+        return {"train": train["examples"], "validation": validation["examples"], "length": length}
     recipe = node.recipe
     assert isinstance(recipe, PrepareData)
     parts = [_part(node.inputs[f"source-{i}"], part.rows, vocabulary) for i, part in enumerate(recipe.mixture)]
     rows = sum(count for count, _ in parts)
-    tokens = sum(count * min(length, recipe.max_length) for count, length in parts) / max(rows, 1)
+    length = sum(count * min(length, recipe.max_length) for count, length in parts) / max(rows, 1)
     train = max(rows - recipe.validation_rows, 1) * recipe.fraction
-    return Sequences(train, recipe.validation_rows, train * tokens, recipe.validation_rows * tokens)
+    return {"train": train, "validation": recipe.validation_rows, "length": length}
 
 
 def _part(source: object, wanted: int | None, vocabulary: int) -> tuple[float, float]:
@@ -103,8 +75,8 @@ def _part(source: object, wanted: int | None, vocabulary: int) -> tuple[float, f
     return wanted or text.rows, _tokens(text, vocabulary)
 
 
-def items(node: Node, vocabulary: int) -> Items:
-    """Return what a stage `evaluate` asks."""
+def items(node: Node, vocabulary: int) -> dict[str, float]:
+    """Return what a stage `evaluate` asks, as `Facts` have it."""
     recipe = node.recipe
     assert isinstance(recipe, Evaluate)
     benchmark = node.inputs.get("benchmark")
@@ -117,7 +89,7 @@ def items(node: Node, vocabulary: int) -> Items:
         answer = (definition.get("generation_kwargs") or {}).get("max_gen_toks") or ANSWER
         if text is not None:
             count, example = round(text.rows), _tokens(text, vocabulary)
-    return Items(min(count, recipe.limit or math.inf), example * (1 + shots), answer)
+    return {"items": min(count, recipe.limit or math.inf), "prompt": example * (1 + shots), "answer": answer}
 
 
 def _tokens(text: _Text, vocabulary: int) -> float:

@@ -1,0 +1,76 @@
+"""What the stages of a plan need: joins what planning knows of a node with the stage's own word on it.
+
+`Stage.needs` (`mft_core.stages.needs`) does the counting; the plan, its cost and `mft doctor` read it.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mft_core.recipes import LearnMask, Runtime
+from mft_core.stage import Facts, Needs
+from mft_core.stages import STAGES
+from pipelines.config.setup import Resolved, datas
+from pipelines.graph.nodes import Edge, Node
+from pipelines.plan import workload
+
+
+def needs_of(
+    node: Node, resolved: Mapping[str, Resolved], runtime: Runtime, manifests: Mapping[str, Mapping[str, Any]]
+) -> Needs:
+    """Return what computing a node needs.
+
+    Args:
+        resolved: by node id, of a variant that the node belongs to; an analysis belongs to the model that it looks at.
+        manifests: by node id, of stages that are there: prepared data are counted, not estimated.
+    """
+    of = node
+    while of.id not in resolved:
+        of = next(given.node for given in of.inputs.values() if isinstance(given, Edge))
+    setup, geometry = resolved[of.id].setup, resolved[of.id].model.geometry
+    amounts: dict[str, float] = {}
+    given = node.inputs.get("data")
+    prepares = given.node if isinstance(given, Edge) else node
+    if prepares.stage == "prepare-data":
+        amounts = workload.sequences(prepares, geometry.vocabulary, manifests.get(prepares.id))
+    elif node.stage == "evaluate":
+        amounts = workload.items(node, geometry.vocabulary)
+    longest = max((data.max_length for data in datas(setup)), default=0)
+    cpu = runtime.device == "cpu" or accelerator_here() is None
+    facts = Facts(geometry, runtime, setup.fine_tune.precision, longest, cpu, mask=_mask(node), **amounts)
+    return STAGES[node.stage].needs(node.recipe, facts)
+
+
+def _mask(node: Node) -> LearnMask | None:
+    """Return the recipe of the mask that a stage, or the masked model that it looks at, is made with."""
+    for given in node.inputs.values():
+        if isinstance(given, Edge):
+            recipe = given.node.recipe if isinstance(given.node.recipe, LearnMask) else None
+            if recipe or (given.node.stage == "merge-mask" and (recipe := _mask(given.node))):
+                return recipe
+    return None
+
+
+@functools.cache
+def accelerator_here() -> str | None:
+    """Return the name of this machine's first CUDA device, as torch has it, without torch."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    asked = [command, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def disk_needed(needs: Iterable[Needs], slots: int) -> int:
+    """Return the bytes that stages take at their worst moment: what all leave, and the states of those that run.
+
+    Args:
+        slots: trainings at one time (`runtime.heavy_slots`).
+    """
+    every = list(needs)
+    return sum(one.left for one in every) + sum(sorted((one.state for one in every), reverse=True)[:slots])
