@@ -1,6 +1,6 @@
 """A study's rows as its main figure, in the shape of its question.
 
-- `gains`: gain against what the study varies (`curves`), one panel a benchmark;
+- `gains`: gain against what the study varies (`gain_curves`), one panel a benchmark;
 - `methods`: the methods side by side, a line of intervals each (`forest`);
 - `matrix`: domains against benchmarks, a map of gains (`matrix`).
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mft_core.figures import curves, forest, matrix
+from mft_core.figures import forest, gain_curves, matrix
 from mft_core.figures.drawing import save
 from mft_core.figures.quantities import quantities
 from mft_core.figures.style import Published, Row, drawn
@@ -41,7 +41,7 @@ def gains(
         kind: None takes the one that fits what varies (`choose`).
         published: gains of the paper, set beside ours where domain and benchmark are the same.
     """
-    draw = {"gains": curves.draw, "methods": forest.draw, "matrix": matrix.draw}[kind or choose(rows)]
+    draw = {"gains": gain_curves.draw, "methods": forest.draw, "matrix": matrix.draw}[kind or choose(rows)]
     save(lambda: draw(rows, question, confidence, published or {}), path)
 
 

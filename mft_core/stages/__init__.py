@@ -21,7 +21,7 @@ from mft_core.recipes import (
     Recipe,
 )
 from mft_core.stage import Facts, Needs, Stage, StageFunction
-from mft_core.stages import needs
+from mft_core.stages import flops_and_memory as needs
 
 
 def _function(name: str, heavy: bool) -> StageFunction:

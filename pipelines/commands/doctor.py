@@ -21,7 +21,7 @@ from mft_core.errors import ConfigError
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Recipe, Runtime
 from mft_core.stage import Facts
 from mft_core.stages import STAGES
-from mft_core.stages.needs import NUMBER, state_bytes
+from mft_core.stages.flops_and_memory import NUMBER, state_bytes
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands import doctor_hub
 from pipelines.commands.doctor_hub import Finding

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mft_core.stages.needs import PROCESS
+from mft_core.stages.flops_and_memory import PROCESS
 from pipelines.cost.predicted import Bill, Run, stages
 from pipelines.graph.lookup import Step
 from pipelines.plan import workload

@@ -1,8 +1,9 @@
 """How long the runs of a plan take, before anything runs: for `mft plan`, and promised to each stage of `mft run`.
 
-A stage that is there took what its manifest measured; one to come takes what it needs (`mft_core.stages.needs`) on the
-device that is here, or on another by name. Rates are those of the table below, corrected, stage by stage, by the median
-of what finished stages in this store took against what was promised to them on the same device (`Experience`).
+A stage that is there took what its manifest measured; one to come takes what it needs
+(`mft_core.stages.flops_and_memory`) on the device that is here, or on another by name. Rates are those of the table
+below, corrected, stage by stage, by the median of what finished stages in this store took against what was promised to
+them on the same device (`Experience`).
 
 Data sheets give peak and memory of an accelerator (dense), of which 40% is used: PaLM reports 46% (Chowdhery et al.
 2022, table 3), Korthikanti et al. 2022 (table 5) 42 to 56%. A mask of layers 20-23 of LLaMA2-7B, packed rows of 1,024
@@ -21,7 +22,7 @@ import psutil
 from mft_core.errors import unknown
 from mft_core.recipes import Runtime
 from mft_core.stage import Needs
-from mft_core.stages.needs import PROCESS
+from mft_core.stages.flops_and_memory import PROCESS
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.usage import processor

@@ -1,6 +1,6 @@
 """What the stages of a plan need: joins what planning knows of a node with the stage's own word on it.
 
-`Stage.needs` (`mft_core.stages.needs`) does the counting; the plan, its cost and `mft doctor` read it.
+`Stage.needs` (`mft_core.stages.flops_and_memory`) does the counting; the plan, its cost and `mft doctor` read it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
-from mft_core.stages.needs import ANSWER, EXAMPLE
+from mft_core.stages.flops_and_memory import ANSWER, EXAMPLE
 from mft_core.store.sources import Source
 from pipelines.graph.nodes import Node
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mft_core import figures
-from mft_core.figures import curves, forest, matrix, style
+from mft_core.figures import forest, gain_curves, matrix, style
 from mft_core.figures.quantities import axis_of, quantities
 
 MASK_RATE, CONTINUED_RATE = "mask.training.learning_rate", "continued.learning_rate"
@@ -83,10 +83,10 @@ def test_two_settings_of_one_method_are_axis_and_series_and_of_several_methods_a
         for m in ("attention", "mlp", "both")
         for s in ("local", "global")
     ]
-    one = curves.draw(grid, "?", 0.95, {})
+    one = gain_curves.draw(grid, "?", 0.95, {})
     assert len(one.axes) == 1
     assert {"scope local", "scope global"} <= set(texts(one))
-    several = curves.draw([*grid, row("random", 0.0, modules="mlp"), row("random", 0.0)], "?", 0.95, {})
+    several = gain_curves.draw([*grid, row("random", 0.0, modules="mlp"), row("random", 0.0)], "?", 0.95, {})
     assert [axes.get_title() for axes in several.axes if axes.get_visible()] == [
         "sums, scope local",
         "sums, scope global",
@@ -97,7 +97,7 @@ def test_variants_with_a_further_setting_are_not_joined_with_those_that_have_non
     own = [row("mft", 0.0, sparsity=s) for s in (0.02, 0.1, 0.4)]
     other = [row("mft", 0.1, sparsity=0.1, **{"mask.domain": domain}) for domain in ("sums", "words")]
     controls = [row("random", 0.0), row("magnitude", 0.0)]
-    axes = [one for one in curves.draw([*own, *other, *controls], "?", 0.95, {}).axes if one.get_visible()]
+    axes = [one for one in gain_curves.draw([*own, *other, *controls], "?", 0.95, {}).axes if one.get_visible()]
     assert [one.get_title() for one in axes] == ["sums", "sums, domain sums", "sums, domain words"]
     points = [[len(line.get_xdata()) for line in one.lines if line.get_linewidth() == 1.0 and line.get_alpha() == 0.45]
               for one in axes]  # fmt: skip
@@ -106,7 +106,7 @@ def test_variants_with_a_further_setting_are_not_joined_with_those_that_have_non
 
 def test_what_has_no_place_on_the_axis_stands_beside_it_with_the_papers_gain():
     rows = [row("mft", 0.01, sparsity=s) for s in (0.1, 0.2)] + [row("continued-fft", 0.0)]
-    (axes,) = curves.draw(rows, "?", 0.95, {("maths", "sums"): 0.052, ("maths", "elsewhere"): 0.5}).axes
+    (axes,) = gain_curves.draw(rows, "?", 0.95, {("maths", "sums"): 0.052, ("maths", "elsewhere"): 0.5}).axes
     stars = [line for line in axes.lines if line.get_marker() == "*"]
     assert [line.get_ydata()[0] for line in stars] == [pytest.approx(5.2)]
     triangle = next(line for line in axes.lines if line.get_marker() == style.of_method("continued-fft").marker)
@@ -116,7 +116,7 @@ def test_what_has_no_place_on_the_axis_stands_beside_it_with_the_papers_gain():
 
 def test_every_interval_is_within_the_panel_and_a_control_far_below_stands_at_its_edge_with_its_value():
     rows = [row("mft", 0.01, half=0.05, sparsity=s) for s in (0.1, 0.2)] + [row("random", -0.4)]
-    (axes,) = curves.draw(rows, "?", 0.95, {}).axes
+    (axes,) = gain_curves.draw(rows, "?", 0.95, {}).axes
     floor, top = axes.get_ylim()
     assert floor < -4
     assert top > 6

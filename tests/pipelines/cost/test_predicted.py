@@ -9,7 +9,7 @@ from mft_core.geometry import read_geometry
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Runtime, Training
 from mft_core.stage import Facts
 from mft_core.stages import STAGES
-from mft_core.stages.needs import forward
+from mft_core.stages.flops_and_memory import forward
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_studies, load_study

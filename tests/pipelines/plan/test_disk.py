@@ -4,7 +4,7 @@ import pytest
 
 from mft_core.geometry import read_geometry
 from mft_core.recipes import Training
-from mft_core.stages.needs import state_bytes
+from mft_core.stages.flops_and_memory import state_bytes
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.cost.plan_view import as_dict

@@ -18,8 +18,9 @@ from mft_core.methods import CALIBRATED, SELECTORS, TRAINED
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Lora, MergeMask, PrepareData, Runtime, Training
 from mft_core.stage import Facts
-from mft_core.stages import STAGES, needs
-from mft_core.stages.needs import PROCESS
+from mft_core.stages import STAGES
+from mft_core.stages import flops_and_memory as needs
+from mft_core.stages.flops_and_memory import PROCESS
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.training import loss
 from mft_core.training.activations import recompute_activations
