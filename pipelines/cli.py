@@ -107,13 +107,13 @@ def run(
     """Run a study (only what is not cached) and print its answer."""
     from pipelines.config.catalogue import load_study
     from pipelines.report.asked import Asked
-    from tasks.mlflow import tracking
+    from tasks.mlflow import client
 
     plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
-    tracking.prepare(store.home)
     given = plans, store, load_study(study), Asked(study, profile, overrides or [], _seeds(seeds)), rerun or []
 
     def planned(flows: Any) -> Any:
+        client.load()  # takes seconds, in which the Prefect server starts
         return flows.with_work(flows.mft_ablation, lambda: flows.run_study(*given))
 
     rows, table, page = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
@@ -248,11 +248,12 @@ def _run_flow(
     from pipelines import flows
     from pipelines.run import interrupt
 
+    chosen = pick(flows)
     wait_for_prefect()
     interrupt.handle_ctrl_c()
     given = {"study": study, "profile": profile, "overrides": overrides or [], "seeds": _seeds(seeds)}
     try:
-        return pick(flows)(**given, rerun=rerun or [])
+        return chosen(**given, rerun=rerun or [])
     except httpx.HTTPError as error:
         raise StageError(f"{lost_server()} ({error})\nThe same command continues where this one stopped.") from error
 

@@ -34,11 +34,12 @@ from pipelines.plan.preflight import checked_plans
 from pipelines.report.asked import Asked
 from pipelines.report.command import write_index, write_part
 from pipelines.report.record import Recorder
-from pipelines.report.report import Report, find_report, read_report
+from pipelines.report.report import Report, read_report
 from pipelines.run.display import Display
 from pipelines.run.execute import Outcome, run_nodes, workplace
 from pipelines.run.logs import log_to, warn
 from pipelines.run.search import run_search
+from tasks.mlflow.tracking import Writer
 from tasks.stage_task import StageCall, Workplace
 from tasks.workers import Workers
 
@@ -117,9 +118,8 @@ def run_study(
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
-        recorders = [
-            stack.enter_context(Recorder(plan, store, logfile, rerun=bool(rerun), warn=warn)) for plan in plans
-        ]
+        writer = stack.enter_context(Writer(store.home, asked.study, warn))
+        recorders = [stack.enter_context(Recorder(plan, store, logfile, writer, rerun=bool(rerun))) for plan in plans]
         display = stack.enter_context(Display(len(nodes)))
 
         def record(call: StageCall, progress: Progress) -> None:
@@ -138,15 +138,14 @@ def run_study(
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
             display.expect(len({node.id for node in nodes} | done))
-        recorded = {} if rerun else _record_finished(plans, store, recorders)  # MLflow takes it while the tasks run
         outcomes = run_nodes(nodes, place, display, rerun, done)
-        reports = [recorded.get(plan.study.name) or _report(plan, store, outcomes) for plan in plans]
-        for report, recorder in zip(reports, recorders, strict=True):
-            if report.plan.study.name not in recorded:
-                recorder.record(report, {node_id for node_id, outcome in outcomes.items() if outcome.cached})
-        pages = [write_part(report, whole, asked, store) for report in reports]  # while MLflow takes the numbers
+        cached = {node_id for node_id, outcome in outcomes.items() if outcome.cached}
+        reports = [_report(plan, store, outcomes) for plan in plans]
+        pages = [write_part(report, whole, asked, store) for report in reports]
         for report, page, recorder in zip(reports, pages, recorders, strict=True):
-            _attach(report, page, recorder)
+            recorder.record(report, cached, page.parent)
+        for report, page, recorder in zip(reports, pages, recorders, strict=True):
+            _show(report, recorder.links(page))
     page = write_index(reports, whole, asked, store) if whole.studies else pages[0]
     rows = [row for report in reports for row in report.rows]
     return rows, "\n\n".join(report.table for report in reports), str(page)
@@ -169,19 +168,6 @@ def _search(
     return done
 
 
-def _record_finished(plans: Sequence[Plan], store: ArtifactStore, recorders: Sequence[Recorder]) -> dict[str, Report]:
-    """Record the studies that have been run before, whole; returns their reports by name of the study."""
-    reports = {}
-    for plan, recorder in zip(plans, recorders, strict=True):
-        try:
-            report = find_report(plan, store, analysis_nodes(plan))
-        except StageError:  # there is something to compute
-            continue
-        recorder.record(report, report.manifests)
-        reports[plan.study.name] = report
-    return reports
-
-
 def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -> Report:
     """Read a study's report from what has been run."""
     cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
@@ -189,12 +175,11 @@ def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -
     return read_report(plan, store, outcomes[comparison_node(plan).id].artifact, cached, analyses)
 
 
-def _attach(report: Report, page: Path, recorder: Recorder) -> None:
-    """Show the pages in MLflow and Prefect."""
+def _show(report: Report, links: str) -> None:
+    """Show the answer in Prefect."""
     study, profile = report.plan.study, report.plan.profile.name
-    recorder.attach(page.parent)
     create_markdown_artifact(
-        f"{study.question}\n\n{report.table}\n\n{recorder.links(page)}",
+        f"{study.question}\n\n{report.table}\n\n{links}",
         key=re.sub(r"[^a-z0-9]+", "-", f"{study.name}-{profile}".lower()),
         description=f"{study.name} on {profile}",
     )

@@ -1,8 +1,8 @@
-"""A process of our own beside this one, and the line to it: for the pool of workers, and for the record in MLflow.
+"""A process of our own beside this one, and the line to it, for the pool of workers.
 
 Over the line, a socket, go pickled messages. It closes when either side ends in whatever way, so that nobody waits for
-an ended process and no process outlives the one that it works for. Used by `tasks.workers` and
-`tasks.mlflow.tracking`; the module that a child runs takes the line's descriptor as its only argument.
+an ended process and no process outlives the one that it works for. Used by `tasks.workers`; the module that
+a child runs takes the line's descriptor as its only argument.
 """
 
 from __future__ import annotations

@@ -1,59 +1,71 @@
-"""What of a run goes to MLflow, and when; `tasks.mlflow.tracking` knows how.
+"""What of a study goes to MLflow, and when; `tasks.mlflow.tracking` knows how.
 
-Parent run = one execution, nested run = one variant. Training curves arrive while training runs; those of cached stages
-are copied from their artifacts, so that nothing is missing in the UI. `mft report --sync` writes the same again.
+Parent run = one result, nested run = one variant. Training curves arrive while training runs; the rest when all is
+there, those of cached trainings too. A result that is recorded already is only told of the execution. `mft report
+--sync` makes the same calls.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import math
+import platform
 from collections import defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mft_core.cache_key import digest
 from mft_core.errors import StageError
 from mft_core.recipes import FineTune, LearnMask
 from mft_core.stage import Progress
+from mft_core.store import provenance
 from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.sources import Source
+from pipelines.graph.nodes import Edge
 from pipelines.graph.variants import Variant
-from pipelines.plan.plan import Plan
-from pipelines.report.report import Report
+from pipelines.plan.plan import Plan, comparison_node
+from pipelines.report.report import Report, result_key
+from pipelines.report.verdict import answer, best
 from pipelines.search.trials import Search, Trial
 from pipelines.servers.services import living_server
-from tasks.mlflow.tracking import Tracker, variant_key
+from tasks.mlflow.fields import clean
+from tasks.mlflow.tracking import DataSet, Status, Tracker, Writer, variant_key
 from tasks.stage_task import StageCall
 
-log = logging.getLogger("mft")
+_DESCRIPTION = """{question}
+
+A run is a result of the study on a profile: its description answers the question, its artifacts hold the report with
+all tables and figures. The runs nested in it are the variants. To see the gain against what the study varies: open the
+run's nested runs, tick them, *Compare*, and draw `gain/BENCHMARK` against e.g. `sparsity`."""
+_MOST = 7900
+"""characters of a description; MLflow cuts at 8,000"""
 
 
 class Recorder:
     """Records one execution of a plan; a context manager that closes the runs with the right status."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        store: ArtifactStore,
-        log: Path,
-        *,
-        rerun: bool = False,
-        warn: Callable[[str], None] = log.warning,
-    ) -> None:
-        """Open the execution's run and one nested run per variant.
+    def __init__(self, plan: Plan, store: ArtifactStore, log: Path, writer: Writer, *, rerun: bool = False) -> None:
+        """Open the result's run and one nested run per variant, unless they are there.
 
         Args:
-            log: the execution's log file, attached to its run.
+            log: the execution's log file, attached to the run of a result that is computed.
             rerun: something is computed again even where it is cached, and what follows from it may be.
-            warn: is told as soon as MLflow cannot be used.
         """
-        self._store, self._log, self._rerun = store, log, rerun
-        name = f"{plan.study.name} on {plan.profile.name}"
-        params = {"study": plan.study.name, "profile": plan.profile.name, "question": plan.study.question}
-        tags = {"log_file": log.name}
-        self._tracker = Tracker(store.home, plan.study.name, name, params, tags, ui=_ui(store), warn=warn)
+        self._store, self._log = store, log
+        study, profile = plan.study, plan.profile.name
+        self._tracker = Tracker(
+            writer,
+            study.name,
+            _DESCRIPTION.format(question=study.question),
+            f"{study.name} on {profile}",
+            plan=digest([profile, comparison_node(plan).id]),
+            result=None if rerun else result_key(plan, store),
+            params={"study": study.name, "profile": profile, "question": study.question},
+            ui=_ui(store),
+        )
+        self._result: str | None = None
+        self._how = "computed"
         self._owners: dict[str, str] = {}
         self._sent: dict[str, set[int]] = defaultdict(set)
         self.expect(plan)
@@ -68,9 +80,6 @@ class Recorder:
             self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
             if item.trained:
                 self._owners.setdefault(item.trained.id, key)
-        for step in plan.steps if not self._rerun else ():  # early, for MLflow has time now
-            if step.artifact and step.node.id in self._owners:
-                self._send_curve(self._owners[step.node.id], step.artifact.local_path(self._store))
 
     def trials(self, trials: Sequence[Trial]) -> None:
         """Open a nested run for each trial of a search that has none."""
@@ -80,7 +89,7 @@ class Recorder:
 
     def trial_ended(self, trial: Trial, loss: float | None) -> None:
         """Send what a trial is judged by."""
-        self._tracker.log_metrics(trial.name, {"validation_loss": loss})
+        self._tracker.write(trial.name, metrics={"validation_loss": loss})
 
     def __enter__(self) -> Recorder:
         return self
@@ -88,11 +97,11 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tracker.log_files([self._log])
-        if kind is None:
-            self._tracker.finish("FINISHED")
-        else:
-            self._tracker.finish("FAILED" if issubclass(kind, Exception) else "KILLED")
+        self._tracker.attach_file(self._log)
+        status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        how = self._how if kind is None else status.lower()
+        commit = provenance.describe()["git_commit"]
+        self._tracker.finish(status, self._result, f"{how} on {platform.node()}, commit {commit}, log {self._log.name}")
 
     def progress(self, call: StageCall, progress: Progress) -> None:
         """Send one measurement of a training while it runs."""
@@ -102,75 +111,92 @@ class Recorder:
             if self._tracker.log_point(key, row):
                 self._sent[key].add(progress.step)
 
-    def record(self, report: Report, cached: Container[str]) -> None:
-        """Send the results: every number of the report, curves not seen live, artifact keys, tables.
+    def record(self, report: Report, cached: Container[str], pages: Path) -> None:
+        """Send the results: the report and its pages, every number of a variant, curves, data, artifact keys.
 
         Args:
             cached: ids of the nodes that were served from the cache.
+            pages: the folder of the report's files, its tables among them, attached as `report/`.
         """
+        self._result = result_key(report.plan, self._store)
+        if all(node_id in cached for node_id in report.manifests):
+            self._how = "cached"
+        if self._result:
+            self._tracker.recorded(self._result)
+        self._tracker.attach(pages, "report")
+        self._record_result(report)
         for item in self._plan.variants:
             key = variant_key(item.columns)
             nodes = [node for node in (item.trained, *item.evaluations.values()) if node is not None]
             tags: dict[str, Any] = {f"artifact.{node.stage}": report.manifests[node.id]["key"] for node in nodes}
-            tags["cached"] = all(node.id in cached for node in nodes)
-            self._tracker.set_tags(key, tags)
-            if item.trained:
-                manifest = report.manifests[item.trained.id]
-                numbers = {f"training/{name}": value for name, value in manifest["summary"].items()}
-                self._tracker.log_metrics(key, numbers)
-                if self._owners[item.trained.id] == key:
-                    self._send_curve(key, self._store.directory(item.trained.stage, manifest["key"]))
+            tags |= {"cached": all(node.id in cached for node in nodes), "checkpoint": self._checkpoint(item, report)}
+            training = report.manifests[item.trained.id] if item.trained else {"summary": {}}
+            numbers = {f"training/{name}": value for name, value in training["summary"].items()}
+            self._tracker.write(key, metrics=numbers, tags=tags)
+            self._tracker.log_data(key, self._data(item, report))
+            if item.trained and self._owners[item.trained.id] == key:
+                self._send_curve(key, self._store.directory(item.trained.stage, training["key"]))
         if self._plan.search:
             self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
-        for name, rows in report.tables.items():
-            self._tracker.log_table(name, rows)
 
-    def attach(self, folder: Path) -> None:
-        """Attach the report's files as `report/`."""
-        files = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json" and path.name[0] != "."]
-        self._tracker.log_files(files, "report")
+    def _record_result(self, report: Report) -> None:
+        """Send what the result's own run shows: the answer, the best gains, the names of the tables."""
+        metrics: dict[str, float] = {}
+        tags = {"artifact.compare": report.directory.name, "mft.tables": " ".join(report.tables)}
+        for benchmark, row in best(report).items():
+            metrics |= {clean(f"best_{name}/{benchmark}"): row[name] for name in ("gain", "gain_low", "gain_high")}
+            tags[clean(f"best_variant/{benchmark}")] = row["variant"]
+        self._tracker.write("", metrics=metrics, tags=tags)
+        text = "\n\n".join([f"**{report.plan.study.question}**", answer(report),
+                            "![gains](artifact:report/figure.png)", report.table])  # fmt: skip
+        if len(text) > _MOST:
+            text = text[:_MOST].rpartition("\n")[0] + "\n\n... the rest: `report/report.html` among the artifacts"
+        self._tracker.describe(text)
+
+    def _checkpoint(self, item: Variant, report: Report) -> Path | None:
+        """Return where the weights lie that the variant was evaluated with; None for the base model."""
+        given = next(iter(item.evaluations.values())).inputs["model"]
+        if isinstance(given, Source):
+            return None
+        return self._store.directory(given.node.stage, report.manifests[given.node.id]["key"]) / given.part
+
+    def _data(self, item: Variant, report: Report) -> list[DataSet]:
+        """Return what the variant was trained and evaluated on."""
+        found = []
+        if item.trained and isinstance(given := item.trained.inputs.get("data"), Edge):
+            manifest = report.manifests[given.node.id]
+            directory = str(self._store.directory(given.node.stage, manifest["key"]))
+            found.append(DataSet(given.node.label, manifest["digest"], directory, "training"))
+        for name, node in item.evaluations.items():
+            asked = node.inputs.get("benchmark", node.inputs.get("harness"))
+            if isinstance(asked, Source):
+                found.append(DataSet(name, asked.digest, asked.location, "evaluation"))
+        return found
 
     def _record_trials(self, search: Search, report: Report) -> None:
         """Send what became of each trial, and its curve where that did not arrive live."""
         for trial in search.trials:
             manifest = report.manifests[trial.node.id]
-            self._tracker.set_tags(trial.name, {f"artifact.{trial.node.stage}": manifest["key"],
+            self._tracker.write(trial.name, tags={f"artifact.{trial.node.stage}": manifest["key"],
                                                 "trial_state": search.state(trial)})  # fmt: skip
             self.trial_ended(trial, trial.loss)
             self._send_curve(trial.name, self._store.directory(trial.node.stage, manifest["key"]))
 
     def _send_curve(self, key: str, directory: Path) -> None:
-        """Send what the live curve lacks: all of a cached training, the steps before a kill, the last step."""
-        rows, sent = _history(directory), self._sent[key]
-        first = min(sent, default=math.inf)
-        self._tracker.log_curve(
-            key, [row for row in rows if row["step"] < first or (row is rows[-1] and row["step"] not in sent)]
-        )
-        sent.update(row["step"] for row in rows)
+        """Send what has not been seen live of a curve."""
+        self._tracker.log_curve(key, _history(directory), self._sent[key])
 
-    def links(self, page: Path | None = None) -> str:
-        """Return Markdown with the addresses of the runs in the MLflow UI, and of the report.
-
-        Args:
-            page: the report's HTML page, which is attached to the execution's run.
-        """
-        links = self._tracker.links()
-        lines = ["MLflow runs:", "", *(f"- [{name}]({address})" for name, address in links.items())]
-        if page:
-            execution = next(iter(links.values()), None)
-            attached = f" ([in MLflow]({execution}/artifacts/report/{page.name}))" if execution else ""
-            lines = [f"Report: `{page}`{attached}", "", *lines]
-        return "\n".join(lines)
-
-    @property
-    def problem(self) -> str | None:
-        """Why not everything was recorded, or None."""
-        return self._tracker.problem
+    def links(self, page: Path) -> str:
+        """Return Markdown with the addresses of the report, an HTML page, and of the result in the MLflow UI."""
+        lines = [f"Report: `{page}`"]
+        if address := self._tracker.link():
+            lines += [f"MLflow: [{self._plan.study.name} on {self._plan.profile.name}]({address})"]
+        return "\n\n".join(lines)
 
 
 def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report, pages: Path) -> None:
-    """Write a finished study to MLflow again, from its artifacts, as a new execution.
+    """Write a finished study to MLflow from its artifacts, if it is not recorded.
 
     Args:
         pages: the folder of the report's files.
@@ -178,11 +204,14 @@ def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report, pages: Path
     Raises:
         StageError: MLflow cannot be reached.
     """
-    with Recorder(plan, store, report.directory / "table.md") as recorder:
-        recorder.record(report, {step.node.id for step in plan.steps if step.artifact})
-        recorder.attach(pages)
-    if recorder.problem:
-        raise StageError(recorder.problem)
+    cached = {step.node.id for step in plan.steps if step.artifact}
+    with (
+        Writer(store.home, plan.study.name, lambda warning: None) as writer,
+        Recorder(plan, store, pages / "report.md", writer) as recorder,
+    ):
+        recorder.record(report, cached, pages)
+    if writer.problem:
+        raise StageError(writer.problem)
 
 
 def _ui(store: ArtifactStore) -> str:

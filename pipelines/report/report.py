@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mft_core.cache_key import digest
 from mft_core.data import dropped
 from mft_core.errors import StageError
 from mft_core.stages import STAGES
@@ -20,6 +21,7 @@ from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.manifests import validation_loss
 from pipelines.cost import measured as costs
 from pipelines.graph.nodes import Edge, Node, closure
+from pipelines.plan.analyses import answers
 from pipelines.plan.plan import Plan, comparison_node
 from pipelines.report.attempt import attempt
 from pipelines.report.chosen import chosen
@@ -76,6 +78,15 @@ def _data(plan: Plan, manifests: Mapping[str, dict[str, Any]]) -> list[Row]:
 def slug(name: str) -> str:
     """Return an analysis' name for files, anchors and metrics: 'anatomy math' is 'anatomy-math'."""
     return re.sub(r"[^\w.=-]+", "-", name)
+
+
+def result_key(plan: Plan, store: ArtifactStore) -> str | None:
+    """Return the key of all that a study has found on a profile; None while something is to be computed."""
+    nodes = [*answers(plan), *(plan.search.nodes if plan.search else ())]
+    manifests = _manifests(closure(nodes), store)
+    if any(node.id not in manifests for node in nodes):
+        return None
+    return digest([plan.profile.name, *(manifests[node.id]["key"] for node in nodes)])
 
 
 def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None) -> Report:

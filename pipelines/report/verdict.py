@@ -19,7 +19,7 @@ _NAMED = 6
 def sentence(report: Report) -> str:
     """Say in one line what the study shows."""
     tests = _tests(report)
-    treatments = [row for row in tests if row["method"] not in CONTROLS] or tests
+    treatments = _treatments(tests)
     if not tests:
         return "No variant is compared with the fine-tuned model."
     better = [row for row in treatments if row["verdict"] == "better"]
@@ -60,6 +60,18 @@ def answer(report: Report) -> str:
         parts.append(_of_winners(winners))
     parts.append(_rests_on(report))
     return "\n\n".join(parts)
+
+
+def best(report: Report) -> dict[str, Row]:
+    """Return the row of the largest gain on each benchmark; of the controls if there is nothing else."""
+    found: dict[str, Row] = {}
+    for row in sorted(_treatments(_tests(report)), key=lambda row: -float(row["gain"])):
+        found.setdefault(row["benchmark"], row)
+    return found
+
+
+def _treatments(tests: Sequence[Row]) -> Sequence[Row]:
+    return [row for row in tests if row["method"] not in CONTROLS] or tests
 
 
 def _tests(report: Report) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The client of an MLflow store, as the record (`tasks.mlflow.writer`) and its readers (`results`) open it."""
+"""The client of an MLflow store, as the record (`tasks.mlflow.tracking`) and its readers (`results`) open it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import psutil
@@ -59,32 +59,6 @@ def metric_name(column: str, benchmark: str) -> str:
 def words(row: Row) -> dict[str, Any]:
     """Return the row's results that are words as tags by name, e.g. ``verdict/gsm8k``."""
     return {clean(f"{name}/{row['benchmark']}"): row.get(name) for name in _WORDS}
-
-
-def table_metrics(table: str, rows: Iterable[Row]) -> dict[str, float]:
-    """Return the numbers of a table as metrics ``TABLE/ROW/COLUMN``, rows counted from 000.
-
-    Of an analysis those of its results (not what names its row) over all layers or all modules, and of seeds that a row
-    pools that row's: the others are in the logged table. An analysis of fifty masks has a hundred thousand numbers.
-    """
-    return {
-        clean(f"{table}/{index:03d}/{name}"): value
-        for index, row in enumerate(rows)
-        if not _is_detail(row)
-        for name, value in row.items()
-        if is_number(value) and not ("part" in row and name in _LABELS)
-    }
-
-
-_LABELS = {"sparsity", "seed", "seeds", "layer", "head", "decile", "other_seed", "confidence"}
-
-
-def _is_detail(row: Row) -> bool:
-    """Whether an analysis' row is one seed of several, or one module in one layer, or one decile of one module."""
-    if "part" not in row or row["part"] == "overlap":
-        return False
-    fine = sum(row.get(name) is not None for name in ("layer", "module", "head", "decile")) > 1
-    return row.get("pooled") is False or fine
 
 
 def clean(name: str) -> str:

@@ -1,8 +1,9 @@
 """Reads the results of studies back from MLflow as tables; what the notebooks stand on, and anybody's own questions.
 
-The reading side of `tasks.mlflow.tracking` (experiment = study, parent run = one execution, nested run = one variant).
-Every function speaks of the *newest finished execution* of a study on a profile, whatever settings it had, and asks the
-tracking store alone: no artifact under `$MFT_HOME` is opened, so a server elsewhere serves as well.
+The reading side of `tasks.mlflow.tracking` (experiment = study, parent run = one result, nested run = one variant).
+Every function speaks of the finished result of a study on a profile that was *executed last*, whatever settings it had,
+and asks the tracking store alone: no artifact under `$MFT_HOME` is opened, so a server elsewhere serves as well. Tables
+are the report's Parquet files, attached to the parent run.
 
     studies()        what has been executed                          rows(STUDY)      a row per variant and benchmark
     tables(STUDY)    the names of the report's further tables        table(STUDY, NAME)       one of them
@@ -14,22 +15,22 @@ directory, or of the nearest directory above it that has one, so that a notebook
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 
 from mft_core.errors import ConfigError, did_you_mean
 from tasks.mlflow.client import open_client
-from tasks.mlflow.fields import clean, metric_name
+from tasks.mlflow.tracking import ALL_RUNS, EXECUTED
 
 Row = dict[str, Any]
 
@@ -37,15 +38,8 @@ VARIANT = ("variant", "method", "domain", "layers", "modules", "sparsity", "seed
 """columns that say what a variant is, besides the settings that the study varies"""
 CURVE = ("step", "loss", "validation_loss", "learning_rate")
 """columns of `curves` that vary along a curve"""
-_NUMBERS = (
-    "n", "accuracy", "commonest_target_share", "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins",
-    "losses", "seed_sd", "items_for_80_power", "seconds", "validation_loss",
-)  # fmt: skip
-_WORDS = ("metric", "family", "verdict")
-_TEXTS = {"variant", "method", "domain", "layers", "modules"}
-"""never taken for numbers: the layers '5' are words as '2-5' are"""
-_MOST = 1000
-"""runs that MLflow gives in one answer"""
+_WORDS = ("variant", "method", "domain", "layers", "modules")
+"""columns never taken for numbers: the layers '5' are words as '2-5' are"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def execution(study: str, profile: str = "tiny") -> Execution:
 
 
 def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
-    """Return a row per variant and benchmark, with the columns of `mft report --json` but `cached`.
+    """Return the rows of a study's report, one per variant and benchmark, as `mft report --json` but `cached`.
 
     Columns: study, profile; `VARIANT`; seeds; what the study varies besides, by its setting (`mask.fraction`, ...);
     benchmark; metric, family, verdict; n (items), accuracy, baseline and gain (shares, 0.01 is one point), and the
@@ -112,11 +106,15 @@ def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
     Raises:
         ConfigError: no finished execution, or the store cannot be read.
     """
-    parent, variants = _ask(lambda client: _variants(client, study, profile))
-    settings = _settings(variants)
-    frame = _frame([row for run in variants for row in _rows(run, settings)])
-    frame.attrs["question"] = parent.data.params["question"]
-    return frame
+
+    def read(client: Any) -> pd.DataFrame:
+        run = _newest(client, study, profile)
+        frame = _read(run, "rows").drop(columns="cached")
+        frame = frame.replace("None", pd.NA).convert_dtypes()  # a setting that one variant has as a word
+        frame.attrs["question"] = run.data.params["question"]
+        return frame
+
+    return _ask(read)
 
 
 def tables(study: str, profile: str = "tiny") -> list[str]:
@@ -131,15 +129,13 @@ def tables(study: str, profile: str = "tiny") -> list[str]:
 
 
 def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
-    """Return a table of a study's report; a number that is a metric too has all its digits, others ten decimals.
+    """Return a table of a study's report.
 
     Raises:
         ConfigError: no finished execution, no such table in it, or the store cannot be read.
     """
 
     def read(client: Any) -> pd.DataFrame:
-        import mlflow
-
         run = _newest(client, study, profile)
         names = _described(run).tables
         if name not in names:
@@ -148,19 +144,7 @@ def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
                 f"study '{study}' on profile '{profile}' has no table '{name}'.{did_you_mean(name, names)} It has: "
                 f"{known}. Analyses are asked for in a study's `analyses:`."
             )
-        with tempfile.TemporaryDirectory() as folder:
-            path = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{run.info.artifact_uri}/tables/{name}.json", dst_path=folder, tracking_uri=tracking_uri()
-            )
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = [dict(zip(content["columns"], values, strict=True)) for values in content["data"]]
-        for index, row in enumerate(found):  # the file has ten decimals
-            row |= {
-                column: run.data.metrics.get(clean(f"{name}/{index:03d}/{column}"), value)
-                for column, value in row.items()
-                if isinstance(value, float)
-            }
-        return _frame(found)
+        return _read(run, name)
 
     return _ask(read)
 
@@ -175,9 +159,12 @@ def curves(study: str, profile: str = "tiny") -> pd.DataFrame:
     """
 
     def read(client: Any) -> pd.DataFrame:
-        _, variants = _variants(client, study, profile)
+        parent = _newest(client, study, profile)
+        nested = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+        order = ["attributes.start_time ASC"]
+        variants = client.search_runs([parent.info.experiment_id], nested, max_results=ALL_RUNS, order_by=order)
         settings = _settings(variants)
-        return _frame([row for run in variants for row in _curve(client, run, settings)])
+        return pd.DataFrame([row for run in variants for row in _curve(client, run, settings)]).convert_dtypes()
 
     return _ask(read)
 
@@ -214,9 +201,10 @@ def _studies(client: Any, profile: str) -> list[Execution]:
 
 
 def _finished(client: Any, experiment_id: str, profile: str) -> Any:
-    """Return the parent run of the newest finished execution, or None; only parents have a question."""
+    """Return the run of the finished result that was executed last, or None; only parents have a question."""
     wanted = f"attributes.status = 'FINISHED' and params.profile = '{profile}' and params.question != ''"
-    runs = client.search_runs([experiment_id], wanted, max_results=1, order_by=["attributes.start_time DESC"])
+    order = [f"tags.`{EXECUTED}` DESC", "attributes.start_time DESC"]
+    runs = client.search_runs([experiment_id], wanted, max_results=1, order_by=order)
     return runs[0] if runs else None
 
 
@@ -234,8 +222,6 @@ def _newest(client: Any, study: str, profile: str) -> Any:
 
 
 def _described(run: Any) -> Execution:
-    logged = json.loads(run.data.tags.get("mlflow.loggedArtifacts", "[]"))
-    paths = [Path(one["path"]) for one in logged]
     return Execution(
         study=run.data.params["study"],
         profile=run.data.params["profile"],
@@ -243,24 +229,22 @@ def _described(run: Any) -> Execution:
         finished=datetime.fromtimestamp(run.info.end_time / 1000, UTC).replace(microsecond=0),
         commit=run.data.tags.get("mlflow.source.git.commit"),
         run_id=run.info.run_id,
-        tables=tuple(path.stem for path in paths if path.parent.name == "tables"),
+        tables=tuple(run.data.tags.get("mft.tables", "").split()),
     )
 
 
-def _variants(client: Any, study: str, profile: str) -> tuple[Any, list[Any]]:
-    """Return the execution's run and the nested ones, in the order of the study."""
-    parent = _newest(client, study, profile)
-    wanted, order = f"tags.mlflow.parentRunId = '{parent.info.run_id}'", ["attributes.start_time ASC"]
-    found: list[Any] = []
-    token = None
-    while True:
-        page = client.search_runs([parent.info.experiment_id], wanted, max_results=_MOST, order_by=order,
-                                  page_token=token)  # fmt: skip
-        found += page
-        token = page.token
-        if not token:
-            break
-    return parent, found
+def _read(run: Any, name: str) -> pd.DataFrame:
+    """Return a table that is attached to a result's run; in a file, a column of numbers and words is one of words."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"{run.info.artifact_uri}/report/{name}.parquet"
+        path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=tracking_uri())
+        found = parquet.read_table(path).to_pylist()
+    mixed = {column for column in (found[0] if found else ()) if column.endswith("seed") or "." in column}
+    return pd.DataFrame(
+        [{name: _value(name, value) if name in mixed else value for name, value in row.items()} for row in found]
+    ).convert_dtypes()
 
 
 def _settings(variants: Sequence[Any]) -> list[str]:
@@ -292,17 +276,6 @@ def _columns(run: Any, settings: Sequence[str]) -> Row:
     return {name: _value(name, params.get(name)) for name in ("study", "profile", *VARIANT, "seeds", *settings)}
 
 
-def _rows(run: Any, settings: Sequence[str]) -> Iterator[Row]:
-    metrics, tags = run.data.metrics, run.data.tags
-    for benchmark in sorted(name.removeprefix("accuracy/") for name in metrics if name.startswith("accuracy/")):
-        yield {
-            **_columns(run, settings),
-            "benchmark": benchmark,
-            **{name: _value(name, tags.get(metric_name(name, benchmark)), words=True) for name in _WORDS},
-            **{name: metrics.get(metric_name(name, benchmark)) for name in _NUMBERS},
-        }
-
-
 def _curve(client: Any, run: Any, settings: Sequence[str]) -> list[Row]:
     steps: dict[int, Row] = {}
     for name in CURVE[1:]:
@@ -314,20 +287,13 @@ def _curve(client: Any, run: Any, settings: Sequence[str]) -> list[Row]:
     return [{**columns, "step": step, **steps[step]} for step in sorted(steps)]
 
 
-def _value(name: str, text: str | None, *, words: bool = False) -> Any:
-    """Return a param or tag with its type: numbers as numbers."""
-    if text in (None, "None"):
-        return None
-    if words or name in _TEXTS:
-        return text
-    if re.fullmatch(r"-?\d+", str(text)):
-        return int(str(text))
+def _value(name: str, value: Any) -> Any:
+    """Return a value that may be a text with its type: numbers as numbers."""
+    if not isinstance(value, str) or name in _WORDS:
+        return value
+    if re.fullmatch(r"-?\d+", value):
+        return int(value)
     try:
-        return float(str(text))
+        return float(value)
     except ValueError:
-        return text
-
-
-def _frame(found: Sequence[Row]) -> pd.DataFrame:
-    """Return a table in which whole numbers are integers, though some are missing."""
-    return pd.DataFrame(found).convert_dtypes()
+        return value

@@ -1,130 +1,205 @@
-"""Records a study's execution in MLflow without ever being in its way.
+"""Writes the results of studies to MLflow without ever being in the way of a run.
 
-Experiment = study, parent run = one execution, nested run = one variant. Calls only put orders into a queue; a process
-of its own carries them out (`tasks.mlflow.writer`), one for all executions that this process records at a time. When
-MLflow cannot be reached, a warning says so once and the rest is dropped: every number is in the artifacts, and
-`mft report --sync` sends them again through the same calls. Curves are thinned (all points are in `history.jsonl`).
-Default store: `mlflow.db` under `$MFT_HOME` with files under `mlartifacts`; `MLFLOW_TRACKING_URI` wins. Used by
-`pipelines` only.
+Experiment = study, parent run = one result of it, nested run = one variant. Calls only queue work; one thread carries
+it out (`Writer`), for all studies of a run. When MLflow cannot be used, a warning says so once and the rest is dropped:
+every number is in the artifacts, and `mft report --sync` sends them through the same calls. A result is found again by
+its key (`RESULT`) and not written twice: an execution of it leaves a tag. Default store: `mlflow.db` under `$MFT_HOME`
+with files under `mlartifacts`; `MLFLOW_TRACKING_URI` wins. Used by `pipelines` only.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import functools
 import itertools
 import logging
 import os
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from mft_core.names import without_secrets, without_user
 from mft_core.store import provenance
-from tasks.child import Child
-from tasks.mlflow.fields import columns, numbers, owner, table_metrics, variant_key, words
+from mft_core.store.artifacts import ArtifactStore
+from tasks.mlflow import client as mlflow_client
+from tasks.mlflow.fields import (
+    cause,
+    columns,
+    is_dead,
+    is_number,
+    is_refusal,
+    numbers,
+    owner,
+    texts,
+    variant_key,
+    words,
+)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
+OWNER, RESULT, PLAN, VARIANT, EXECUTED = "mft.owner", "mft.result", "mft.plan", "mft.variant", "mft.executed"
+"""tags: the process that writes, the key of a finished result, what was planned, the nested run's key, when last run"""
+NOTE = "mlflow.note.content"
+_TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 CURVE_POINTS = 50
 """of a curve that is sent as a whole"""
-LIVE_SECONDS = 0.25
+LIVE_SECONDS = 1.0
 """between the points of a curve that is sent while it grows"""
+_MOST = {"metrics": 800, "params": 100, "tags": 100}
+"""of one request; MLflow takes 1,000 in all"""
+ALL_RUNS = 50_000
+"""runs that MLflow gives in one answer, at most"""
 
 log = logging.getLogger("mft")
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the process is to do: a method of its `Execution`, called with `given`."""
+class DataSet:
+    """Data that a variant was trained or evaluated on."""
 
-    execution: int
-    method: str
-    given: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A run that is there now."""
-
-    execution: int
-    key: str
-    run_id: str
-    experiment_id: str
+    name: str
+    digest: str
+    source: str
+    context: Literal["training", "evaluation"]
 
 
-@dataclass(frozen=True)
-class Answered:
-    """MLflow has carried something out."""
-
-    execution: int
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Why an execution is recorded no further."""
-
-    execution: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Closed:
-    """Everything that was ordered for an execution is done, or lost."""
-
-    execution: int
-
-
-class Tracker:
-    """One execution of a study in MLflow; every method returns at once, except `links` and `finish`.
+class Writer:
+    """The thread that writes to MLflow, for as long as the context lasts; at its end, what waits is written.
 
     Args:
         home: the `MFT_HOME`.
+        study: what `mft report` is told to record later.
+        warn: is told, by the thread, as soon as MLflow cannot be used.
+        patience: seconds of silence after which a slow MLflow is not waited for any longer at the end.
+    """
+
+    def __init__(
+        self, home: Path, study: str, warn: Callable[[str], None] = log.warning, *, patience: float = 60.0
+    ) -> None:
+        self.home = home.absolute()
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home / 'mlflow.db'}"
+        self.problem: str | None = None
+        """why nothing more is recorded, or None"""
+        self.client: Any = None
+        """MLflow's, for jobs"""
+        self._study, self._warn, self._patience = study, warn, patience
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._heard = threading.Condition()
+        self._answered = time.monotonic()
+        self._done = False
+        mlflow_client.load()  # in this thread: two that import at once may see half of a module
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+        self.put(self._connect)
+
+    def put(self, job: Callable[[], None]) -> None:
+        """Queue a job; returns at once."""
+        self._jobs.put(job)
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait until something is so, MLflow cannot be used, or nothing has been heard of it for some seconds."""
+        with self._heard:
+            begun = time.monotonic()
+            while not condition() and self.problem is None:
+                left = max(begun, self._answered) + seconds - time.monotonic()
+                if left <= 0:
+                    break
+                self._heard.wait(left)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._jobs.put(None)
+        self.wait(lambda: self._done, self._patience)
+        if not self._done:
+            self._give_up(f"no answer within {self._patience:.0f} s")
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None and self.problem is None:
+            try:
+                job()
+            except Exception as failed:  # whatever MLflow, its store or its network throw: the study goes on
+                if is_refusal(failed):
+                    log.warning("MLflow refused a record, the rest goes on: %s", cause(failed))
+                else:
+                    self._give_up(cause(failed))
+            with self._heard:
+                self._answered = time.monotonic()
+                self._heard.notify_all()
+        with self._heard:
+            self._done = True
+            self._heard.notify_all()
+
+    def _give_up(self, why: str) -> None:
+        if self.problem is None:
+            self.problem = without_secrets(f"MLflow at {self.uri} cannot be used: {why}")
+            self._warn(f"{self.problem}. The run goes on; `mft report {self._study} --sync` records it later.")
+
+    def _connect(self) -> None:
+        with ArtifactStore(self.home).lock("mlflow-init", log):  # two processes must not make one database at once
+            if self.uri == f"sqlite:///{self.home / 'mlflow.db'}":
+                with contextlib.closing(sqlite3.connect(self.home / "mlflow.db")) as database:
+                    database.execute("PRAGMA journal_mode=WAL")  # stays: the UI can read while a run writes
+            self.client = mlflow_client.open_client(self.uri)
+            self.client.search_experiments(max_results=1)
+
+
+class Tracker:
+    """A result of a study in MLflow; every method returns at once, except `link`.
+
+    Args:
         experiment: name of the study.
-        name: of this execution, the parent run.
-        params: of the execution (profile, overrides, ...).
-        tags: of the execution; git commit and owner are added.
+        description: of the experiment; one that people wrote stays.
+        name: of the parent run.
+        plan: what was planned: an execution that did not finish goes on in its run.
+        result: key of the result, None if it is yet to be computed; one that is recorded already is only tagged.
+        params, tags: of the parent run.
         ui: address of the MLflow UI for links, when it is not the tracking URI itself.
-        warn: is told, by a thread, as soon as MLflow cannot be used.
     """
 
     def __init__(
         self,
-        home: Path,
+        writer: Writer,
         experiment: str,
+        description: str,
         name: str,
+        *,
+        plan: str,
+        result: str | None = None,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
-        *,
         ui: str = "http://127.0.0.1:5000",
-        warn: Callable[[str], None] = log.warning,
     ) -> None:
-        self.problem: str | None = None
-        """why nothing more is recorded, or None"""
-        self._experiment = experiment
-        self._uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute() / 'mlflow.db'}"
-        self._ui = without_user(self._uri) if self._uri.startswith("http") else ui
-        self._warn = warn
+        self._writer = writer
+        self._ui = without_user(writer.uri) if writer.uri.startswith("http") else ui
+        self._found = False
+        """whether the result was recorded before: nothing of it is written again"""
         self._runs: dict[str, str] = {}
-        self._names: dict[str, str] = {}
         self._experiment_id = ""
         self._last_point: dict[str, float] = {}
-        self._heard = threading.Condition()
-        self._closed = False
-        self._writer, self._number = _Writer.shared(self, home)
-        self._order("connect", home=home.absolute(), uri=self._uri, experiment=experiment, owner=owner())
-        self._open("", name, params, tags)
+        self._source = {
+            "mlflow.source.name": f"mft run {experiment}",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": provenance.describe()["git_commit"],
+            OWNER: owner(),
+        }
+        self._put(self._open_result, experiment, description, plan, result)
+        self._put(self._open, "", name, params or {}, {**(tags or {}), PLAN: plan})
 
     # -- what the caller says -------------------------------------------------------------------------------------
 
     def variant(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any] | None = None) -> None:
-        """Open the nested run of a variant; later calls name it by `key`. None values are left out."""
-        if key not in self._names:
-            self._open(key, name, params, tags)
+        """Open the nested run of a variant if there is none; later calls name it by `key`. None values are left out."""
+        self._put(self._open, key, name, params, tags or {})
 
     def log_point(self, key: str, row: Mapping[str, Any]) -> bool:
         """Add a point while training runs, a row of `history.jsonl`; False if dropped, too close behind another one."""
@@ -132,205 +207,210 @@ class Tracker:
         if "validation_loss" not in row and now - self._last_point.get(key, 0.0) < LIVE_SECONDS:
             return False
         self._last_point[key] = now
-        self._order("points", key=key, rows=[row])
+        self._put(self._write, key, {}, _points([row]), {})
         return True
 
-    def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add a finished curve, rows of `history.jsonl`: evenly spaced ones, all validations, and the last."""
-        stride = max(1, -(-len(rows) // CURVE_POINTS))
-        last = len(rows) - 1
+    def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]], sent: Iterable[int] = ()) -> None:
+        """Add a curve, rows of `history.jsonl`: evenly spaced ones, all validations and the last, but those `sent`."""
+        stride, last = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1
         kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
-        if kept:
-            self._order("points", key=key, rows=kept)
+        self._put(self._write, key, {}, _points([row for row in kept if row["step"] not in set(sent)]), {})
 
-    def log_metrics(self, key: str, metrics: Mapping[str, Any]) -> None:
-        """Set final numbers of a variant; None values are left out."""
-        self._order("write", key=key, metrics=metrics)
-
-    def set_tags(self, key: str, tags: Mapping[str, Any]) -> None:
-        """Set tags of a variant ("" is the execution), e.g. artifact keys or `cached`."""
-        self._order("write", key=key, tags=tags)
+    def write(
+        self,
+        key: str,
+        params: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set params, final numbers and tags of a variant ("" is the result itself); None values are left out."""
+        final = [(name, value, 0) for name, value in (metrics or {}).items() if is_number(value)]
+        self._put(self._write, key, params or {}, final, tags or {})
 
     def log_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
-        params: dict[str, dict[str, Any]] = {}
-        metrics: dict[str, dict[str, Any]] = {}
-        tags: dict[str, dict[str, Any]] = {}
+        of_variant: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
-            key = variant_key(row)
-            params[key] = columns(row)
-            metrics.setdefault(key, {}).update(numbers(row))
-            tags.setdefault(key, {}).update(words(row))
-        for key in params:
-            self.variant(key, str(params[key]["variant"]), {})
-            self._order("write", key=key, params=params[key])
-            self._order("write", key=key, metrics=metrics[key], tags=tags[key])
+            of_variant.setdefault(variant_key(row), []).append(row)
+        for key, own in of_variant.items():
+            self.variant(key, str(own[0]["variant"]), {})
+            metrics = {name: value for row in own for name, value in numbers(row).items()}
+            self.write(key, columns(own[0]), metrics, {name: text for row in own for name, text in words(row).items()})
 
-    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a table of the report to the execution: as a table, and each number as a metric (`table_metrics`)."""
-        names = list(dict.fromkeys(column for row in rows for column in row))
-        content = {column: [row.get(column) for row in rows] for column in names}
-        self._order("write", key="", metrics=table_metrics(name, rows))
-        self._order("table", name=name, content=content)
+    def log_data(self, key: str, data: Sequence[DataSet]) -> None:
+        """Name the data sets of a variant."""
+        self._put(self._data, key, data)
 
-    def log_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
-        """Attach files (tables, figures), and folders with what is in them, to the execution."""
+    def describe(self, text: str) -> None:
+        """Set the result's description, Markdown; `artifact:PATH` in it is the address of an attached file."""
+        self._put(self._note, text)
 
-        self._order("files", paths=paths, folder=folder)
+    def attach(self, folder: Path, name: str) -> None:
+        """Attach the files of a folder as the folder `name`."""
+        for path in sorted(folder.rglob("*")):
+            inside = path.relative_to(folder)
+            if path.is_file() and not inside.parts[0].startswith("."):
+                self.attach_file(path, "/".join((name, *inside.parent.parts)))
 
-    def links(self, seconds: float = 5.0) -> dict[str, str]:
-        """Return the runs' addresses in the MLflow UI by name, those known within `seconds`."""
-        with self._heard:
-            self._heard.wait_for(lambda: self.problem is not None or len(self._runs) == len(self._names), seconds)
-            base = f"{self._ui}/#/experiments/{self._experiment_id}/runs"
-            return {self._names[key]: f"{base}/{run_id}" for key, run_id in self._runs.items()}
+    def attach_file(self, path: Path, folder: str | None = None) -> None:
+        """Attach a file."""
+        self._put(self._file, path, folder)
 
-    def finish(self, status: Status = "FINISHED", seconds: float = 60.0) -> str | None:
-        """Write what is waiting, close all runs; return the problem if not everything was recorded.
+    def link(self, seconds: float = 5.0) -> str | None:
+        """Return the address of the result's run in the MLflow UI, if it is known within `seconds`."""
+        self._writer.wait(lambda: "" in self._runs, seconds)
+        return f"{self._ui}/#/experiments/{self._experiment_id}/runs/{self._runs['']}" if "" in self._runs else None
+
+    def recorded(self, result: str) -> None:
+        """Write nothing more if the result, now known, was recorded before: then this execution's runs are deleted."""
+        self._put(self._settle, result)
+
+    def finish(self, status: Status, result: str | None = None, execution: str = "") -> None:
+        """Close all runs.
 
         Args:
-            status: of the execution and of the variants that are still open.
-            seconds: how long to wait for the next sign of life of a slow MLflow (an analysis has tens of thousands of
-                numbers, which take it a minute); one that is known to be down costs nothing.
+            result: key of the result if there is one.
+            execution: what to say of this execution, beside its time.
         """
-        self._order("close", status=status)
-        begun = time.monotonic()
-        try:
-            with self._heard:
-                while not self._closed and self.problem is None:
-                    left = max(begun, self._writer.answered) + seconds - time.monotonic()
-                    if left <= 0:
-                        self._give_up(f"no answer within {seconds:.0f} s")
-                    else:
-                        self._heard.wait(left)
-        finally:
-            self._writer.leave(self._number)
-        if not self._closed:
-            self._writer.end_if_unused()  # it may go on waiting for MLflow
-        return self.problem
+        if result:
+            self.recorded(result)
+        self._writer.put(functools.partial(self._close, status, result, execution))
 
-    # -- to and from the process ----------------------------------------------------------------------------------
+    # -- what the thread does -------------------------------------------------------------------------------------
 
-    def _open(self, key: str, name: str, params: Mapping[str, Any] | None, tags: Mapping[str, Any] | None) -> None:
-        self._names[key] = name
-        own = {"mlflow.source.git.commit": provenance.describe()["git_commit"]}
-        self._order("open", key=key, name=name, params=params or {}, tags={**(tags or {}), **own})
+    def _put(self, job: Callable[..., None], *given: Any) -> None:
+        self._writer.put(lambda: None if self._found else job(*given))
 
-    def _order(self, method: str, **given: Any) -> None:
-        if self.problem is None:
-            self._writer.orders.put(Order(self._number, method, given))
+    def _open_result(self, experiment: str, description: str, plan: str, result: str | None) -> None:
+        """Find the run of the result, or that of an execution of the plan that did not finish."""
+        self._experiment_id = self._experiment(experiment, description)
+        for run in self._search("attributes.status = 'RUNNING'"):
+            if is_dead(run.data.tags.get(OWNER, "")):
+                self._client.set_terminated(run.info.run_id, "KILLED")
+        if result:
+            self._settle(result)
+        unfinished = f"tags.`{PLAN}` = '{plan}' and attributes.status != 'FINISHED' and attributes.status != 'RUNNING'"
+        if not self._found and (runs := self._search(unfinished)):
+            nested = self._search(f"tags.mlflow.parentRunId = '{runs[0].info.run_id}'")
+            for run in (runs[0], *nested):
+                self._client.update_run(run.info.run_id, "RUNNING")
+                self._runs[run.data.tags.get(VARIANT, "")] = run.info.run_id
+                self._send(run.info.run_id, tags=self._source)
 
-    def hear(self, message: object) -> None:
-        """Take what the process says of this execution."""
-        with self._heard:
-            if isinstance(message, Opened):
-                self._experiment_id = message.experiment_id
-                self._runs[message.key] = message.run_id
-            elif isinstance(message, Lost):
-                self._give_up(message.why)
-            elif isinstance(message, Closed):
-                self._closed = True
-            self._heard.notify_all()
+    def _experiment(self, name: str, description: str) -> str:
+        tags = {NOTE: description, **_TRAINING_VIEW}
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            files = None if self._writer.uri.startswith("http") else (self._writer.home / "mlartifacts" / name).as_uri()
+            return str(self._client.create_experiment(name, artifact_location=files, tags=tags))
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        for tag in set(tags) - set(found.tags):
+            self._client.set_experiment_tag(found.experiment_id, tag, tags[tag])
+        return str(found.experiment_id)
 
-    def _give_up(self, why: str) -> None:
-        if self.problem is None:
-            self.problem = without_secrets(f"MLflow at {self._uri} cannot be used: {why}")
-            self._warn(f"{self.problem}. The run goes on; `mft report {self._experiment} --sync` records it later.")
+    def _open(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+        if key not in self._runs:
+            own = {VARIANT: key, "mlflow.parentRunId": self._runs[""]} if key else {}
+            tags = texts("tag", {**tags, **own, **self._source})
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+            self._runs[key] = run.info.run_id
+            self._send(run.info.run_id, params)
 
+    def _write(
+        self, key: str, params: Mapping[str, Any], metrics: Sequence[tuple[str, float, int]], tags: Mapping[str, Any]
+    ) -> None:
+        self._send(self._runs[key], params, metrics, tags)
 
-def prepare(home: Path) -> None:
-    """Start the process that writes before there is anything to write: loading MLflow takes it seconds."""
-    _Writer.start(home)
+    def _data(self, key: str, data: Sequence[DataSet]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        given = [
+            DatasetInput(
+                Dataset(one.name, one.digest[:36], "local", one.source),  # MLflow keeps no longer ones
+                [InputTag("mlflow.data.context", one.context)],
+            )
+            for one in data
+        ]
+        self._client.log_inputs(self._runs[key], datasets=given)
 
-class _Writer:
-    """The process that writes, for all executions that this process records; it ends with this one."""
+    def _note(self, text: str) -> None:
+        text = text.replace("](artifact:", f"](get-artifact?run_uuid={self._runs['']}&path=")
+        self._client.set_tag(self._runs[""], NOTE, text)
 
-    _lock = threading.RLock()
-    _present: _Writer | None = None
-    _numbers = itertools.count()
+    def _file(self, path: Path, folder: str | None) -> None:
+        if path.is_file():
+            self._client.log_artifact(self._runs[""], str(path), folder)
+        else:
+            log.warning("%s is gone, and so not attached in MLflow", path)
 
-    def __init__(self, home: Path) -> None:
-        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self.answered = time.monotonic()
-        """when it was last heard of, for whichever execution: their orders stand in one queue"""
-        self._executions: dict[int, Tracker] = {}
-        self._ended = False
-        number = next(self._numbers)
-        self._child = Child.start("tasks.mlflow.writer", home / "logs" / f"mlflow-{os.getpid()}-{number}.log")
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
-        for thread in self._threads:
-            thread.start()
+    def _settle(self, result: str) -> None:
+        """Leave it at the finished run of the result, if there is one."""
+        if runs := self._search(f"tags.`{RESULT}` = '{result}' and attributes.status = 'FINISHED'"):
+            for run_id in reversed(self._runs.values()):
+                self._client.delete_run(run_id)
+            self._runs, self._found = {"": runs[0].info.run_id}, True
 
-    @classmethod
-    def start(cls, home: Path) -> _Writer:
-        """Return the process that runs, or a new one."""
-        with cls._lock:
-            if cls._present is None:
-                cls._present = cls(home)
-                atexit.register(cls._present.end)
-            return cls._present
+    def _close(self, status: Status, result: str | None, execution: str) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._send(self._runs[""], tags={EXECUTED: now, f"execution {now}": execution})
+        if not self._found:
+            if result:
+                self._send(self._runs[""], tags={RESULT: result})
+            for run_id in reversed(self._runs.values()):
+                self._client.set_terminated(run_id, status)
 
-    @classmethod
-    def shared(cls, tracker: Tracker, home: Path) -> tuple[_Writer, int]:
-        """Return the process that runs, or a new one, and the number of the tracker's execution in it."""
-        with cls._lock:
-            writer = cls.start(home)
-            number = next(cls._numbers)
-            writer._executions[number] = tracker
-            return writer, number
+    def _send(
+        self,
+        run_id: str,
+        params: Mapping[str, Any] | None = None,
+        metrics: Sequence[tuple[str, float, int]] = (),
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Send numbers and words in as few requests as possible; one that is refused takes no other along."""
+        from mlflow.entities import Metric, Param, RunTag
 
-    def leave(self, number: int) -> None:
-        """Say that an execution has no more orders."""
-        self._executions.pop(number, None)
-
-    def end_if_unused(self) -> None:
-        """End the process if no other execution waits for it; the next one has another."""
-        with self._lock:
-            if self._executions:
-                return
-            self._forget()
-        self.end()
-
-    def end(self) -> None:
-        """End the process."""
-        self._ended = True
-        self._forget()
-        atexit.unregister(self.end)
-        self.orders.put(None)
-        self._child.process.kill()
-        for thread in self._threads:  # they hold the line
-            thread.join()
-        self._child.end()
-
-    def _send(self) -> None:
-        while (order := self.orders.get()) is not None:
+        now = int(time.time() * 1000)
+        records: dict[str, list[Any]] = {
+            "metrics": [Metric(name, float(value), now, step) for name, value, step in metrics],
+            "params": [Param(*item) for item in texts("param", params or {}).items()],
+            "tags": [RunTag(*item) for item in texts("tag", tags or {}).items()],
+        }
+        portions = [
+            [some[i : i + _MOST[kind]] for i in range(0, len(some), _MOST[kind])] for kind, some in records.items()
+        ]
+        for portion in itertools.zip_longest(*portions, fillvalue=[]):
+            batch = dict(zip(records, portion, strict=True))
             try:
-                self._child.line.send(order)
-            except OSError:
-                return  # the receiving thread says that the process is gone
-            except Exception as error:  # what cannot be sent is one execution's loss
-                if tracker := self._executions.get(order.execution):
-                    tracker.hear(Lost(order.execution, f"{order.method}: {error}"))
+                self._client.log_batch(run_id, **batch)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                self._send_one_by_one(run_id, batch)
 
-    def _receive(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                message = self._child.line.recv()
-                self.answered = time.monotonic()
-                if isinstance(message, logging.LogRecord):
-                    log.handle(message)
-                elif tracker := self._executions.get(message.execution):
-                    tracker.hear(message)
-        if self._ended:
-            return
-        with self._lock:
-            self._forget()
-            left = dict(self._executions)
-        for number, tracker in left.items():
-            tracker.hear(Lost(number, self._child.how_it_ended()))
+    def _send_one_by_one(self, run_id: str, batch: Mapping[str, list[Any]]) -> None:
+        for kind, some in batch.items():
+            for record in some:
+                try:
+                    self._client.log_batch(run_id, **{kind: [record]})
+                except Exception as error:
+                    if not is_refusal(error):
+                        raise
+                    log.warning("MLflow refused a record, the rest goes on: %s", cause(error))
 
-    def _forget(self) -> None:
-        with self._lock:
-            if _Writer._present is self:
-                _Writer._present = None
+    def _search(self, wanted: str) -> list[Any]:
+        return list(self._client.search_runs([self._experiment_id], wanted, max_results=ALL_RUNS))
+
+    @property
+    def _client(self) -> Any:
+        return self._writer.client
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:
+    """Return points of a training curve, rows of `history.jsonl`, as metrics with their step."""
+    return [
+        (f"train/{name}", value, int(row["step"]))
+        for row in rows
+        for name, value in row.items()
+        if name not in ("step", "tokens") and is_number(value)
+    ]
