@@ -149,7 +149,7 @@ class Recorder:
             tags[clean(f"best_variant/{benchmark}")] = row["variant"]
         self._tracker.write("", metrics=metrics, tags=tags)
         text = "\n\n".join([f"**{report.plan.study.question}**", answer(report),
-                            "![gains](artifact:report/figure.png)", report.table])  # fmt: skip
+                            "![gains](artifact:report/figure.png)", report.table.partition("\n\n")[2]])  # fmt: skip
         if len(text) > _MOST:
             text = text[:_MOST].rpartition("\n")[0] + "\n\n... the rest: `report/report.html` among the artifacts"
         self._tracker.describe(text)

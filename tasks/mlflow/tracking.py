@@ -352,7 +352,7 @@ class Tracker:
             self._runs, self._found = {"": runs[0].info.run_id}, True
 
     def _close(self, status: Status, result: str | None, execution: str) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         self._send(self._runs[""], tags={EXECUTED: now, f"execution {now}": execution})
         if not self._found:
             if result:

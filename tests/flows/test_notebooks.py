@@ -23,6 +23,8 @@ from mft_core.recipes import Anatomy
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.plan.plan import make_plan
+from pipelines.report.asked import Asked
+from pipelines.report.page import write_report
 from pipelines.report.record import sync_to_mlflow
 from pipelines.report.report import find_report
 from tests.mft_core.analysis.test_anatomy import Study as Masks
@@ -90,7 +92,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             finish(make_plan(study, settings, store), store, ACCURACY)
             plan = make_plan(study, settings, store)
             report = replace(find_report(plan, store), analyses={one: payloads[of] for one, of in asked.items()})
-            sync_to_mlflow(plan, store, report, report.directory)
+            sync_to_mlflow(
+                plan, store, report, write_report(report, folder / "pages" / name, Asked(name, "mini")).parent
+            )
         yield folder
 
 

@@ -1,5 +1,6 @@
 """What of a study goes to MLflow, and to which run: every number of its report, whatever variants are called."""
 
+import re
 from typing import Any
 
 import pytest
@@ -13,16 +14,16 @@ from pipelines.report import record
 from pipelines.report.asked import Asked
 from pipelines.report.page import write_report
 from pipelines.report.report import find_report
+from pipelines.report.verdict import sentence
 from pipelines.run.execute import call_of
-from tasks.mlflow.fields import is_number, metric_name, table_metrics
+from tasks.mlflow import results
+from tasks.mlflow.fields import is_number, metric_name
 from tests.support.finished import finish
 from tests.support.mini import write_profile, write_study
 
 
 class FakeTracker:
     """Notes what it is told in place of MLflow."""
-
-    problem = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.points: list[tuple[str, float]] = []
@@ -35,13 +36,13 @@ class FakeTracker:
         self.points.append((key, row["loss"]))
         return True
 
-    def log_curve(self, key: str, rows: Any) -> None:
-        self.points += [(key, row["loss"]) for row in rows]
+    def log_curve(self, key: str, rows: Any, sent: Any) -> None:
+        self.points += [(key, row["loss"]) for row in rows if row["step"] not in sent]
 
-    def not_noted(self, *args: Any) -> None:
+    def not_noted(self, *args: Any, **named: Any) -> None:
         """Take what no test asks for."""
 
-    set_tags = log_metrics = log_rows = log_table = not_noted
+    write = log_rows = log_data = attach = describe = recorded = not_noted
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def plan(tmp_path):
 
 def test_the_curve_of_a_training_goes_to_its_own_variant_even_where_two_are_labelled_alike(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "Tracker", FakeTracker)
-    recorder = record.Recorder(plan, ArtifactStore(tmp_path / "home"), tmp_path / "run.log")
+    recorder = record.Recorder(plan, ArtifactStore(tmp_path / "home"), tmp_path / "run.log", None)
     masks = [item for item in plan.variants if item.setup.method == "mft"]
     assert len({item.trained.label for item in masks}) == 1
     for loss, item in enumerate(masks):
@@ -68,28 +69,23 @@ def test_the_curve_of_a_training_goes_to_its_own_variant_even_where_two_are_labe
     assert tracker.points == [(f"{item.setup.domain}/{item.name}", float(i)) for i, item in enumerate(masks)]
 
 
-def test_the_curves_of_cached_trainings_are_sent_at_once_but_not_before_a_rerun(plan, tmp_path, monkeypatch):
+def test_a_curve_is_sent_whole_but_for_what_was_seen_live(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "Tracker", FakeTracker)
     store = ArtifactStore(tmp_path / "home")
     finish(plan, store, {"fft": 0.5, "mft": 0.6})
     cached = make_plan(plan.study, plan.profile, store)
-    for item in cached.variants:
-        manifest = next(step.manifest for step in cached.steps if step.node.id == item.trained.id)
-        history = store.directory(item.trained.stage, manifest["key"]) / "history.jsonl"
-        history.write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in (1, 2)))
-    early = record.Recorder(cached, store, tmp_path / "run.log")
-    assert len(early._tracker.points) == 2 * len(cached.variants)
-    call = call_of(cached.variants[0].trained, rerun=False)
-    early.progress(call, Progress(1, 2, metrics={"loss": 9.0}))
-    early.record(find_report(cached, store), set())
-    assert [loss for _, loss in early._tracker.points].count(0.5) == 2 * len(cached.variants), "and not twice"
-    assert record.Recorder(cached, store, tmp_path / "run.log", rerun=True)._tracker.points == []
+    recorder = record.Recorder(cached, store, tmp_path / "run.log", None)
+    recorder.progress(call_of(cached.variants[0].trained, rerun=False), Progress(10, 20, metrics={"loss": 9.0}))
+    recorder.record(find_report(cached, store), set(), tmp_path)
+    losses = [loss for _, loss in recorder._tracker.points]
+    assert (losses.count(9.0), losses.count(0.5), losses.count(0.25)) == (1, 3, 4)
 
 
 def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch):
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
     profile = load_profile(str(write_profile(tmp_path)))
     masks = {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3], "mask.training.learning_rate": [0.01, 0.1]}}
     study = load_study(str(write_study(tmp_path, [{"method": "base"}, {"method": "fft"}, masks], (0, 1))))
@@ -108,12 +104,35 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
             if is_number(value):
                 param, metric = run.get(f"params.{name}"), run.get(f"metrics.{metric_name(name, row['benchmark'])}")
                 assert value in (metric, float(param) if isinstance(param, str) else None), name
-    parent = runs.loc["mini-study on mini"]
-    assert set(report.tables) == {"winners", "chosen", "data", "cost", "cost-per-point"}
-    for table, rows in report.tables.items():
-        for name, value in table_metrics(table, rows).items():
-            assert parent[f"metrics.{name}"] == value
+    assert not [name for name in found.columns if name.startswith("metrics.") and re.search(r"/\d+(/|$)", name)]
+    client = mlflow.MlflowClient()
+    parent = client.get_run(runs.loc["mini-study on mini"]["run_id"])
+    assert set(results.tables("mini-study", "mini")) == set(report.tables) == {"winners", "chosen", "data", "cost",
+                                                                               "cost-per-point"}  # fmt: skip
+    for name, rows in report.tables.items():
+        numbers = [{key: value for key, value in row.items() if is_number(value)} for row in rows]
+        read = results.records(results.table("mini-study", name, "mini"))
+        assert [{key: row[key] for key in own} for row, own in zip(read, numbers, strict=True)] == numbers
+    best = max((row for row in report.rows if row["family"] == "study"), key=lambda row: row["gain"])
+    assert [parent.data.metrics[f"best_{name}/{best['benchmark']}"] for name in ("gain", "gain_low", "gain_high")] == [
+        best["gain"], best["gain_low"], best["gain_high"]
+    ]  # fmt: skip
+    note = parent.data.tags["mlflow.note.content"]
+    assert all(part in note for part in (study.question, sentence(report), "| method |"))
+    assert f"(get-artifact?run_uuid={parent.info.run_id}&path=report/figure.png)" in note
     first = runs.loc["mft sparsity=0.1 layers=1-2 seed=0 learning_rate=0.01"]
     assert (first["metrics.training/steps"], first["metrics.validation_loss"]) == (20, 0.5)
-    attached = {file.path for file in mlflow.MlflowClient().list_artifacts(parent["run_id"], "report")}
+    assert first["tags.checkpoint"].startswith(str(store.home / "artifacts" / "merge-mask"))
+    given = client.get_run(first["run_id"]).inputs.dataset_inputs
+    assert {(one.dataset.name, one.tags[0].value) for one in given} == {
+        ("prepare-data sums", "training"), ("sums", "evaluation")
+    }  # fmt: skip
+    attached = {file.path for file in client.list_artifacts(parent.info.run_id, "report")}
     assert {"report/report.html", "report/rows.parquet", "report/figure.png"} <= attached
+    experiment = client.get_experiment_by_name("mini-study")
+    assert study.question in experiment.tags["mlflow.note.content"]
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    record.sync_to_mlflow(plan, store, report, pages)
+    assert len(mlflow.search_runs(experiment_names=["mini-study"])) == len(found), "a result is written once"
+    executions = [name for name in client.get_run(parent.info.run_id).data.tags if name.startswith("execution ")]
+    assert 1 <= len(executions) <= 2, "two, or one within a second"

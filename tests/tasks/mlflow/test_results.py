@@ -12,9 +12,10 @@ import pytest
 
 from mft_core.errors import ConfigError
 from mft_core.statistics.tables import apart, pooled
+from pipelines.report.files import write_tables
 from tasks.mlflow import results
 from tasks.mlflow.fields import variant_key
-from tasks.mlflow.tracking import Tracker
+from tasks.mlflow.tracking import Tracker, Writer
 from tests.mft_core.stages.test_compare import Study, changed, mask
 
 Row = dict[str, Any]
@@ -25,10 +26,10 @@ WINNERS: list[Row] = [
         "seed": 0,
         "p_holm": 3.25e-17,
         "n": 100,
-        "varied": ["sparsity"],
+        "varied": "sparsity",
         "better": None,
     },
-    {"benchmark": "sums", "layers": "2-5", "seed": "all", "p_holm": 1 / 3, "n": None, "varied": [], "better": 0.5},
+    {"benchmark": "sums", "layers": "2-5", "seed": "all", "p_holm": 1 / 3, "n": None, "varied": "", "better": 0.5},
 ]
 CURVE = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 121)]
 CURVE[59]["validation_loss"] = 0.123456789012345
@@ -55,24 +56,25 @@ def compared(folder: Path) -> list[Row]:
     return rows
 
 
-def record(home: Path, rows: list[Row], profile: str = "tiny", study: str = "data-ratio", **status: Any) -> None:
-    """Record an execution as the pipeline does it."""
+def record(home: Path, rows: list[Row], profile: str = "tiny", study: str = "data-ratio", result: str = "") -> None:
+    """Record a result as the pipeline does it; without rows an execution that failed."""
     params = {"study": study, "profile": profile, "question": "How much of the data?"}
-    tracker = Tracker(home, study, f"{study} on {profile}", params, {"log_file": "x.log"})
-    for row in rows:
-        if row["seed"] != "all":
-            recipe = {
-                "training.learning_rate": row["sparsity"],
-                "training.epochs": 1.0,
-                "fraction": 0.5,
-                "lora.rank": 4,
-            }
-            tracker.variant(variant_key(row), row["variant"], {**results_columns(row), **recipe})
-    tracker.log_rows(rows)
-    if rows:
-        tracker.log_table("winners", WINNERS)
-        tracker.log_curve(variant_key(rows[1]), CURVE)
-    assert tracker.finish(**status) is None
+    pages = home / "pages"
+    pages.mkdir(parents=True, exist_ok=True)
+    write_tables({"rows": rows, "winners": WINNERS}, pages)
+    with Writer(home, study) as writer:
+        tracker = Tracker(writer, study, "", f"{study} on {profile}", plan=result, result=result, params=params)
+        for row in rows:
+            if row["seed"] != "all":
+                recipe = {"training.learning_rate": row["sparsity"], "training.epochs": 1.0, "fraction": 0.5}
+                tracker.variant(variant_key(row), row["variant"], {**results_columns(row), **recipe})
+        tracker.log_rows(rows)
+        if rows:
+            tracker.attach(pages, "report")
+            tracker.write("", tags={"mft.tables": "winners"})
+            tracker.log_curve(variant_key(rows[1]), CURVE)
+        tracker.finish("FINISHED" if rows else "FAILED", result)
+    assert writer.problem is None
 
 
 def results_columns(row: Row) -> Row:
@@ -82,15 +84,16 @@ def results_columns(row: Row) -> Row:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]:
-    """A home with an older and a newer execution, one on another profile, a failed one; and the newer one's rows."""
+    """A home with two results, the first executed again last, one on another profile, a failed one; and its rows."""
     folder = tmp_path_factory.mktemp("results")
     rows = compared(folder / "study")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        record(folder / ".mft", [{**row, "accuracy": 0.0} for row in rows[:3]])
-        record(folder / ".mft", rows)
-        record(folder / ".mft", rows[:2], profile="mini")
-        record(folder / ".mft", [], status="FAILED")
+        record(folder / ".mft", rows, result="newest")
+        record(folder / ".mft", [{**row, "accuracy": 0.0} for row in rows[:3]], result="older")
+        record(folder / ".mft", rows[:2], profile="mini", result="elsewhere")
+        record(folder / ".mft", [])
+        record(folder / ".mft", rows[:1], result="newest")  # a cached run
     return folder, rows
 
 
@@ -109,7 +112,7 @@ def test_rows_are_those_of_the_report_with_every_number_word_and_gap(recorded: t
     frame = results.rows("data-ratio")
     found, expected = by_name(results.records(frame)), by_name(recorded[1])
     assert len(frame) == len(found) == len(expected) == 2 * 2 * (1 + 1 + 4 + 2)
-    assert set(frame.columns) == set(recorded[1][0]) - {"cached"} | {"mask.fraction"}
+    assert set(frame.columns) == {name for row in recorded[1] for name in row} - {"cached"}
     for key, row in found.items():
         assert row == {name: expected[key].get(name) for name in row}, key
         assert all(isinstance(row[name], int) for name in ("n", "seeds"))
@@ -120,9 +123,7 @@ def test_rows_can_be_drawn_and_pooled_as_those_of_the_report(recorded: tuple[Pat
     found = results.records(results.rows("data-ratio"))
     assert len(pooled(found)) == len(pooled(recorded[1])) == 2 * 2 * 4
     assert len(apart(found)) == len(apart(recorded[1])) == 2 * 2 * 4
-    assert list(dict.fromkeys(row["variant"] for row in found)) == list(
-        dict.fromkeys(row["variant"] for row in sorted(recorded[1], key=lambda row: row["seed"] == "all"))
-    ), "in the study's order, seeds together last"
+    assert [row["variant"] for row in found] == [row["variant"] for row in recorded[1]], "in the report's order"
 
 
 def test_tables_are_given_back_to_the_last_digit_and_by_name(recorded: tuple[Path, list[Row]]) -> None:
@@ -146,7 +147,7 @@ def test_curves_hold_steps_losses_and_all_validations(recorded: tuple[Path, list
     assert frame.set_index("step")["loss"][120] == 1 / 120
 
 
-def test_the_newest_finished_execution_of_the_profile_is_read(recorded: tuple[Path, list[Row]]) -> None:
+def test_the_result_that_was_executed_last_is_read(recorded: tuple[Path, list[Row]]) -> None:
     assert results.rows("data-ratio")["accuracy"].gt(0).all(), "neither the older nor the failed one"
     assert len(results.rows("data-ratio", "mini")) == 2
     (found,) = results.studies()

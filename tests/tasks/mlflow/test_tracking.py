@@ -7,6 +7,7 @@ import json
 import queue
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -16,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from tasks.mlflow.fields import is_number, metric_name, table_metrics, variant_key
-from tasks.mlflow.tracking import Tracker
+from tasks.mlflow.fields import is_number, metric_name, variant_key
+from tasks.mlflow.tracking import DataSet, Tracker, Writer
 from tests.mft_core.stages.test_compare import Study, changed, mask
 
 ROOT = Path(__file__).parents[3]
@@ -63,6 +63,10 @@ def closed_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
+def track(writer: Writer, name: str, plan: str = "plan", result: str | None = None) -> Tracker:
+    return Tracker(writer, "sparsity", "Which share?", name, plan=plan, result=result, params={"profile": "tiny"})
+
+
 def runs_of(home: Path, experiment: str = "sparsity") -> list[Any]:
     """Read all runs of the experiment, the oldest first."""
     from mlflow.tracking import MlflowClient
@@ -80,33 +84,77 @@ def curve_of(home: Path, run: Any, name: str) -> list[int]:
 
 
 def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(home: Path, tmp_path: Path) -> None:
-    table = tmp_path / "table.md"
-    table.write_text("| a |")
-    tracker = Tracker(home, "sparsity", "sparsity on tiny", {"profile": "tiny", "note": "x" * 7000}, {"kind": "demo"})
-    tracker.variant("sums/mft 0.1", "mft 0.1", {"sparsity": 0.1}, {"artifact/learn-mask": "abc", "cached": True})
-    tracker.log_curve("sums/mft 0.1", [{"step": step, "loss": 1.0, "tokens": 64} for step in range(1, 151)])
-    tracker.log_rows(ROWS)
-    tracker.log_files([table], "report")
-    links = tracker.links(60)
-    assert tracker.finish() is None
+    pages = tmp_path / "pages"
+    (pages / "inner").mkdir(parents=True)
+    (pages / "inner" / "table.md").write_text("| a |")
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "sparsity on tiny")
+        tracker.write("", params={"note": "x" * 7000})
+        tracker.variant("sums/mft 0.1", "mft 0.1", {"sparsity": 0.1}, {"artifact/learn-mask": "abc", "cached": True})
+        curve = [{"step": step, "loss": 1.0, "tokens": 64} for step in range(1, 151)]
+        tracker.log_curve("sums/mft 0.1", curve, sent=[1, 4])
+        tracker.log_rows(ROWS)
+        tracker.log_data("sums/mft 0.1", [DataSet("sums", "d" * 64, "/data", "training")])
+        tracker.attach(pages, "report")
+        tracker.attach_file(tmp_path / "gone.md")
+        link = tracker.link(60)
+        tracker.finish("FINISHED", "result", "computed on here")
+    assert writer.problem is None
     parent, *nested = runs_of(home)
+    assert link is not None
+    assert link.endswith(f"/runs/{parent.info.run_id}")
     assert [run.info.run_name for run in nested] == ["mft 0.1", "mft 0.2"]
     assert {run.info.status for run in (parent, *nested)} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in nested} == {parent.info.run_id}
     assert len(parent.data.params["note"]) == 6000
     assert "cut, 7000 characters" in parent.data.params["note"]
+    assert "computed on here" in [text for name, text in parent.data.tags.items() if name.startswith("execution ")]
     first = nested[0]
     assert first.data.params["sparsity"] == "0.1"
     assert first.data.params["layers"] == "2-5"
     assert first.data.tags["artifact/learn-mask"] == "abc"
     assert first.data.metrics["gain_low/gcd"] == 0.05
     assert first.data.metrics["p_value/sums"] == 0.01
+    assert [one.dataset.name for one in first.inputs.dataset_inputs] == ["sums"]
     steps = curve_of(home, first, "train/loss")
-    assert (steps[0], steps[-1]) == (1, 150)
+    assert (steps[0], steps[-1]) == (7, 150), "1 and 4 had been sent"
     assert 40 <= len(steps) <= 60
-    assert list(links) == ["sparsity on tiny", "mft 0.1", "mft 0.2"]
-    assert first.info.run_id in links["mft 0.1"]
-    assert list((home / "mlartifacts" / "sparsity").rglob("report/table.md"))
+    assert list((home / "mlartifacts" / "sparsity").rglob("report/inner/table.md"))
+
+
+def test_a_result_is_found_again_and_written_once_whoever_computes_it_again(home: Path) -> None:
+    def execute(result: str | None, ends: str) -> None:
+        with Writer(home, "sparsity") as writer:
+            tracker = track(writer, "sparsity on tiny", result=result)
+            tracker.log_rows(ROWS)
+            tracker.recorded(ends)
+            tracker.finish("FINISHED", ends, f"execution of {ends}")
+        assert writer.problem is None
+
+    execute(None, "one")
+    before = [run.info.run_id for run in runs_of(home)]
+    execute("one", "one")  # cached
+    execute(None, "one")  # computed again with the same outcome: its own runs are deleted
+    assert [run.info.run_id for run in runs_of(home)] == before
+    execute(None, "other")
+    assert len(runs_of(home)) == 2 * len(before), "another result has runs of its own"
+
+
+def test_an_execution_that_did_not_finish_goes_on_in_its_runs(home: Path) -> None:
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "sparsity on tiny")
+        tracker.variant("v", "v", {"sparsity": 0.1})
+        tracker.finish("FAILED")
+    before = {run.info.run_id for run in runs_of(home)}
+    assert {run.info.status for run in runs_of(home)} == {"FAILED"}
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "sparsity on tiny")
+        tracker.variant("v", "v", {"sparsity": 0.1})
+        tracker.write("v", metrics={"accuracy/sums": 0.5})
+        tracker.finish("FINISHED", "one")
+    runs = runs_of(home)
+    assert ({run.info.run_id for run in runs}, {run.info.status for run in runs}) == (before, {"FINISHED"})
+    assert sum(run.data.metrics == {"accuracy/sums": 0.5} for run in runs) == 1
 
 
 def compared(folder: Path) -> list[dict[str, Any]]:
@@ -131,11 +179,10 @@ def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path, tmp_
         row |= {"study": "sparsity", "profile": "tiny", "seconds": 1.25, "validation_loss": None, "cached": True}
         if row["method"] == "mft" and row["seed"] != "all":
             row |= {"validation_loss": 0.3 + row["seed"], "mask.training.learning_rate": 5e-4}
-    analysis = [{"layer": layer, "module": "q_proj", "share of all": 0.1 * layer, "p": None} for layer in range(1200)]
-    tracker = Tracker(home, "sparsity", "sparsity on tiny")
-    tracker.log_rows(rows)
-    tracker.log_table("anatomy", analysis)
-    assert tracker.finish() is None
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "sparsity on tiny")
+        tracker.log_rows(rows)
+        tracker.finish("FINISHED")
     mlflow.set_tracking_uri(f"sqlite:///{home / 'mlflow.db'}")
     found = mlflow.search_runs(experiment_names=["sparsity"])
     runs = found.set_index(["params.domain", "tags.mlflow.runName"])
@@ -148,22 +195,16 @@ def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path, tmp_
                 assert value in (kept, run.get(f"metrics.{metric_name(name, row['benchmark'])}")), name
         if row["verdict"]:
             assert run[f"tags.verdict/{row['benchmark']}"] == row["verdict"]
-    parent = found[found["tags.mlflow.runName"] == "sparsity on tiny"].iloc[0]
-    for name, value in table_metrics("anatomy", analysis).items():
-        assert parent[f"metrics.{name}"] == value
-    assert parent["metrics.anatomy/1199/share of all"] == analysis[-1]["share of all"]
-    client = mlflow.MlflowClient()
-    table = client.load_table(parent["experiment_id"], "tables/anatomy.json", [parent["run_id"]])
-    assert list(table["module"]) == ["q_proj"] * 1200
 
 
 def test_a_param_that_is_a_number_is_one_in_every_run_that_has_it(home: Path) -> None:
     masks: list[dict[str, Any]] = [{**ROWS[0], "mask.training.max_steps": "None", "mask.fraction": 0.5}]
     masks += [{**ROWS[0], "variant": "mft", "seed": "all", "seeds": 2, "mask.training.max_steps": 30}]
     masks += [{**ROWS[0], "variant": "fft", "method": "fft", "layers": None, "sparsity": None, "seed": None}]
-    tracker = Tracker(home, "sparsity", "numbers")
-    tracker.log_rows(masks)
-    assert tracker.finish() is None
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "numbers")
+        tracker.log_rows(masks)
+        tracker.finish("FINISHED")
     numeric = {"sparsity", "seed", "seeds", "first_layer", "last_layer", "mask.training.max_steps", "mask.fraction"}
     params = [run.data.params for run in runs_of(home)[1:]]
     assert numeric <= {name for run in params for name in run}
@@ -172,43 +213,54 @@ def test_a_param_that_is_a_number_is_one_in_every_run_that_has_it(home: Path) ->
 
 
 def test_live_points_are_thinned_but_validations_are_all_kept_and_arrive_before_the_end(home: Path) -> None:
-    tracker = Tracker(home, "sparsity", "live")
-    tracker.variant("v", "v", {})
-    for step in range(200):
-        extra = {"validation_loss": 2.0} if step % 50 == 0 else {}
-        tracker.log_point("v", {"step": step, "loss": 1.0, **extra})
-    tracker.links(60)
-    run = next(run for run in runs_of(home) if run.info.run_name == "v")
-    deadline = time.monotonic() + 60
-    while (steps := curve_of(home, run, "train/validation_loss")) != [0, 50, 100, 150]:
-        assert time.monotonic() < deadline, steps
-        time.sleep(0.2)
-    assert run.info.status == "RUNNING"
-    assert len(curve_of(home, run, "train/loss")) < 20
-    tracker.finish()
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "live")
+        tracker.variant("v", "v", {})
+        for step in range(200):
+            extra = {"validation_loss": 2.0} if step % 50 == 0 else {}
+            tracker.log_point("v", {"step": step, "loss": 1.0, **extra})
+        tracker.link(60)
+        deadline = time.monotonic() + 60
+        while len(runs_of(home)) < 2 or (steps := curve_of(home, run := runs_of(home)[1], "train/validation_loss")) != [
+            0,
+            50,
+            100,
+            150,
+        ]:
+            assert time.monotonic() < deadline, steps
+            time.sleep(0.2)
+        assert run.info.status == "RUNNING"
+        assert len(curve_of(home, run, "train/loss")) < 20
+        tracker.finish("FINISHED")
 
 
-def test_an_outage_costs_no_time_raises_nothing_warns_once_and_sync_records_all(
-    home: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_outage_costs_no_time_raises_nothing_warns_once_and_early_and_sync_records_all(
+    home: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{closed_port}")
-    before = time.process_time()
-    started = time.monotonic()
-    tracker = Tracker(home, "sparsity", "during an outage")
-    tracker.log_rows(ROWS)
-    for step in range(1000):
-        tracker.log_point(variant_key(ROWS[0]), {"step": step, "loss": 1.0})
-    assert time.monotonic() - started < 0.5, "the calls themselves must not wait"
-    problem = tracker.finish()
-    assert problem is not None
-    assert "Connection refused" in problem
-    assert time.process_time() - before < 8, "importing MLflow is most of it"
-    assert len([record for record in caplog.records if "MLflow" in record.message]) == 1
-    assert "mft report sparsity --sync" in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:geheimnis@127.0.0.1:{closed_port}")
+    warnings: list[str] = []
+    with Writer(home, "sparsity", warnings.append) as writer:
+        started = time.monotonic()
+        trackers = [track(writer, f"study {index} during an outage") for index in range(4)]
+        for tracker in trackers:
+            tracker.log_rows(ROWS)
+            for step in range(1000):
+                tracker.log_point(variant_key(ROWS[0]), {"step": step, "loss": 1.0})
+        assert time.monotonic() - started < 2, "the calls themselves must not wait"
+        writer.wait(lambda: False, 60)
+        assert len(warnings) == 1, "before the end"
+        for tracker in trackers:
+            tracker.finish("FINISHED", "one")
+    assert len(warnings) == 1
+    assert "Connection refused" in warnings[0]
+    assert "geheimnis" not in warnings[0]
+    assert "mft report sparsity --sync" in warnings[0]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    again = Tracker(home, "sparsity", "sync")
-    again.log_rows(ROWS)
-    assert again.finish() is None
+    with Writer(home, "sparsity", warnings.append) as writer:
+        again = track(writer, "sync", result="one")
+        again.log_rows(ROWS)
+        again.finish("FINISHED", "one")
+    assert len(warnings) == 1
     assert len(runs_of(home)) == 3
 
 
@@ -272,118 +324,74 @@ def test_who_watches_is_told_at_once_that_mlflow_is_down_and_no_password(
 
 
 def test_an_mlflow_that_never_answers_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
     with Server(0, silent=True) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        tracker = Tracker(home, "sparsity", "hangs")
-        started = time.monotonic()
-        assert "no answer within 1 s" in (tracker.finish(seconds=1.0) or "")
+        with Writer(home, "sparsity", warnings.append, patience=1.0) as writer:
+            tracker = track(writer, "hangs")
+            tracker.finish("FINISHED")
+            started = time.monotonic()
         assert time.monotonic() - started < 5
+        assert "no answer within 1 s" in (writer.problem or "")
+        assert warnings
         server.shutdown()
 
 
 def test_a_slow_mlflow_is_waited_for_as_long_as_it_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Server(seconds_a_batch=2) as server:
+    with Server(seconds_a_batch=1) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        tracker = Tracker(home, "sparsity", "slow")
-        tracker.links(60)
-        for index in range(4):
-            tracker.variant(f"v{index}", f"v{index}", {"number": index})
-        assert tracker.finish(seconds=6) is None, "which is less than the four take together"
-        assert server.asked.count("runs/log-batch") == 4
-        assert server.asked.count("runs/update") == 5
+        with Writer(home, "sparsity", patience=4) as writer:
+            tracker = track(writer, "slow")
+            for index in range(5):
+                tracker.variant(f"v{index}", f"v{index}", {"number": index})
+            tracker.finish("FINISHED")
+        assert writer.problem is None, "though all together take longer"
+        assert server.asked.count("runs/create") == 6
         server.shutdown()
 
 
-def test_a_study_waits_for_another_one_that_mlflow_takes_its_time_for(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Server(seconds_a_batch=1.5) as server:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        first, second = Tracker(home, "sparsity", "first"), Tracker(home, "sparsity", "second")
-        second.links(60)
-        for index in range(5):
-            first.variant(f"v{index}", f"v{index}", {"number": index})
-        first._order("close", status="FINISHED")
-        assert second.finish(seconds=5) is None, "which is less than the first one takes"
-        assert first.finish() is None
-        server.shutdown()
-
-
-def test_a_server_that_is_down_is_waited_for_once_and_not_by_every_study(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Server(0, silent=True) as server:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        trackers = [Tracker(home, "sparsity", f"study {index}") for index in range(4)]
+def test_a_locked_database_holds_up_no_call_and_is_told(home: Path) -> None:
+    with Writer(home, "sparsity") as writer:
+        track(writer, "before").finish("FINISHED")
+    lock = sqlite3.connect(home / "mlflow.db", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    warnings: list[str] = []
+    with Writer(home, "sparsity", warnings.append, patience=2) as writer:
         started = time.monotonic()
-        problems = [tracker.finish() for tracker in trackers]
-        assert all("timed out" in (problem or "") for problem in problems), problems
-        assert time.monotonic() - started < 35, "four waits of twice five seconds are more"
-        server.shutdown()
-
-
-def test_a_file_that_is_gone_costs_nothing_but_itself(
-    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "pages"
-    (folder / "inner").mkdir(parents=True)
-    (folder / "inner" / "table.md").write_text("| a |")
-    tracker = Tracker(home, "sparsity", "gone")
-    tracker.log_files([tmp_path / "gone.md", folder])
-    tracker.log_metrics("", {"accuracy/sums": 0.5})
-    assert tracker.finish() is None
-    assert "gone.md is gone" in caplog.text
-    (run,) = runs_of(home)
-    assert (run.info.status, run.data.metrics) == ("FINISHED", {"accuracy/sums": 0.5})
-    assert list((home / "mlartifacts" / "sparsity").rglob("pages/inner/table.md"))
-
-
-def test_what_cannot_be_sent_is_the_loss_of_its_own_study_alone(home: Path) -> None:
-    bad, good = Tracker(home, "sparsity", "bad"), Tracker(home, "sparsity", "good")
-    bad.log_metrics("", {"accuracy/sums": threading.Lock()})
-    assert "pickle" in (bad.finish() or "")
-    assert good.finish() is None
-
-
-def test_a_killed_writer_is_told_and_the_next_execution_has_another(
-    home: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracker = Tracker(home, "sparsity", "killed")
-    assert tracker.links(60)
-    for process in psutil.Process().children():
-        if "tasks.mlflow.writer" in process.cmdline():
-            process.kill()
-    assert "SIGKILL" in (tracker.finish() or "")
-    assert "mft report sparsity --sync" in caplog.text
-    assert Tracker(home, "sparsity", "after it").finish() is None
+        tracker = track(writer, "locked", plan="another")
+        tracker.log_rows(ROWS)
+        assert time.monotonic() - started < 2
+        tracker.finish("FINISHED")
+    lock.close()
+    assert len(warnings) == 1
 
 
 def test_one_refused_record_does_not_stop_the_others(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker(home, "sparsity", "refusal")
-    tracker.log_metrics("", {"not?a*name": 1.0})
-    tracker.log_metrics("", {"accuracy/sums": 0.5})
-    assert tracker.finish() is None
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "refusal")
+        tracker.write("", metrics={"not?a*name": 1.0, "accuracy/sums": 0.5})
+        tracker.finish("FINISHED")
+    assert writer.problem is None
     assert "refused a record" in caplog.text
     assert runs_of(home)[0].data.metrics == {"accuracy/sums": 0.5}
 
 
 def test_runs_of_a_killed_process_are_closed_by_the_next_execution(home: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from tasks.mlflow.tracking import Tracker\n"
-        "tracker = Tracker(Path(sys.argv[1]), 'sparsity', 'killed')\n"
-        "tracker.variant('v', 'v', {}); tracker.links(60); os.kill(os.getpid(), 9)\n"
+        "import os, sys; from pathlib import Path; from tasks.mlflow.tracking import Tracker, Writer\n"
+        "writer = Writer(Path(sys.argv[1]), 'sparsity')\n"
+        "tracker = Tracker(writer, 'sparsity', '', 'killed', plan='killed')\n"
+        "tracker.variant('v', 'v', {}); writer.wait(lambda: 'v' in tracker._runs, 60); os.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(home)], cwd=ROOT, check=False).returncode == -9
     assert {run.info.status for run in runs_of(home)} == {"RUNNING"}
-    living = Tracker(home, "sparsity", "living")
-    living.links(60)
-    another = Tracker(home, "sparsity", "another")
-    another.links(60)
-    status = {run.info.run_name: run.info.status for run in runs_of(home)}
-    assert status == {"killed": "KILLED", "v": "KILLED", "living": "RUNNING", "another": "RUNNING"}
-    living.finish()
-    another.finish("FAILED")
+    with Writer(home, "sparsity") as writer:
+        living, another = (track(writer, name, plan=name) for name in ("living", "another"))
+        another.link(60)
+        status = {run.info.run_name: run.info.status for run in runs_of(home)}
+        assert status == {"killed": "KILLED", "v": "KILLED", "living": "RUNNING", "another": "RUNNING"}
+        living.finish("FINISHED")
+        another.finish("FAILED")
     status = {run.info.run_name: run.info.status for run in runs_of(home)}
     assert (status["living"], status["another"]) == ("FINISHED", "FAILED")
 
@@ -392,20 +400,11 @@ def test_runs_of_a_killed_process_are_closed_by_the_next_execution(home: Path) -
 def test_two_processes_that_make_the_database_at_once_both_record(home: Path) -> None:
     (home / "mlflow.db").unlink()
     code = (
-        "import sys; from pathlib import Path; from tasks.mlflow.tracking import Tracker\n"
-        "sys.exit(Tracker(Path(sys.argv[1]), 'sparsity', sys.argv[2]).finish())\n"
+        "import sys; from pathlib import Path; from tasks.mlflow.tracking import Tracker, Writer\n"
+        "with Writer(Path(sys.argv[1]), 'sparsity') as writer:\n"
+        "    Tracker(writer, 'sparsity', '', sys.argv[2], plan=sys.argv[2]).finish('FINISHED')\n"
+        "sys.exit(writer.problem)\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(home), name], cwd=ROOT) for name in ("one", "two")]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert sorted(run.info.run_name for run in runs_of(home)) == ["one", "two"]
-
-
-def test_an_analysis_gives_metrics_for_its_results_and_not_for_their_details() -> None:
-    pooled = {"part": "share", "layer": 2, "seed": "all", "seeds": 2, "pooled": True, "share": 0.125}
-    one = {**pooled, "seed": 0, "seeds": 1, "pooled": False}
-    cell = {**pooled, "module": "q_proj"}
-    pair = {"part": "overlap", "seed": 0, "pooled": False, "jaccard": 0.25}
-    assert table_metrics("anatomy", [one, pooled, cell, pair]) == {
-        "anatomy/001/share": 0.125,
-        "anatomy/003/jaccard": 0.25,
-    }
