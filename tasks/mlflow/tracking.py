@@ -352,7 +352,7 @@ class Tracker:
             self._runs, self._found = {"": runs[0].info.run_id}, True
 
     def _close(self, status: Status, result: str | None, execution: str) -> None:
-        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")  # no name of a tag has a +
         self._send(self._runs[""], tags={EXECUTED: now, f"execution {now}": execution})
         if not self._found:
             if result:

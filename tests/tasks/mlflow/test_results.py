@@ -93,7 +93,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Row]]
         record(folder / ".mft", [{**row, "accuracy": 0.0} for row in rows[:3]], result="older")
         record(folder / ".mft", rows[:2], profile="mini", result="elsewhere")
         record(folder / ".mft", [])
-        record(folder / ".mft", rows[:1], result="newest")  # a cached run
+        record(folder / ".mft", rows[:2], result="newest")  # a cached run
     return folder, rows
 
 

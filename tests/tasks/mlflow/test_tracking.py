@@ -315,11 +315,10 @@ def test_who_watches_is_told_at_once_that_mlflow_is_down_and_no_password(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hush-hush@127.0.0.1:{closed_port}")
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    tracker = Tracker(home, "sparsity", "while it runs", warn=told.put)
-    line = told.get(timeout=60)  # not at the end
-    assert f"me:***@127.0.0.1:{closed_port} cannot be used" in line
-    assert "mft report sparsity --sync" in line
-    tracker.finish()
+    with Writer(home, "sparsity", told.put):
+        line = told.get(timeout=60)  # not at the end
+        assert f"me:***@127.0.0.1:{closed_port} cannot be used" in line
+        assert "mft report sparsity --sync" in line
     assert told.empty()
 
 
