@@ -150,9 +150,13 @@ def check_scoring(metric: str, filter_name: str | None, task: str, config: Mappi
     if filter_name is not None and filter_name not in filters:
         raise unknown(f"filter of task '{task}'", filter_name, filters)
     entries = config.get("metric_list") or _default_metrics(config.get("output_type") or "generate_until")
-    by_code = any(isinstance(entry["metric"], Function) or "/" in str(entry["metric"]) for entry in entries)
+    called = [getattr(entry["metric"], "name", str(entry["metric"])) for entry in entries]
+    code = [name for name, entry in zip(called, entries, strict=True)
+            if isinstance(entry["metric"], Function) or "/" in name]  # fmt: skip
+    # code names its results itself: pass_at_k does pass@1; of other code nothing is known
+    named = metric.startswith("pass@") if all(name.endswith("pass_at_k") for name in code) else True
     found = [entry for entry in entries if entry["metric"] == metric]
-    if not found and not by_code:  # code names its results itself, as pass_at_k does pass@1
+    if not found and not (code and named):
         raise unknown(f"metric of task '{task}'", metric, [str(entry["metric"]) for entry in entries])
     for entry in found:
         aggregation = entry.get("aggregation") or _default_aggregation(metric)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mft_core.checkpoints.files import WeightFiles, read_config
 from mft_core.errors import ConfigError
-from mft_core.evaluation.benchmarks import data_files
+from mft_core.evaluation.benchmarks import definitions
 from mft_core.masks.mask_file import save_mask
 from mft_core.masks.masked_sites import MaskedSite
 from mft_core.masks.merge import merge
@@ -68,9 +68,10 @@ def test_a_manifest_that_lists_files_elsewhere_is_no_manifest(tmp_path: Path) ->
 
 
 def test_a_benchmark_names_data_in_its_own_folder_only(tmp_path: Path) -> None:
-    definition = {"task": "t", "dataset_kwargs": {"data_files": {"test": "/etc/passwd"}}}
+    definition = {"task": "t", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "/etc/passwd"}}}
+    (tmp_path / "t.yaml").write_text(json.dumps(definition))
     with pytest.raises(ConfigError, match="data_files: '/etc/passwd' is no name of a file within"):
-        data_files(tmp_path, definition)
+        print(definitions(tmp_path, "t")[0].data_files)
 
 
 def test_a_mask_whose_matrix_steers_the_terminal_is_refused() -> None:

@@ -53,12 +53,12 @@ class Writes(Stage):
         return self.change or write
 
 
-def unused():
+def unused(*_):
     raise AssertionError
 
 
 def make_stage(**attributes):
-    stage = Writes("evaluate", 1, Evaluate, heavy=False, load=unused)
+    stage = Writes("evaluate", 1, Evaluate, heavy=False, needs=unused, load=unused)
     for name, value in {"runs": [], **attributes}.items():
         object.__setattr__(stage, name, value)
     return stage
