@@ -206,7 +206,7 @@ def test_rows_are_read_from_gzip_and_parquet_files_as_from_plain_ones(tmp_path):
     rows = [GOOD, {**turn(weight=0), "messages": turn(weight=0)["messages"] + GOOD["messages"]}]
     plain = write(tmp_path / "rows.jsonl", *rows)
     packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     expected = load_rows(plain)
     assert [message.trained for message in expected[1]] == [True, False, True, True]
@@ -218,7 +218,7 @@ def test_rows_are_read_from_gzip_and_parquet_files_as_from_plain_ones(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (gzip.compress(b"x" * 1000)[:-20], "damaged gzip"),
+        (gzip.compress(b"x" * 1000, mtime=0)[:-20], "damaged gzip"),
         (b"PAR1" + b"x" * 100, "damaged"),
         (b"PK\x03\x04\xff\xfe", "a zip archive"),
         (b"\x28\xb5\x2f\xfd\x00", "zstd"),
