@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import queue
 import sqlite3
@@ -49,7 +50,7 @@ NOTE = "mlflow.note.content"
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 CURVE_POINTS = 50
 """of a curve that is sent as a whole"""
-LIVE_SECONDS = 1.0
+LIVE_SECONDS = 0.5
 """between the points of a curve that is sent while it grows"""
 _MOST = {"metrics": 800, "params": 100, "tags": 100}
 """of one request; MLflow takes 1,000 in all"""
@@ -211,10 +212,15 @@ class Tracker:
         return True
 
     def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]], sent: Iterable[int] = ()) -> None:
-        """Add a curve, rows of `history.jsonl`: evenly spaced ones, all validations and the last, but those `sent`."""
-        stride, last = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1
+        """Add a curve, rows of `history.jsonl`: evenly spaced ones, all validations and the last.
+
+        Args:
+            sent: steps that arrived live; then what is before the first of them, and the last, are added.
+        """
+        stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
         kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
-        self._put(self._write, key, {}, _points([row for row in kept if row["step"] not in set(sent)]), {})
+        lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in set(sent))]
+        self._put(self._write, key, {}, _points(lacking), {})
 
     def write(
         self,
