@@ -68,7 +68,9 @@ class Study:
     def start(self, home: Path) -> subprocess.Popen[str]:
         """Start `mft run` in a session of its own."""
         words = [self.folder / "mini-study.yaml", "--profile", self.folder / "mini.yaml", "--json", *self.settings]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MFT_HOME": str(home)}
+        elsewhere = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")  # which another test of this process may have set
+        own = {name: value for name, value in os.environ.items() if name not in elsewhere}
+        environment = {**own, "OMP_NUM_THREADS": "1", "MFT_HOME": str(home)}
         environment.pop("PREFECT_API_URL", None)
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", "run", *map(str, words)],
