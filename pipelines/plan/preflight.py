@@ -79,10 +79,10 @@ def check(plan: Plan, store: ArtifactStore, looks: Looks) -> None:
             if isinstance(source, Source):
                 _check_weights(source)
         _check_models(plan.asked)
-    prepared = [node for node in nodes if node.stage == "prepare-data"]
-    _check_end_of_turn(prepared)
-    _check_held_out(prepared)
-    _check_data(plan, prepared, looks)
+    if prepared := [node for node in nodes if node.stage == "prepare-data"]:  # else nothing heavy is imported
+        _check_end_of_turn(prepared)
+        _check_held_out(prepared)
+        _check_data(plan, prepared, looks)
     _check_benchmarks(node for node in nodes if node.stage == "evaluate")
 
 
