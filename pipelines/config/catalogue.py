@@ -178,10 +178,13 @@ def load_study(name: str) -> Study:
     return _validate(Study, {"name": path.stem, **read_yaml(path)}, f"study {path.name}")
 
 
-def load_studies(name: str) -> list[Study]:
-    """Read a study, or the studies that it is made of."""
+def load_studies(name: str, part_of: tuple[Path, ...] = ()) -> list[Study]:
+    """Read a study, or the studies that it is made of (themselves in those of `part_of`)."""
+    path = _locate("study", name)
+    if path in part_of:
+        raise ConfigError(f"{path}: studies: the study is made of itself; name others, or give it variants.")
     study = load_study(name)
-    return [part for inner in study.studies for part in load_studies(inner)] or [study]
+    return [part for inner in study.studies for part in load_studies(inner, (*part_of, path))] or [study]
 
 
 def load_profile(name: str) -> Profile:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mft_core.errors import ConfigError
 from pipelines.cli import main
-from pipelines.config.catalogue import load_profile
+from pipelines.config.catalogue import load_profile, load_studies
 from tests.support.mini import row, write_profile, write_study
 
 
@@ -281,3 +281,11 @@ def test_a_profile_that_extends_itself_is_refused(tmp_path):
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
     with pytest.raises(ConfigError, match="the profile extends itself"):
         load_profile(str(tmp_path / "a.yaml"))
+
+
+def test_a_study_that_is_made_of_itself_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("question: q\nstudies: [b.yaml]\n")
+    (tmp_path / "b.yaml").write_text("question: q\nstudies: [main, a.yaml]\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: studies: the study is made of itself; name others"):
+        load_studies("a.yaml")
