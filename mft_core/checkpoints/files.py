@@ -61,8 +61,10 @@ def read_config(directory: Path) -> Any:
     names = config.architectures or []
     if config.is_encoder_decoder or not any(name in _DECODERS for name in names):
         raise asks_for_code(directory, "config.json") or ConfigError(
-            f"model = {directory}: {', '.join(names) or config.model_type} is not a decoder; "
-            "give a causal language model (…ForCausalLM)."
+            f"model = {directory}: {', '.join(names)} is not a decoder; give a causal language model (…ForCausalLM)."
+            if names
+            else f"model = {directory}: its config.json names no class (architectures), so that it may be no decoder; "
+            "copy or download it again, or write the class of a causal language model there (…ForCausalLM)."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"model = {directory} is quantised; give the plain checkpoint that it was made from.")

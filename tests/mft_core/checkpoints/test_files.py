@@ -138,6 +138,12 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_none_is_run(checkpoin
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_config_that_names_no_class_is_refused_for_that_and_its_family_is_not_called_no_decoder(checkpoint):
+    edit(checkpoint, architectures=None)
+    with pytest.raises(ConfigError, match=r"config\.json names no class \(architectures\)"):
+        read_config(checkpoint)
+
+
 def test_code_that_a_known_family_carries_besides_is_not_run_and_not_needed(checkpoint, tmp_path):
     (checkpoint / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     edit(checkpoint, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"})
