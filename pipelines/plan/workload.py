@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
 from mft_core.stages.flops_and_memory import ANSWER, EXAMPLE
@@ -111,12 +110,12 @@ def _beginning(path: Path) -> _Text | None:
             seen = [line for _, line in zip(range(_SEEN), lines, strict=False)]
             at_end = not lines.read(1)
         parsed = [json.loads(line) for line in seen if line.strip()]
-    except (OSError, ValueError, ConfigError):
+        texts = [list(_texts(row)) for row in parsed]
+    except (OSError, ValueError, RecursionError):
         return None
     if not parsed:
         return None
     rows = len(parsed) if at_end else path.stat().st_size / sum(map(len, seen)) * len(parsed)
-    texts = [list(_texts(row)) for row in parsed]
     characters = sum(len(text) for row in texts for text in row)
     return _Text(rows, characters / len(parsed), sum(map(len, texts)) / len(parsed))
 

@@ -268,3 +268,12 @@ def test_one_study_is_shown_with_the_time_of_every_stage_their_sum_and_what_is_a
 )
 def test_a_time_is_told_in_the_unit_that_suits_it(hours, text):
     assert plan_view._time(hours) == text
+
+
+def test_rows_that_are_nested_too_deeply_cost_a_plan_its_guess_and_nothing_else(tmp_path):
+    from pipelines.plan.workload import _beginning
+
+    for depth in (100_000, 900):
+        rows = tmp_path / f"{depth}.jsonl"
+        rows.write_text('{"messages": ' + "[" * depth + "]" * depth + "}\n")
+        assert _beginning(rows) is None or depth == 900
