@@ -17,7 +17,7 @@ from pipelines.cost import plan_view
 from pipelines.cost.plan_view import as_dict, show, show_together
 from pipelines.cost.predicted import bills, device_of, promises, stages
 from pipelines.plan.plan import make_plan, make_plans
-from pipelines.plan.workload import sequences
+from pipelines.plan.workload import _beginning, sequences
 from tests.support.mini import write_profile, write_study
 
 LLAMA2_7B = read_geometry(
@@ -271,9 +271,6 @@ def test_a_time_is_told_in_the_unit_that_suits_it(hours, text):
 
 
 def test_rows_that_are_nested_too_deeply_cost_a_plan_its_guess_and_nothing_else(tmp_path):
-    from pipelines.plan.workload import _beginning
-
-    for depth in (100_000, 900):
-        rows = tmp_path / f"{depth}.jsonl"
-        rows.write_text('{"messages": ' + "[" * depth + "]" * depth + "}\n")
-        assert _beginning(rows) is None or depth == 900
+    rows = tmp_path / "deep.jsonl"
+    rows.write_text('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert _beginning(rows) is None
