@@ -34,8 +34,8 @@ from typing import Any
 
 from mft_core.errors import ConfigError, StageError
 from mft_core.names import without_secrets, without_user
+from mft_core.processes import Child, Family, is_alive
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.servers.processes import Child, Family, is_alive
 
 START_SECONDS = 180.0
 """a server that is not healthy by then has failed; a first start on a busy machine takes half a minute"""

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mft_core.processes import Family
 from pipelines.servers import services
-from pipelines.servers.processes import Family
 from tests.support.mini import write_profile, write_study
 
 SECRET = """

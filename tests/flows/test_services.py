@@ -23,8 +23,8 @@ import psutil
 import pytest
 
 from mft_core.errors import ConfigError, StageError
+from mft_core.processes import Family, is_alive
 from pipelines.servers import services
-from pipelines.servers.processes import Family, is_alive
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +90,7 @@ def test_a_service_that_dies_is_reported_with_the_end_of_its_log(family: Family,
 def test_stopping_ends_grandchildren_and_those_that_ignore_a_polite_request(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.servers.processes.GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("mft_core.processes.GRACE_SECONDS", 0.5)
     stubborn = family.start("a", ["sh", "-c", "trap '' TERM; echo up; sleep 60 & wait; wait"], tmp_path / "a.log", {})
     assert eventually(lambda: "up" in stubborn.tail())
     started = time.monotonic()
@@ -101,7 +101,7 @@ def test_stopping_ends_grandchildren_and_those_that_ignore_a_polite_request(
 
 def test_services_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from pathlib import Path; from pipelines.servers.processes import Family\n"
+        "import os, sys, time; from pathlib import Path; from mft_core.processes import Family\n"
         "child = Family().start('s', ['sh', '-c', 'sleep 60 & sleep 60'], Path(sys.argv[1]), {})\n"
         "print(child.process.pid, flush=True); time.sleep(60)\n"
     )

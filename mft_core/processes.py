@@ -1,10 +1,9 @@
-"""Child processes that never outlive their parent: the ground under `pipelines.servers.services`.
+"""Child processes that never outlive their parent, for whoever starts a server or another program of its own.
 
 A `Family` starts servers, each in a process group of its own (a Ctrl-C in the terminal reaches the parent only, so a
 flow can still report to its server), with its output in a log file. They are stopped group by group, by id; one that
 dies by itself can be started again. A watchdog process holds the reading end of a pipe: when the parent dies in
-whatever way, SIGKILL included, the pipe closes and the watchdog ends the groups that are left. Nothing here knows
-Prefect or MLflow.
+whatever way, SIGKILL included, the pipe closes and the watchdog ends the groups that are left.
 """
 
 from __future__ import annotations
