@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 mask_app = typer.Typer(help="Look at mask files, combine, apply and undo them.", no_args_is_help=True)
 app.add_typer(mask_app, name="mask")
+model_app = typer.Typer(help="Make checkpoints of other files.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
 
 StudyName = Annotated[str, typer.Argument(help="name of a shipped study, or a YAML file")]
 ProfileName = Annotated[str, typer.Option("--profile", help="name of a shipped profile, or a YAML file")]
@@ -323,6 +325,14 @@ def mask_combine(
     from pipelines.commands.mask import combine
 
     combine(op, masks, out)
+
+
+@model_app.command("import")
+def model_import(file: Path, out: Path) -> None:
+    """Write the model of a GGUF file as an ordinary Hugging Face checkpoint, dequantised, with its chat template."""
+    from mft_core.checkpoints.gguf import import_gguf
+
+    print(f"{import_gguf(file, out)}; checkpoint written to {out}")
 
 
 if __name__ == "__main__":

@@ -216,6 +216,22 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     copy_files(source, directory, (n for n in parts("model", source) if n != "config.json" and not _holds_weights(n)))
 
 
+@contextlib.contextmanager
+def whole_or_absent(out: Path) -> Iterator[Path]:
+    """Give a directory beside `out` to write to, renamed to `out` at the end and deleted on failure."""
+    if out.exists():
+        raise ConfigError(f"out = {out}: exists already; give a directory that does not.")
+    unfinished = out.with_name(f".incomplete-{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:
     """Copy files of one checkpoint to another, under the same names."""
     for name in names:

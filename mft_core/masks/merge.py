@@ -14,11 +14,9 @@ folder, because loaders take every *.safetensors beside config.json for weights 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mft_core.cache_key import digest_file
-from mft_core.checkpoints.files import WeightFiles, copy_files
+from mft_core.checkpoints.files import WeightFiles, copy_files, whole_or_absent
 from mft_core.checkpoints.names import Piece
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import Mask, load_mask, save_mask
@@ -95,7 +93,7 @@ def merge(
                     "give the model that the mask was learned with."
                 )
             rewound[site.name] = value[cut]
-    with _whole_or_absent(Path(out)) as target:
+    with whole_or_absent(Path(out)) as target:
         _rewrite(files, mask, target, report, None if earlier is None else rewound)
         if keep_removed:
             _save_removed(removed, mask, files, target)
@@ -134,25 +132,9 @@ def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Ma
                 f"merged = {merged}: the values kept of {site.name} do not give the base weight (sha256 differs); "
                 f"{KEPT}/{REMOVED} was altered."
             )
-    with _whole_or_absent(out) as target:
+    with whole_or_absent(out) as target:
         _rewrite(files, mask, target, report, removed)
     return mask
-
-
-@contextlib.contextmanager
-def _whole_or_absent(out: Path) -> Iterator[Path]:
-    """Give a directory beside `out` to write to, renamed to `out` at the end and deleted on failure."""
-    if out.exists():
-        raise ConfigError(f"out = {out}: exists already; give a directory that does not.")
-    unfinished = out.with_name(f".incomplete-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 @dataclass(frozen=True)
