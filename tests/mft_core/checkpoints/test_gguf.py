@@ -13,8 +13,6 @@ from mft_core.checkpoints.gguf import dequantised, import_gguf
 from mft_core.errors import ConfigError
 from tests.support.tiny import TULU, make_model, make_tokenizer
 
-pytest.importorskip("gguf")
-
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
