@@ -122,7 +122,7 @@ def _combined(sites: Sequence[MaskedSite], kept: Callable[[str], Tensor], *made_
         sparsity=cut(records).share,
         selector="combined",
         scope="combined",
-        base_name=names.pop() if len(names) == 1 else "",
+        base_model_name_or_path=names.pop() if len(names) == 1 else "",
     )
 
 

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from mft_core.cache_key import digest
 from mft_core.errors import ConfigError, explain
 from mft_core.layers import format_layers
-from mft_core.masks.masked_sites import MaskedSite, Sha256, check_base, dtype_name, tensor_digest
+from mft_core.masks.masked_sites import MaskedSite, Sha256, dtype_name, tensor_digest
 from mft_core.masks.packing import PackedMasks, packed_size
 from mft_core.masks.selection import masked_count
 from mft_core.methods import Selector
@@ -169,23 +168,17 @@ def make_mask(
     kept: Mapping[str, Tensor],
     base: Iterable[tuple[str, Tensor]],
     *,
-    sparsity: float,
-    selector: Selector,
-    modules: Modules,
-    scope: MaskScope = "local",
-    min_kept: float = 0.0,
-    thresholds: Mapping[str, float] | None = None,
-    base_name: str = "",
     rewound_to: Iterable[tuple[str, Tensor]] | None = None,
+    **settings: Any,
 ) -> Mask:
     """Tie masks to the base weights they were made for.
 
     Args:
         kept: mask of each site, bool, True is kept.
         base: (name, weight) of each site, in the sites' order, as stored in the base checkpoint.
-        sparsity: share set to zero that was asked for; counts that do not fit it and the scope are refused.
-        base_name: for people; the digests are what counts.
         rewound_to: as `base`, the values that masked entries go back to, in the base's type; None sets them to zero.
+        settings: of `MaskConfig`: `sparsity`, `selector` and `modules`; `scope` and what belongs to it,
+            `base_model_name_or_path`. Counts that do not fit them are refused.
 
     Raises:
         ValueError: masks, weights and counts do not fit together; a mistake of the caller.
@@ -206,51 +199,24 @@ def make_mask(
                 rewound_sha256=None if earlier is None else tensor_digest(next(earlier)[1]),
             )
         )
-    return assemble(
-        records,
-        packed,
-        target_modules=tuple(dict.fromkeys(site.module for site in sites)),
-        modules=modules,
-        sparsity=sparsity,
-        selector=selector,
-        scope=scope,
-        min_kept=min_kept,
-        thresholds=thresholds,
-        base_name=base_name,
-    )
+    return assemble(records, packed, target_modules=tuple(dict.fromkeys(site.module for site in sites)), **settings)
 
 
-def assemble(
-    records: Sequence[MaskedSite],
-    kept: PackedMasks,
-    *,
-    target_modules: tuple[str, ...],
-    modules: Modules,
-    sparsity: float,
-    selector: MaskSelector,
-    scope: MaskScope,
-    min_kept: float = 0.0,
-    thresholds: Mapping[str, float] | None = None,
-    base_name: str = "",
-) -> Mask:
+def assemble(records: Sequence[MaskedSite], kept: PackedMasks, **settings: Any) -> Mask:
     """Return a mask of matrices whose records are known, in the records' order.
+
+    Args:
+        settings: of `MaskConfig`, what does not follow from the records and the bits.
 
     Raises:
         ValueError: counts do not fit the scope.
     """
     config = MaskConfig(
-        base_model_name_or_path=base_name,
-        target_modules=target_modules,
         layers_to_transform=tuple(sorted({record.layer for record in records})),
-        modules=modules,
-        sparsity=sparsity,
-        scope=scope,
-        min_kept=min_kept,
-        thresholds=thresholds,
-        selector=selector,
         base_digest=_base_digest(records),
         mask_sha256=hashlib.sha256(kept.content().data).hexdigest(),
         sites=tuple(records),
+        **settings,
     )
     return Mask(config, kept)
 
@@ -326,25 +292,3 @@ def read_mask_config(directory: Path) -> MaskConfig:
         ) from error
     except ValidationError as error:
         raise explain(error, MaskConfig, str(path)) from error
-
-
-@torch.no_grad()
-def apply_mask(model: nn.Module, mask: Mask) -> None:
-    """Set the masked weights of a loaded base model to zero, in place; all sites are checked before any is
-    changed.
-
-    Raises:
-        ConfigError: the model is not the base of this mask, or was loaded in another dtype; or the mask rewinds.
-    """
-    if mask.config.rewinds:
-        raise ConfigError(
-            "the mask sets weights back to the values of an earlier model, which are not zero and not in the mask; "
-            "merge it into its checkpoint, and give that model: mft mask apply … --rewind-to MODEL."
-        )
-    parameters = dict(model.named_parameters())
-    for site in mask.config.sites:
-        check_base(site, site.of(parameters))
-    for site in mask.config.sites:
-        weight = site.of(parameters)
-        assert weight is not None
-        weight.masked_fill_(~mask.kept[site.name].to(weight.device), 0)

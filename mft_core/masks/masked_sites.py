@@ -65,12 +65,6 @@ class MaskedSite(BaseModel):
         return found[1] if found else self.name
 
     @property
-    def index(self) -> int | None:
-        """Which matrix of a parameter that holds several; None where the parameter is the matrix."""
-        found = _MATRIX_OF.fullmatch(self.name)
-        return int(found[2]) if found else None
-
-    @property
     def layer(self) -> int:
         """Index of the decoder layer: the first number among the parts of the name."""
         return int(self._in_layer()[1])
@@ -89,13 +83,6 @@ class MaskedSite(BaseModel):
         found = _IN_LAYER.fullmatch(self.parameter)
         assert found is not None  # the validator sees to it
         return found
-
-    def of(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the matrix, a view into its parameter; None where there is none of that name."""
-        whole = parameters.get(self.parameter)
-        if whole is None or self.index is None:
-            return whole
-        return whole[self.index] if whole.dim() == 3 and self.index < len(whole) else None
 
 
 Cells = dict[tuple[int, str], list[MaskedSite]]

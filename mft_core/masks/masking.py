@@ -268,7 +268,7 @@ class MaskTuner:
             base.items(),
             **self.settings.model_dump(include={"sparsity", "selector", "modules", "scope", "min_kept"}),
             thresholds=self.thresholds(),
-            base_name=self.model.name_or_path or "",
+            base_model_name_or_path=self.model.name_or_path or "",
             rewound_to=to,
         )
 

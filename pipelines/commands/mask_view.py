@@ -1,24 +1,17 @@
-"""Masks as people read them, and as JSON: tables with a row per layer and a column per module.
-
-On a terminal high values have a background, the stronger the higher; elsewhere the cells are plain text.
-"""
+"""Masks as people read them, and as JSON: tables with a row per layer and a column per module. Used by `mft mask`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from mft_core.masks.algebra import Overlap, Overlaps
 from mft_core.masks.mask_file import Mask
 from mft_core.masks.masked_sites import Cut, Grid, T, cut, measure
-
-_TINTS = ("", "black on #deebf7", "black on #c6dbef", "black on #9ecae1", "black on #6baed6")
-"""styles from the lowest fifth of a table's values, which is left as it is, to the highest"""
 
 
 def mask_as_dict(mask: Mask) -> dict[str, Any]:
@@ -46,7 +39,7 @@ def show_mask(mask: Mask) -> None:
         f"{mask.zeros:,} of {mask.weights:,} weights are {config.made} ({config.share:.2%})"
     )
     what = "rewound weights" if config.rewinds else "zeros"
-    _print(_table(f"share of {what}", grid, lambda one: f"{one.share:.2%}", lambda one: one.share))
+    _print(_table(f"share of {what}", grid, lambda one: f"{one.share:.2%}"))
     _print(_table(what, grid, lambda one: f"{one.zeros:,}"))
 
 
@@ -75,7 +68,7 @@ def show_overlaps(found: Overlaps) -> None:
     for mask, names in (("A", found.only_first), ("B", found.only_second)):
         if names:
             print(f"Left out: {len(names)} matrices that only {mask} masks.")
-    _print(_table("Jaccard index", found.grid, lambda one: f"{one.jaccard:.4f}", lambda one: one.jaccard))
+    _print(_table("Jaccard index", found.grid, lambda one: f"{one.jaccard:.4f}"))
     _print(_against_chance("layer", found.grid.layers, total))
     _print(_against_chance("module", found.grid.modules, total))
 
@@ -95,28 +88,16 @@ def _overlap_as_dict(one: Overlap) -> dict[str, Any]:
     }
 
 
-def _table(title: str, grid: Grid[T], text: Callable[[T], str], heat: Callable[[T], float] | None = None) -> Table:
-    """Lay a grid out with its sums in the last row and column; `heat` is what the background shows."""
+def _table(title: str, grid: Grid[T], text: Callable[[T], str]) -> Table:
+    """Lay a grid out with its sums in the last row and column."""
     table = Table("layer", title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
     for module in (*grid.modules, "all"):
         table.add_column(module, justify="right", no_wrap=True)
-    tint = _tints(heat(one) for one in grid.cells.values()) if heat else None
     for layer, in_layer in grid.layers.items():
-        row = []
-        for module in grid.modules:
-            one = grid.cells.get((layer, module))
-            style = tint(heat(one)) if heat and tint and one is not None else ""
-            row.append(Text(text(one) if one is not None else "", style))
-        table.add_row(str(layer), *row, text(in_layer))
+        cells = [(layer, module) for module in grid.modules]
+        table.add_row(str(layer), *(text(grid.cells[at]) if at in grid.cells else "" for at in cells), text(in_layer))
     table.add_row("all", *map(text, grid.modules.values()), text(grid.total), style="bold")
     return table
-
-
-def _tints(values: Iterable[float]) -> Callable[[float], str]:
-    """Return what gives a value its style, by its place between the lowest and the highest."""
-    values = list(values)
-    low, span = min(values), max(max(values) - min(values), 0.005)  # rounding is no structure
-    return lambda value: _TINTS[min(len(_TINTS) - 1, int((value - low) / span * len(_TINTS)))]
 
 
 def _against_chance(what: str, parts: Mapping[Any, Overlap], total: Overlap) -> Table:

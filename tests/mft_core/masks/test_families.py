@@ -18,7 +18,7 @@ from mft_core.checkpoints.files import WeightFiles, load_model, skeleton
 from mft_core.data.batching import micro_batches
 from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
-from mft_core.masks.mask_file import Mask, apply_mask, load_mask
+from mft_core.masks.mask_file import Mask, load_mask
 from mft_core.masks.masking import initial_scores
 from mft_core.masks.merge import merge, unmerge
 from mft_core.masks.selection import masked_count, select
@@ -91,7 +91,10 @@ def _check_merged(checkpoint: Path, merged: Path, mask: Mask) -> None:
     assert untouched
     assert all(torch.equal(_bits(result[name]), _bits(base[name])) for name in untouched)
     masked_in_memory = load_model(checkpoint, torch.float32, _CPU).eval()
-    apply_mask(masked_in_memory, mask)
+    parameters = dict(masked_in_memory.named_parameters())
+    with torch.no_grad():
+        for site in sites:
+            site.of(parameters).masked_fill_(~mask.kept[site.name], 0)
     assert torch.equal(_logits(_reload(merged)), _logits(masked_in_memory))
     assert not torch.equal(_logits(_reload(merged)), _logits(_reload(checkpoint)))
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from mft_core.errors import ConfigError
-from mft_core.masks.mask_file import Mask, apply_mask, load_mask, make_mask, save_mask
+from mft_core.masks.mask_file import Mask, load_mask, make_mask, save_mask
+from mft_core.masks.masked_sites import check_base
+from mft_core.masks.merge import merge
 from mft_core.masks.selection import Global, Rows, Scope, select
 from mft_core.masks.sites import Site, choose_sites, find_sites
 from tests.support.tiny import make_model
@@ -101,29 +103,22 @@ def test_sizes_that_are_no_multiple_of_eight_survive(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, kept[name]) for name, tensor in load_mask(tmp_path).kept.items())
 
 
-def test_applying_a_mask_zeroes_exactly_its_entries() -> None:
-    model, base = make_model(), make_model().state_dict()
-    mask = make_small_mask(model)
-    apply_mask(model, mask)
-    for name, weight in model.state_dict().items():
-        expected = base[name].masked_fill(~mask.kept[name], 0) if name in mask.kept else base[name]
-        assert torch.equal(weight, expected)
-
-
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("weights", "said"),
     [
-        (make_model(seed=1), "the mask was made for other weights (sha256 differs)"),
-        (make_model().bfloat16(), "is bfloat16 (32, 32) here; the mask was made for float32 (32, 32)"),
-        (torch.nn.Linear(2, 2), "does not belong to this model, which has no weight named model.layers.1."),
+        (dict(make_model(seed=1).named_parameters()), "the mask was made for other weights (sha256 differs)"),
+        (
+            dict(make_model().bfloat16().named_parameters()),
+            "is bfloat16 (32, 32) here; the mask was made for float32 (32, 32)",
+        ),
+        ({}, "does not belong to this model, which has no weight named model.layers.1."),
     ],
 )
-def test_another_base_is_refused_and_left_as_it_was(model: torch.nn.Module, said: str) -> None:
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def test_another_base_is_refused(weights: Mapping[str, Tensor], said: str) -> None:
+    first = make_small_mask(make_model()).config.sites[0]
     with pytest.raises(ConfigError) as caught:
-        apply_mask(model, make_small_mask(make_model()))
+        check_base(first, weights.get(first.name))
     assert said in str(caught.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def _truncate(directory: Path) -> None:
@@ -255,8 +250,10 @@ def test_a_damaged_mask_is_refused_and_the_damage_named(
 
 def test_a_mask_made_in_memory_fits_the_checkpoint_saved_from_it(tmp_path: Path) -> None:
     model = make_model()
-    model.save_pretrained(tmp_path)
-    apply_mask(AutoModelForCausalLM.from_pretrained(tmp_path), make_small_mask(model))
+    model.save_pretrained(tmp_path / "base")
+    mask = make_small_mask(model)
+    save_mask(mask, tmp_path / "mask")
+    assert merge(tmp_path / "base", tmp_path / "mask", tmp_path / "out").config == mask.config
 
 
 _GOLDEN = {
@@ -305,13 +302,6 @@ def test_a_mask_that_rewinds_says_to_what_and_one_that_does_not_is_written_as_be
         load_mask(tmp_path)
 
 
-def test_a_mask_that_rewinds_is_not_applied_as_one_of_zeros() -> None:
-    mask = make_tiny_mask(selector="rewind", rewound_to=_earlier())
-    model = _Parameters({"model.layers.1.self_attn.q_proj.weight": torch.ones(3, 5)})
-    with pytest.raises(ConfigError, match="sets weights back to the values of an earlier model"):
-        apply_mask(model, mask)
-
-
 def test_thresholds_give_the_share_that_they_give() -> None:
     mask = make_threshold_mask()
     assert mask.config.sparsity == 0.4
@@ -335,40 +325,7 @@ def test_a_mask_that_does_not_fit_its_settings_cannot_be_made(settings: dict[str
         make_tiny_mask(**settings)
 
 
-class _Parameters(nn.Module):
-    """A model of nothing but parameters of these names."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, weight in weights.items():
-            module = self
-            *parents, last = name.split(".")
-            for parent in parents:
-                if not hasattr(module, parent):
-                    module.add_module(parent, nn.Module())
-                module = module.get_submodule(parent)
-            module.register_parameter(last, nn.Parameter(weight.clone()))
-
-
-def test_a_mask_of_experts_is_applied_to_their_matrices_in_the_parameter() -> None:
-    mask, whole = make_tiny_mask(), "model.layers.2.mlp.experts.gate_up_proj"
-    matrices = {site.name: weight for site, weight in tiny_weights()}
-    experts = torch.stack([matrices.pop(f"{whole}[{i}]") for i in range(2)])
-    short = _Parameters({**matrices, whole: experts[:1]})
-    with pytest.raises(ConfigError, match=r"no weight named .*gate_up_proj\[1\]"):
-        apply_mask(short, mask)
-    model = _Parameters({**matrices, whole: experts})
-    apply_mask(model, mask)
-    for index in range(2):
-        found = model.get_parameter(whole)[index]
-        assert torch.equal(found, experts[index] * mask.kept[f"{whole}[{index}]"])
-
-
 def test_a_matrix_that_is_stored_transposed_has_a_mask_of_the_stored_shape() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2)).eval()
     mask = make_small_mask(model, 0.25, layers=(0,))
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    apply_mask(model, mask)
-    name = "transformer.h.0.mlp.c_fc.weight"
-    assert mask.kept[name].shape == (8, 32)
-    assert torch.equal(model.state_dict()[name], base[name] * mask.kept[name])
+    assert mask.kept["transformer.h.0.mlp.c_fc.weight"].shape == (8, 32)

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mft_core.errors import ConfigError
-from mft_core.masks.mask_file import Mask, check_base, load_mask, save_mask
+from mft_core.masks.mask_file import Mask, load_mask, save_mask
+from mft_core.masks.masked_sites import check_base
 from tests.mft_core.masks.test_mask_file import make_global_mask, make_threshold_mask, make_tiny_mask
 
 
