@@ -1,49 +1,32 @@
 """What this machine lacks for a profile, each thing in one line; nothing is computed, and no weights are fetched.
 
-`examine` never fails itself: whatever cannot be found out becomes a finding that says so. The parts that need the hub
-or lm-eval are in `doctor_hub`. Called by `mft doctor`.
+A study of the profile is planned, and a run's own checks (`pipelines.plan.preflight`) are made, all of them. What is on
+the hub, or in lm-eval alone, is asked for by `doctor_hub`. `examine` never fails itself: whatever cannot be found out
+becomes a finding that says so. Called by `mft doctor`.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from mft_core.errors import ConfigError
-from mft_core.recipes import Evaluate, FineTune, LearnMask, Recipe, Runtime
-from mft_core.stage import Facts
-from mft_core.stages import STAGES
-from mft_core.stages.flops_and_memory import NUMBER, state_bytes
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands import doctor_hub
-from pipelines.commands.doctor_hub import Finding
-from pipelines.config import resolve
+from pipelines.commands.doctor_hub import Finding, attempt
 from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile
-from pipelines.config.compose import runtime_of, setups
-from pipelines.config.setup import ModelSpec, Setup, datas
+from pipelines.config.compose import setups
+from pipelines.plan.plan import Plan, make_plans
+from pipelines.plan.preflight import checks
 
 _CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
-_TRAINING_BYTES = 16
-"""per trained weight: the weight, its gradient and AdamW's two moments, all float32"""
-_USUAL = Runtime()
 _GPU_ADVISED = 500_000_000
 """weights; training more of them on a CPU takes days"""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How many weights the base model has, and how that is known."""
-
-    weights: int
-    source: str
 
 
 def examine(profile: str) -> list[Finding]:
@@ -52,24 +35,24 @@ def examine(profile: str) -> list[Finding]:
     Raises:
         ConfigError: no such profile, or one that cannot be read.
     """
-    loaded = load_profile(profile)
-    domains = _setups(loaded)
-    first = domains[0]
-    store = ArtifactStore.from_environment()
-    findings = [_python(), _packages(), _home(store)]
-    findings += doctor_hub.model_and_data(domains)
-    size = _size(first.model)
-    findings += _space(first, size, store, runtime_of(loaded, {})) if size else [_unknown_size(first.model)]
-    findings += doctor_hub.benchmarks(domains)
-    findings += [_port(4200, "the Prefect server", store), _port(5000, "the MLflow server", store)]
-    return findings
+    loaded, store = load_profile(profile), ArtifactStore.from_environment()
+    study = study_of(loaded)
+    domains = [setup for setup, _ in setups(study, loaded, {})]
+    return [
+        _python(),
+        _packages(),
+        *doctor_hub.model_and_data(domains),
+        *_planned(study, loaded, store),
+        *doctor_hub.benchmarks(domains),
+        _port(4200, "the Prefect server", store),
+        _port(5000, "the MLflow server", store),
+    ]
 
 
-def _setups(profile: Profile) -> list[Setup]:
-    """Return the setup of a mask in each domain of the profile."""
-    specs = tuple(VariantSpec.model_validate({"method": "mft", "domain": domain}) for domain in profile.domains)
-    study = Study.model_validate({"name": "doctor", "question": "What is missing?", "variants": specs, "seeds": (0,)})
-    return [setup for setup, _ in setups(study, profile, {})]
+def study_of(profile: Profile) -> Study:
+    """Return the study that is planned: a mask in each domain."""
+    variants = tuple(VariantSpec.model_validate({"method": "mft", "domain": domain}) for domain in profile.domains)
+    return Study(name="doctor", question="What is missing?", variants=variants, seeds=(0,))
 
 
 def _python() -> Finding:
@@ -114,89 +97,43 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _home(store: ArtifactStore) -> Finding:
+def _planned(study: Study, profile: Profile, store: ArtifactStore) -> list[Finding]:
+    """Plan the study; say what its stages need, and, where the model is at hand, make a run's own checks."""
     try:
-        store.check_writable()
+        (plan,) = make_plans([study], profile, store, unpinned=True)
     except ConfigError as error:
-        return Finding("MFT_HOME", False, str(error))
-    return Finding("MFT_HOME", True, f"{store.home} is writable")
+        return [
+            attempt("MFT_HOME", store.check_writable),
+            Finding("memory and disk", False, f"cannot be estimated: {error}"),
+        ]
+    findings = _memory(plan)
+    local = all(item.resolved.model.source.revision is None for item in plan.variants)
+    for what, check in checks(plan, store, {}):
+        if local or what in ("MFT_HOME", "disk"):
+            disk = f"{_gigabytes(plan.disk_needed)} needed under {store.home}"
+            findings.append(attempt(what, check, disk if what == "disk" else "as a run needs it"))
+    return findings
 
 
-def _size(spec: ModelSpec) -> Size | None:
-    """Count the weights from config.json; where that cannot be had, take the number in the model's name."""
-    try:
-        return Size(resolve.geometry(resolve.configuration_file(spec)).weights, "from its config.json")
-    except ConfigError:
-        named = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", Path(spec.path).name, re.IGNORECASE)
-    if not named:
-        return None
-    scale = 1e9 if named[2].lower() == "b" else 1e6
-    return Size(int(float(named[1]) * scale), f"estimated from the '{named[0]}' in its name, config.json not readable")
-
-
-def _unknown_size(spec: ModelSpec) -> Finding:
-    return Finding("memory and disk", False, f"cannot be estimated: config.json of {spec.path} is not readable")
-
-
-def _space(setup: Setup, size: Size, store: ArtifactStore, runtime: Runtime = _USUAL) -> list[Finding]:
-    """Compare what fine-tuning, mask and evaluation need with the disk and the device's memory."""
-    stored = NUMBER[setup.precision] * size.weights
-    disk = {
-        "download": 0 if Path(setup.model.path).is_absolute() else 2 * size.weights,
-        "fine-tuned model": stored,
-        "resumable state": state_bytes(setup.fine_tune, size.weights),
-        "merged model": stored,
-    }
-    there = next(path for path in (store.home, *store.home.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    device, available = _device(setup)
+def _memory(plan: Plan) -> list[Finding]:
+    """Compare the peak of the stage that takes most with what the device has; on a CPU, all processes share it."""
+    weights = plan.variants[0].resolved.model.geometry.weights
+    device, available = _device()
+    peaks = {step.node.stage: sum(plan.needs(step.node).memory.values()) for step in plan.steps}
+    stage = max(peaks, key=lambda name: peaks[name])
+    runtime = plan.runtime
+    needed = peaks[stage] * runtime.heavy_slots * (runtime.processes if device == "cpu" else 1)
+    detail = f"{_gigabytes(needed)} needed (by {stage}), {_gigabytes(available)} there"
     findings = [
-        Finding("model size", True, f"{_amount(size.weights, 'weights')} ({size.source})"),
-        _enough("disk", disk, sum(disk.values()), free),
-        _memory(setup, size.weights, runtime, device, available),
+        Finding("model size", True, f"{weights / 1e6:,.4g} million weights"),
+        Finding(f"memory of {device}", needed <= available, detail),
     ]
-    if device == "cpu" and size.weights > _GPU_ADVISED:
+    if device == "cpu" and weights > _GPU_ADVISED:
         findings.append(Finding("GPU", False, "torch finds none; on a CPU this model takes weeks to train"))
     return findings
 
 
-def _memory(setup: Setup, weights: int, runtime: Runtime, device: str, available: int) -> Finding:
-    """Compare the peaks of the heavy stages with what the device has; on a CPU, all processes share it."""
-    try:
-        longest = max(data.max_length for data in datas(setup))
-        geometry = resolve.geometry(resolve.configuration_file(setup.model))
-        facts = Facts(geometry, runtime, setup.precision, longest, device == "cpu")
-        found = {name: STAGES[stage].needs(recipe, facts) for name, (stage, recipe) in _heaviest(setup).items()}
-        needs = {name: sum(need.memory.values()) for name, need in found.items()}
-    except ConfigError:  # no config.json: what fine-tuning takes besides activations is known all the same
-        needs = {"fine-tuning": _TRAINING_BYTES * weights, "evaluation": NUMBER[setup.precision] * weights}
-        return _enough(f"memory of {device}, before activations", needs, max(needs.values()), available)
-    at_once = runtime.heavy_slots * (runtime.processes if device == "cpu" else 1)
-    return _enough(f"memory of {device}", needs, at_once * max(needs.values()), available)
-
-
-def _heaviest(setup: Setup) -> dict[str, tuple[str, Recipe]]:
-    """Return the stages that take most memory of a study on the setup, with their recipes, by what they do."""
-    mask = setup.mask
-    shots = max(bench.num_fewshot or 0 for bench in setup.benchmarks)
-    learned = LearnMask(
-        sparsity=mask.sparsity,
-        layers=mask.layers,
-        modules=mask.modules,
-        scope=mask.scope,
-        min_kept=mask.min_kept,
-        score_init=mask.score_init,
-        training=mask.training,
-    )
-    evaluated = Evaluate(task=setup.benchmarks[0].task, num_fewshot=shots, precision=setup.precision)
-    return {
-        "fine-tuning": ("fine-tune", FineTune(training=setup.fine_tune)),
-        "mask learning": ("learn-mask", learned),
-        "evaluation": ("evaluate", evaluated),
-    }
-
-
-def _device(setup: Setup) -> tuple[str, int]:
+def _device() -> tuple[str, int]:
     """Return what a heavy stage would run on here, and its memory in bytes."""
     import psutil
     import torch
@@ -206,17 +143,8 @@ def _device(setup: Setup) -> tuple[str, int]:
     return torch.cuda.get_device_name(), int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _enough(what: str, parts: Mapping[str, int], needed: int, available: int) -> Finding:
-    listed = ", ".join(f"{name} {_amount(size, 'B')}" for name, size in parts.items() if size)
-    detail = f"{_amount(needed, 'B')} needed ({listed}), {_amount(available, 'B')} there"
-    return Finding(what, needed <= available, detail)
-
-
-def _amount(size: float, unit: str) -> str:
-    """Write a size with three digits: '13.5 GB', '6.74 billion weights'."""
-    names = ("G", "M", "k") if unit == "B" else (" billion ", " million ", " thousand ")
-    scale, name = next(pair for pair in zip((1e9, 1e6, 0), names, strict=True) if size >= pair[0])
-    return f"{size / (scale or 1e3):.3g}{name if unit != 'B' else ' ' + name}{unit}"
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.3g} GB"
 
 
 def _port(port: int, whose: str, store: ArtifactStore) -> Finding:

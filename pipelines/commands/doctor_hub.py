@@ -1,4 +1,4 @@
-"""The doctor's look at what comes from the hub and from lm-eval: the model, the training data, the benchmarks.
+"""The doctor's look at what comes from the hub and from lm-eval: the model, the training data, lm-eval's own tasks.
 
 The hub is asked once whether it answers; if not, only its local cache is looked at, so that a machine without network
 gets its report in seconds. Used by `pipelines.commands.doctor` alone.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,15 @@ class Finding:
     what: str
     ok: bool
     detail: str
+
+
+def attempt(what: str, check: Callable[[], object], detail: str = "there") -> Finding:
+    """Return what a check says that raises an error where something is missing."""
+    try:
+        check()
+    except Exception as error:  # a check may rest on what an earlier one has found missing
+        return Finding(what, False, str(error) or type(error).__name__)
+    return Finding(what, True, detail)
 
 
 def model_and_data(domains: Sequence[Setup]) -> list[Finding]:
@@ -64,50 +74,31 @@ def hub_finding() -> Finding:
 def _model(spec: ModelSpec, online: bool) -> Finding:
     what = f"model {'/'.join(Path(spec.path).parts[-2:])}"
     if Path(spec.path).is_absolute():
-        try:
-            resolve.model(spec)
-        except ConfigError as error:
-            return Finding(what, False, str(error))
-        return Finding(what, True, "a local checkpoint")
-    if any(cached(spec.path, spec.revision, "model", name) for name in ("*.safetensors", *PICKLED)):
-        return Finding(what, True, "in the local hub cache")
-    if not online:
-        return Finding(what, False, f"not in the local hub cache, and the hub cannot be asked. {_token()}")
-    return _access(what, spec.path, "model")
+        return attempt(what, partial(resolve.model, spec), "a local checkpoint")
+    return _repository(what, "model", spec.path, spec.revision, online, ("*.safetensors", *PICKLED))
 
 
 def _rows(source: SourceSpec, online: bool) -> Finding:
     if Path(source.path).is_absolute():
-        path = Path(source.path)
-        kind = "a local file" if path.is_file() else "a local folder" if path.is_dir() else None
-        return Finding(f"data {path.name}", kind is not None, kind or f"no file {source.path}")
-    return _dataset(f"data {source.path}", source.path, source.revision, online)
+        return attempt(f"data {Path(source.path).name}", partial(resolve.rows, source))
+    return _repository(f"data {source.path}", "dataset", source.path, source.revision, online)
 
 
-def _dataset(what: str, name: str, revision: str, online: bool) -> Finding:
-    if cached(name, revision, "dataset", "*"):
-        return Finding(what, True, "in the local hub cache")
-    if not online:
-        return Finding(what, False, "not in the local hub cache, and the hub cannot be asked")
-    return _access(what, name, "dataset")
-
-
-def cached(name: str, revision: str, kind: Kind, pattern: str) -> bool:
-    """Say whether the local hub cache holds files of the pattern at the revision."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    commit = resolve.cached_commit(name, revision, kind)
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind) / "snapshots" / str(commit)
-    return any(path.is_file() for path in folder.rglob(pattern))
-
-
-def _access(what: str, name: str, kind: Kind) -> Finding:
-    """Ask the hub whether this account may read a repository."""
+def _repository(
+    what: str, kind: Kind, name: str, revision: str, online: bool, patterns: Sequence[str] = ("*",)
+) -> Finding:
+    """Look for files of a repository in the local hub cache, and ask the hub whether this account may read it."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import httpx
 
+    repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
+    folder = repository / "snapshots" / str(resolve.cached_commit(name, revision, kind))
+    if any(path.is_file() for pattern in patterns for path in folder.rglob(pattern)):
+        return Finding(what, True, "in the local hub cache")
+    if not online:
+        return Finding(what, False, f"not in the local hub cache, and the hub cannot be asked. {_token()}")
     try:
         HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError:
@@ -128,10 +119,9 @@ def _token() -> str:
 
 
 def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
-    """Check each benchmark: its task, metric and filter, its packages, its items, and the right to execute code."""
-    specs = list(dict.fromkeys(bench for setup in domains for bench in setup.benchmarks))
-    findings = [_local_benchmark(bench) for bench in specs if bench.path]
-    named = [bench for bench in specs if not bench.path]
+    """Check lm-eval's own tasks: metric and filter, packages, items, and the right to execute code."""
+    named = list(dict.fromkeys(bench for setup in domains for bench in setup.benchmarks if not bench.path))
+    findings: list[Finding] = []
     if not named:
         return findings
     print("reading lm-eval's index of tasks (10 s) ...", file=sys.stderr, flush=True)
@@ -142,23 +132,12 @@ def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
     for bench in named:
         leaves = task_leaves(bench.task, index)
         findings.append(task_finding(bench, leaves, index))
-        findings += [_dataset(f"items of {bench.name}: {name}", name, "main", online) for name in _repositories(leaves)]
+        for name in sorted({leaf.cfg["dataset_path"] for leaf in leaves if "/" in str(leaf.cfg.get("dataset_path"))}):
+            findings.append(_repository(f"items of {bench.name}: {name}", "dataset", name, "main", online))
         findings += _fetched_by_code(bench, leaves, online)
         if any(leaf.cfg.get("unsafe_code") for leaf in leaves):
             findings.append(_code_execution(bench))
     return findings
-
-
-def _local_benchmark(bench: BenchmarkSpec) -> Finding:
-    try:
-        resolve.benchmark_items(bench)
-    except ConfigError as error:
-        return Finding(f"benchmark {bench.name}", False, str(error))
-    return Finding(f"benchmark {bench.name}", True, f"local task {bench.task}")
-
-
-def _repositories(leaves: Iterable[Any]) -> list[str]:
-    return sorted({leaf.cfg["dataset_path"] for leaf in leaves if "/" in str(leaf.cfg.get("dataset_path"))})
 
 
 def task_finding(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, Any]) -> Finding:

@@ -1,13 +1,15 @@
 """The last look before compute: what only the model's class, the tokenizer or the data files can tell.
 
-Looks only at what is going to be computed, so that a cached study imports neither torch nor lm-eval.
+Looks only at what is going to be computed, so that a cached study imports neither torch nor lm-eval. A run stops at the
+first of the `checks` that fails, `mft doctor` makes all of them.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,33 +59,40 @@ def checked_plans(
 def check(plan: Plan, store: ArtifactStore, looks: Looks) -> None:
     """Raise a ConfigError for anything in the plan that is bound to fail.
 
-    Checks disk, processes and devices, that the model is a whole decoder with maskable weights, chat template, training
-    rows and their lengths, and the benchmarks.
-
     Args:
         looks: what has been seen of data files before; is added to.
     """
-    store.check_writable()
-    check_disk(plan, store.home)
+    for _, look in checks(plan, store, looks):
+        look()
+
+
+def checks(plan: Plan, store: ArtifactStore, looks: Looks) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield, by what they look at, the checks of a plan; each raises a ConfigError for what is bound to fail."""
+    yield "MFT_HOME", store.check_writable
+    yield "disk", partial(check_disk, plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
-    _check_processes(nodes, plan.runtime)
+    yield "processes", partial(_check_processes, nodes, plan.runtime)
     if any(get_stage(stage).heavy for stage in stages):
         from mft_core import compute
 
-        compute.find_device(plan.runtime)
+        yield "device", partial(compute.find_device, plan.runtime)
     if stages - {"compare"}:
         for spec in dict.fromkeys(resolved.setup.model for resolved in plan.asked):
-            _check_tokenizer([resolved for resolved in plan.asked if resolved.setup.model == spec])
+            asked = [resolved for resolved in plan.asked if resolved.setup.model == spec]
+            yield "tokenizer", partial(_check_tokenizer, asked)
         for source in dict.fromkeys(node.inputs.get("model") for node in nodes):
             if isinstance(source, Source):
-                _check_weights(source)
-        _check_models(plan.asked)
+                yield "weights", partial(_check_weights, source)
+        yield "layers and trainings", partial(_check_models, plan.asked)
     if prepared := [node for node in nodes if node.stage == "prepare-data"]:  # else nothing heavy is imported
-        _check_end_of_turn(prepared)
-        _check_held_out(prepared)
-        _check_data(plan, prepared, looks)
-    _check_benchmarks(node for node in nodes if node.stage == "evaluate")
+        yield "end of turn", partial(_check_end_of_turn, prepared)
+        yield "held-out items", partial(_check_held_out, prepared)
+        yield "training rows", partial(_check_data, plan, prepared, looks)
+    tried: set[tuple[Any, ...]] = set()
+    for node in nodes:
+        if isinstance(node.recipe, Evaluate):
+            yield f"benchmark {node.recipe.task}", partial(_check_benchmark, node, tried)
 
 
 def _check_processes(nodes: Iterable[Node], runtime: Runtime) -> None:
@@ -241,20 +250,18 @@ def _check_held_out(nodes: Iterable[Node]) -> None:
         questions(name, source.local_path())
 
 
-def _check_benchmarks(nodes: Iterable[Node]) -> None:
-    """Try each evaluation, without its model."""
-    tried: set[tuple[Any, ...]] = set()
-    for node in nodes:
-        assert isinstance(node.recipe, Evaluate)
-        first = node  # of the chain of models: it has the base model, and the template
-        while isinstance(made := first.inputs["model"], Edge):
-            first = made.node
-        folder, template = node.inputs.get("benchmark"), first.inputs.get("chat_template")
-        key = node.recipe, *(getattr(source, "location", "") for source in (folder, made, template))
-        if key not in tried:
-            from mft_core.evaluation.rehearsal import rehearse
+def _check_benchmark(node: Node, tried: set[tuple[Any, ...]]) -> None:
+    """Try an evaluation without its model, unless it was tried before."""
+    assert isinstance(node.recipe, Evaluate)
+    first = node  # of the chain of models: it has the base model, and the template
+    while isinstance(made := first.inputs["model"], Edge):
+        first = made.node
+    folder, template = node.inputs.get("benchmark"), first.inputs.get("chat_template")
+    key = node.recipe, *(getattr(source, "location", "") for source in (folder, made, template))
+    if key not in tried:
+        from mft_core.evaluation.rehearsal import rehearse
 
-            tokenizer = made.model_copy(update={"kind": "tokenizer"}).local_path()
-            paths = (source.local_path() if isinstance(source, Source) else None for source in (folder, template))
-            rehearse(node.recipe, tokenizer, *paths)
-            tried.add(key)
+        tokenizer = made.model_copy(update={"kind": "tokenizer"}).local_path()
+        paths = (source.local_path() if isinstance(source, Source) else None for source in (folder, template))
+        rehearse(node.recipe, tokenizer, *paths)
+        tried.add(key)

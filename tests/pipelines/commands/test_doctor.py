@@ -19,6 +19,7 @@ from pipelines.cli import main
 from pipelines.commands import doctor, doctor_hub
 from pipelines.config import resolve
 from pipelines.config.catalogue import load_profile
+from pipelines.config.compose import setups
 from pipelines.config.setup import BenchmarkSpec, ModelSpec
 from tests.support.mini import write_profile
 
@@ -31,6 +32,12 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     resolve._commit.cache_clear()
+
+
+def study_of(name):
+    """The study that the doctor plans of a profile, and the profile."""
+    profile = load_profile(name)
+    return doctor.study_of(profile), profile
 
 
 def by_name(findings):
@@ -63,7 +70,7 @@ def test_a_complete_machine_gets_a_clean_bill_and_exit_code_0(tmp_path, monkeypa
         "sums.jsonl",
         "disk",
         "memory of",
-        "benchmark sums",
+        "benchmark mini_sums",
         "port",
     ):
         assert what in out
@@ -84,11 +91,26 @@ def test_a_missing_local_model_and_data_file_are_named(tmp_path):
 
 
 def test_an_unwritable_home_is_said(monkeypatch, tmp_path):
+    profile = write_profile(tmp_path / "profile")
     (tmp_path / "file").touch()
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "file" / "mft"))
-    finding = doctor._home(ArtifactStore.from_environment())
+    finding = by_name(doctor.examine(str(profile)))["MFT_HOME"]
     assert not finding.ok
     assert str(tmp_path / "file" / "mft") in finding.detail
+
+
+def test_what_a_run_would_refuse_is_found_with_all_else(tmp_path):
+    profile = write_profile(tmp_path / "profile")
+    rows = tmp_path / "profile" / "data" / "sums.jsonl"
+    rows.write_text(rows.read_text() + "no JSON\n")
+    items = tmp_path / "profile" / "benchmarks" / "sums.jsonl"
+    items.write_text('{"question": "1 + 1 ="}\n')
+    findings = by_name(doctor.examine(str(profile)))
+    assert "line 61: not JSON" in findings["training rows"].detail
+    assert "answer" in findings["benchmark mini_sums"].detail
+    assert not findings["training rows"].ok
+    assert not findings["benchmark mini_sums"].ok
+    assert findings["weights"].ok
 
 
 def test_a_package_of_a_forbidden_version_is_named_with_what_is_needed(monkeypatch):
@@ -110,46 +132,36 @@ def test_another_version_than_the_tested_one_is_said_but_no_obstacle(monkeypatch
 
 def test_too_little_disk_is_said_with_the_number_needed(monkeypatch, tmp_path):
     profile = write_profile(tmp_path / "profile")
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     finding = by_name(doctor.examine(str(profile)))["disk"]
     assert not finding.ok
-    assert "needed" in finding.detail
-    assert "1 kB there" in finding.detail
+    assert "the plan needs about 0.01 GB, 0.00 GB are free" in finding.detail
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [("meta-llama/Llama-2-7b-hf", 7e9), ("a/Llama-3.1-8B", 8e9), ("a/b-135M", 135e6), ("a/gpt", 0)]
-)
-def test_the_size_of_a_model_without_config_is_estimated_from_its_name_and_marked_so(name, weights):
-    size = doctor._size(ModelSpec(path=name))
-    if not weights:
-        assert size is None
-    else:
-        assert size.weights == weights
-        assert "estimated" in size.source
-        assert "not readable" in size.source
+def memory_of_llama(monkeypatch, device, size):
+    """What is found of memory for the profile of LLaMA2-7B, whose geometry ships with it, on a device of some bytes."""
+    monkeypatch.setattr(doctor, "_device", lambda: (device, size))
+    study, profile = study_of("llama2-7b")
+    return by_name(doctor._planned(study, profile, ArtifactStore.from_environment()))
 
 
 def test_a_7b_model_does_not_fit_a_small_cpu_machine(monkeypatch):
-    setup = doctor._setups(load_profile("llama2-7b"))[0]
-    monkeypatch.setattr(doctor, "_device", lambda setup: ("cpu", 25 * 10**9))
-    findings = by_name(doctor._space(setup, doctor.Size(7 * 10**9, "told"), ArtifactStore.from_environment()))
-    memory = findings["memory of cpu, before activations"]
-    assert not memory.ok
-    assert "112 GB needed (fine-tuning 112 GB" in memory.detail  # 16 bytes a weight
+    findings = memory_of_llama(monkeypatch, "cpu", 25 * 10**9)
+    assert not findings["memory of cpu"].ok
+    assert "(by fine-tune), 25 GB there" in findings["memory of cpu"].detail
     assert not findings["GPU"].ok
+    assert "6,738 million weights" in findings["model size"].detail
 
 
-def test_a_7b_model_fits_a_gpu_of_140_gb(monkeypatch):
-    setup = doctor._setups(load_profile("llama2-7b"))[0]
-    monkeypatch.setattr(doctor, "_device", lambda setup: ("NVIDIA H200", 140 * 10**9))
-    findings = by_name(doctor._space(setup, doctor.Size(7 * 10**9, "told"), ArtifactStore.from_environment()))
-    assert findings["memory of NVIDIA H200, before activations"].ok
+def test_a_7b_model_fits_a_gpu_of_300_gb(monkeypatch):
+    findings = memory_of_llama(monkeypatch, "NVIDIA B300", 300 * 10**9)
+    assert findings["memory of NVIDIA B300"].ok
     assert "GPU" not in findings
 
 
 def test_without_the_hub_everything_of_the_paper_profile_that_is_not_cached_is_missing():
-    domains = doctor._setups(load_profile("llama2-7b"))
+    study, profile = study_of("llama2-7b")
+    domains = [setup for setup, _ in setups(study, profile, {})]
     findings = by_name(doctor_hub.model_and_data(domains))
     assert len(findings) == 1 + 1 + 15  # the hub, the model, the data sets
     assert not any(finding.ok for finding in findings.values())
