@@ -4,7 +4,9 @@ All masks are looked at on one model, their base. A mask of another base (anothe
 compared by position; magnitudes, signs and losses are those of its own weights, and are left out for it. What is
 measured of a mask is kept in `context.work`, so that a killed analysis goes on at the next mask.
 
-Masks that differ in nothing but the seed are pooled (`mft_core.analysis.findings`). A row is `pooled` if it stands for
+Masks that differ in nothing but the seed are pooled: counts are sums, so that share, ratio and range by chance are
+those of all seeds' weights together; a cost is the mean over seeds on the same sequences, and its interval speaks of
+the sequences, not of other seeds. A row is `pooled` if it stands for
 all seeds of its variant, or for its only one. The parts of the rows:
 
     share, head, decile, sign   weights removed of a group: zeros, weights, share, ratio to chance with its range, z
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,10 @@ import torch
 
 from mft_core import compute
 from mft_core.analysis import overlaps
-from mft_core.analysis.cuts import dissect
-from mft_core.analysis.findings import MaskFindings, Row, pool, rows
+from mft_core.analysis.cuts import Group, Measures, Spread, Tally, add, dissect
 from mft_core.analysis.heads import find_heads
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.removals import Effect, effects, portions
+from mft_core.analysis.removals import Effect, Order, Portion, costs, effects, portions
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.checkpoints.files import load_model, read_config
 from mft_core.data.order import seeded_order
@@ -47,6 +48,8 @@ from mft_core.recipes import Anatomy
 from mft_core.stage import Progress, StageContext
 from mft_core.statistics.tables import without_seed
 from mft_core.training.loop import TrainingData
+
+Row = dict[str, Any]
 
 
 def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) -> list[Row]:
@@ -67,17 +70,17 @@ def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) 
     found = subject.findings(masks)
     result: list[Row] = []
 
-    def add(measured: MaskFindings, columns: Mapping[str, Any], seeds: int, pooled: bool) -> None:
+    def tell(measured: MaskFindings, columns: Mapping[str, Any], seeds: int, pooled: bool) -> None:
         named = {**columns, "seeds": seeds, "pooled": pooled}
         result.extend(rows(measured, named, recipe, subject.base, subject.losses.tokens))
 
     for members in groups:
         for index in members:
-            add(found[index], recipe.masks[index], seeds=1, pooled=len(members) == 1)
+            tell(found[index], recipe.masks[index], seeds=1, pooled=len(members) == 1)
         if len(members) > 1:
             first = recipe.masks[members[0]]
             columns = {**first, "variant": without_seed(str(first["variant"])), "seed": "all"}
-            add(pool([found[index] for index in members]), columns, seeds=len(members), pooled=True)
+            tell(pool([found[index] for index in members]), columns, seeds=len(members), pooled=True)
     return [*result, *subject.heads_left_out(masks), *_overlaps(recipe, masks, context)]
 
 
@@ -190,3 +193,84 @@ class _Subject:
 def _check_finite(nats: Array, what: str) -> None:
     if not np.isfinite(nats).all():
         raise StageError(f"the validation loss of {what} is not finite; use a checkpoint in float32 or bfloat16.")
+
+
+@dataclass(frozen=True)
+class MaskFindings:
+    """What was measured of one mask, or of all seeds of a variant together."""
+
+    measures: Measures
+    effects: list[Effect]
+    """empty for masks of another base"""
+
+    def content(self) -> dict[str, Any]:
+        """Return what JSON can hold; `of` gives the same numbers back."""
+        return {
+            "measures": [[*group, *astuple(number)] for group, number in self.measures.items()],
+            "effects": [[*one.portion, one.order, one.removed, one.nats.tolist()] for one in self.effects],
+        }
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> MaskFindings:
+        """Read what `content` gave."""
+        measures: Measures = {}
+        for values in content["measures"]:
+            group, numbers = Group(*values[: len(Group._fields)]), values[len(Group._fields) :]
+            measures[group] = Spread(*numbers) if group.part == "spread" else Tally(*numbers)
+        measured = (
+            Effect(Portion(by, value), order, removed, np.array(nats))
+            for by, value, order, removed, nats in content["effects"]
+        )
+        return cls(measures, list(measured))
+
+
+def pool(seeds: Sequence[MaskFindings]) -> MaskFindings:
+    """Return the findings of all seeds together; a portion that a measured one lacks costs nothing there."""
+    measures: Measures = {}
+    for one in seeds:
+        for group, number in one.measures.items():
+            measures[group] = add(measures.get(group), number)  # type: ignore[type-var]  # a part has numbers of one kind
+    effects: dict[tuple[Portion, Order], list[Effect]] = {}
+    for one in seeds:
+        for effect in one.effects:
+            effects.setdefault((effect.portion, effect.order), []).append(effect)
+    measured = sum(bool(one.effects) for one in seeds)
+    return MaskFindings(measures, [_mean(own, measured) for own in effects.values()])
+
+
+def _mean(effects: Sequence[Effect], seeds: int) -> Effect:
+    first = effects[0]
+    nats = np.sum([one.nats for one in effects], axis=0) / seeds
+    return Effect(first.portion, first.order, sum(one.removed for one in effects), nats)
+
+
+def rows(findings: MaskFindings, columns: Mapping[str, Any], recipe: Anatomy, base: Array, tokens: Array) -> list[Row]:
+    """Return every number of one mask, or of one variant.
+
+    Args:
+        columns: that name it, and `pooled`; heads are left out where it is false.
+        base: nats of every sequence in the base model.
+        tokens: loss tokens of every sequence.
+    """
+    found: list[Row] = []
+    for group, number in findings.measures.items():
+        if group.part == "head" and not columns["pooled"]:
+            continue  # a model has thousands of heads
+        where = {key: value for key, value in group._asdict().items() if value is not None}
+        counted = asdict(number) if isinstance(number, Tally) else {}
+        found.append({**columns, **where, **counted, **number.figures(recipe.confidence)})
+    if not findings.effects:
+        return found
+    nats = np.stack([one.nats for one in findings.effects])
+    measured = costs(nats, tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
+    for effect, (cost, low, high) in zip(findings.effects, measured.tolist(), strict=True):
+        by, value = effect.portion
+        where = {"part": "loss", "by": by, **({} if value is None else {by: value}), "order": effect.order}
+        numbers = {"removed": effect.removed, "cost": cost, "cost_low": low, "cost_high": high}
+        if by == "mask":
+            numbers |= {"base_loss": base.sum() / tokens.sum(), "sequences": len(tokens), "tokens": int(tokens.sum())}
+        found.append({**columns, **where, **numbers})
+    alone = [row["cost"] for row in found if row.get("by") == "layer" and row["order"] == "alone"]
+    return found + (
+        [{**columns, "part": "loss sum", "by": "layer", "order": "alone", "cost": sum(alone)}] if alone else []
+    )

@@ -1,11 +1,13 @@
-"""Figures of the stage `anatomy` about where masks cut, drawn from its rows; the same rows give the same bytes.
+"""Figures of the stage `anatomy`, drawn from its rows; the same rows give the same bytes.
 
-    deciles.png     removed of each decile of |W|, relative to chance; a panel for each method
-    evenness.png    how unevenly outputs, inputs and heads are cut, beyond chance
-    heads.png       removed of each query head, relative to chance; a panel for each variant
-    shares.png      removed of each matrix, relative to the mask's share, of variants that do not cut all alike
+    deciles     removed of each decile of |W|, relative to chance; a panel for each method
+    evenness    how unevenly outputs, inputs and heads are cut, beyond chance
+    heads       removed of each query head, relative to chance; a panel for each variant
+    shares      removed of each matrix, relative to the mask's share, of variants that do not cut all alike
+    overlap     every pair of masks as a table of cells: below the diagonal what is measured, above it what chance gives
+    loss        what a method's removed weights did: a row of panels for each variant, one for each kind of group
 
-Each function returns None where the rows have nothing for it.
+Each function returns None where the rows have nothing for it. Used by the stage's section and by the notebooks.
 """
 
 from __future__ import annotations
@@ -26,15 +28,52 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from scipy import stats
 
-from mft_core.analysis.labels import Labels
 from mft_core.figures.drawing import ABOUT_CHANCE, ABSENT, AMOUNT, heat, panels, style, unique
-from mft_core.statistics.tables import method_label, percent
+from mft_core.statistics.markdown import with_interval
+from mft_core.statistics.tables import method_label, percent, plain, settings
 
 Row = Mapping[str, Any]
 _LEAST_REACH = 0.05
 """about chance, that an axis shows at least: noise must not look like structure"""
 _LEAST_UNEVEN = 0.01
 """how far a matrix's share may be from the mask's, relatively, and still count as equal: counts are whole numbers"""
+
+_KINDS = {"layer": "decoder layer", "module": "module", "decile": "decile of magnitude"}
+_ORDERS = {
+    "alone": "removed alone, from the base",
+    "last": "removed last, after the rest of the mask",
+}
+_MOST_WITH_TEXT = 30
+"""masks up to which the numbers can be read"""
+
+
+class Labels:
+    """Short names, of masks or of variants (all seeds of one), from the columns that describe them."""
+
+    def __init__(self, described: Sequence[Row]) -> None:
+        """Take the columns of all masks: only what varies among them is in a name, and the sparsity."""
+        self.described = described
+        columns = ("domain", "layers", "modules", *settings(described))
+        self._varied = [key for key in columns if len({one.get(key) for one in described}) > 1]
+
+    def setting(self, row: Row) -> str:
+        """Return what tells variants of one method apart, e.g. '10%' or '10% layers 4-7'."""
+        words = [plain("sparsity", row["sparsity"])]
+        for key in self._varied:
+            value = row.get(key)
+            if value is not None:
+                short = "" if key in ("domain", "modules") else key.rsplit(".", 1)[-1].replace("_", " ") + " "
+                words.append(short + plain(key, value))
+        return " ".join(words)
+
+    def variant(self, row: Row) -> str:
+        """Return e.g. 'MFT 10%'."""
+        return f"{method_label(row['method'])} {self.setting(row)}"
+
+    def mask(self, row: Row) -> str:
+        """Return e.g. 'MFT 10% seed 0'."""
+        seed = row.get("seed")
+        return self.variant(row) + ("" if seed is None else f" seed {seed}")
 
 
 def deciles(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure | None:
@@ -184,3 +223,107 @@ def _thin_ticks(axes: Axes, across: Sequence[Any], layers: Sequence[int]) -> Non
                     ha="right" if words else "center", rotation_mode="anchor" if words else "default")  # fmt: skip
     step = math.ceil(len(layers) / 10)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+
+
+def overlap(rows: Sequence[Row], labels: Labels) -> Figure | None:
+    """Draw the rows of the part `overlap`; None where there are none."""
+    own = [row for row in rows if row["part"] == "overlap"]
+    if not own:
+        return None
+    masks = _in_blocks(labels.described)
+    places = {mask["variant"]: place for place, mask in enumerate(masks)}
+    values = np.full((len(masks), len(masks)), np.nan)
+    texts = [[""] * len(masks) for _ in masks]
+    for row in own:
+        right, down = sorted((places[row["variant"]], places[row["other_variant"]]))
+        if row["beyond_chance"] is not None:
+            values[down, right] = max(0.0, row["beyond_chance"])
+        if len(masks) <= _MOST_WITH_TEXT:
+            texts[down][right], texts[right][down] = (_percent(row[name]) for name in ("jaccard", "chance"))
+    size = max(6.4, 2.8 + 0.37 * len(masks)), max(4.2, 1.9 + 0.3 * len(masks))  # of few masks: room for the words
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    scale = Normalize(0, 1)
+    heat(axes, values, texts, scale, AMOUNT)
+    names = [labels.mask(mask) for mask in masks]
+    axes.set_yticks(range(len(masks)), names)
+    axes.set_xticks(range(len(masks)), names, rotation=45, ha="right", rotation_mode="anchor")
+    for place in range(1, len(masks)):
+        if masks[place]["method"] != masks[place - 1]["method"]:
+            axes.axhline(place - 0.5, color="black", linewidth=0.9)
+            axes.axvline(place - 0.5, color="black", linewidth=0.9)
+    axes.plot([-0.5, len(masks) - 0.5], [-0.5, len(masks) - 0.5], color="0.5", linewidth=0.7)
+    numbers = "numbers: Jaccard index in %, measured (below) and by chance (above)"
+    axes.set_title(numbers if len(masks) <= _MOST_WITH_TEXT else "", fontsize=9)
+    bar = figure.colorbar(ScalarMappable(scale, AMOUNT), ax=axes, shrink=0.8)
+    bar.set_label(
+        "overlap beyond chance, of what is possible\n(0 or less: as by chance, 1: one contains the other)", fontsize=8
+    )
+    return figure
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
+
+
+def _in_blocks(described: Sequence[Row]) -> list[Row]:
+    """Sort masks by method, domain, layers, modules and seed in the order they come, then by sparsity."""
+    keys = ("method", "domain", "layers", "modules", "seed")
+    orders = {key: unique(mask.get(key) for mask in described) for key in keys}
+    return sorted(described, key=lambda mask: (*(orders[key].index(mask.get(key)) for key in keys), mask["sparsity"]))
+
+
+def loss(rows: Sequence[Row], method: str, labels: Labels, confidence: float) -> Figure | None:
+    """Draw the costs of one method's variants; None where there are none."""
+    own = [row for row in rows if row["part"] == "loss" and row["pooled"] and row["method"] == method]
+    kinds = [kind for kind in _KINDS if any(row["by"] == kind for row in own)]
+    if not kinds:
+        return None
+    variants = unique(labels.variant(row) for row in own)
+    figure = Figure(figsize=(8.2, 1.6 * len(variants) + 1.5), layout="constrained")
+    grid = figure.subplots(len(variants), len(kinds), squeeze=False, sharey="row")
+    for line, variant in zip(grid, variants, strict=True):
+        here = [row for row in own if labels.variant(row) == variant]
+        for axes, kind in zip(line, kinds, strict=True):
+            there = [row for row in here if row["by"] == kind]
+            _loss_panel(axes, there, kind, _places(there if kind == "layer" else own, kind))
+        whole = next(row for row in here if row["by"] == "mask")
+        cost = with_interval(whole["cost"], whole["cost_low"], whole["cost_high"], 4)
+        line[0].set_title(f"{variant}, whole mask: {cost}", fontsize=8.5, loc="left")
+    for kind, column in zip(kinds, grid.T, strict=True):
+        column[-1].set_xlabel(_KINDS[kind], fontsize=9)
+        for axes in column[:-1]:
+            axes.tick_params(labelbottom=kind == "layer")
+    figure.supylabel("cost of the removal (nats per token)", fontsize=9)
+    handles = [
+        Line2D([], [], color=color, marker=marker, markersize=5, linewidth=1.4, label=words)
+        for (color, marker), words in zip((style(0), style(1)), _ORDERS.values(), strict=True)
+    ]
+    grey = Line2D([], [], color="0.35", linewidth=1.4, label=f"{percent(confidence)} interval over sequences")
+    figure.legend(handles=[*handles, grey], loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return figure
+
+
+def _places(rows: Sequence[Row], kind: str) -> list[Any]:
+    """Return what stands on an axis: layers of the variant, modules and deciles of all."""
+    found = unique(row[kind] for row in rows if row["by"] == kind)
+    return found if kind == "module" else sorted(found)
+
+
+def _loss_panel(axes: Axes, rows: Sequence[Row], kind: str, places: Sequence[Any]) -> None:
+    axes.axhline(0, color="0.35", linewidth=0.8, zorder=1)
+    axes.grid(axis="y", color="0.93", linewidth=0.7, zorder=0)
+    for index, order in enumerate(_ORDERS):
+        color, marker = style(index)
+        for row in rows:
+            if row["order"] == order:
+                x = places.index(row[kind]) + (index - 0.5) * 0.3
+                axes.plot([x, x], [row["cost_low"], row["cost_high"]], color=color, linewidth=1.4, zorder=2)
+                axes.plot(x, row["cost"], marker, color=color, markersize=4 if len(places) < 16 else 2.5, zorder=3)
+    axes.set_xlim(-0.6, len(places) - 0.4)
+    step = 1 if kind == "module" else max(1, -(-len(places) // 12))
+    axes.set_xticks(range(0, len(places), step), [str(place) for place in places[::step]])
+    axes.tick_params(labelsize=8)
+    if kind == "module":
+        for tick in axes.get_xticklabels():
+            tick.set(rotation=50, ha="right", rotation_mode="anchor")

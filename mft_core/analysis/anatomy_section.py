@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from mft_core.analysis import anatomy_figures, loss_figures
-from mft_core.analysis.labels import Labels
-from mft_core.analysis.overlap_figure import overlap
+from mft_core.analysis import anatomy_figures
+from mft_core.analysis.anatomy_figures import Labels
 from mft_core.figures.drawing import save, unique
 from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import method_label, percent
@@ -49,7 +49,7 @@ def _where(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) ->
         anatomy_figures.shares: "Share removed of each matrix, relative to the whole mask's.",
     }
     for draw, caption in captions.items():
-        parts += _figure(draw.__name__, caption, lambda draw=draw: draw(rows, labels, confidence), out)  # type: ignore[misc]
+        parts += _figure(draw.__name__, caption, partial(draw, rows, labels, confidence), out)
     return parts
 
 
@@ -140,7 +140,7 @@ def _agreement(rows: Sequence[Row], labels: Labels, confidence: float, out: Path
         parts.append(f"{apart} pairs of masks have no matrix in common and are left out.")
     if not all(row["same_base"] for row in pairs):
         parts.append("Masks of different base checkpoints are compared by position: the weights there differ.")
-    return parts + _figure("overlap", "Every pair of masks.", lambda: overlap(rows, labels), out)
+    return parts + _figure("overlap", "Every pair of masks.", partial(anatomy_figures.overlap, rows, labels), out)
 
 
 def _span(row: Row, name: str) -> str:
@@ -176,8 +176,8 @@ def _costs(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) ->
     ]
     for method in unique(row["method"] for row in rows if row["part"] == "loss"):
         caption = f"{method_label(method)}: cost of each group, when it is the first to go and when it is the last."
-        name = f"loss-{method}"
-        parts += _figure(name, caption, lambda method=method: loss_figures.loss(rows, method, labels, confidence), out)  # type: ignore[misc]
+        draw = partial(anatomy_figures.loss, rows, method, labels, confidence)
+        parts += _figure(f"loss-{method}", caption, draw, out)
     return parts
 
 

@@ -7,7 +7,7 @@ the same randomness to both pictures and hide what the mask changed, and the lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -55,34 +55,22 @@ def normal_draws(site: Site, weight: Tensor, seed: int, purpose: str) -> Tensor:
     return draws.to(weight.device)
 
 
-class Planes:
-    """Losses on a square grid around either model."""
-
-    def __init__(self, steps: Array, losses: Mapping[ModelName, Array]) -> None:
-        """Take the coordinates of both axes, and by model the losses [y, x], nats per token."""
-        self.steps, self.losses = steps, losses
-
-    def centre(self, model: ModelName) -> float:
-        """Return the model's own loss."""
-        middle = len(self.steps) // 2
-        return float(self.losses[model][middle, middle])
-
-    def summary(self, model: ModelName) -> dict[str, float]:
-        """Return the model's own loss, the lowest of its plane, and how far the plane's mean lies above its own."""
-        losses, centre = self.losses[model], self.centre(model)
-        return {"centre": centre, "lowest": float(losses.min()), "rise": float(losses.mean()) - centre}
+def steps(half_width: float, points: int) -> Array:
+    """Return the coordinates of a plane's axes, in lengths of the filters."""
+    return half_width * np.linspace(-1, 1, points)
 
 
-def plane(pair: WeightPair, losses: SequenceLosses, half_width: float, points: int, seed: int, parts: Parts) -> Planes:
-    """Measure the mean loss on a plane around either model, spanned by the same two random directions.
+def plane(pair: WeightPair, losses: SequenceLosses, steps: Array, seed: int, parts: Parts) -> dict[ModelName, Array]:
+    """Measure the mean loss (nats per token) on a plane around either model, spanned by the same two random directions.
 
     Args:
         losses: entered, of the pair's model.
-        half_width: in lengths of the filters.
-        points: per axis, odd, so that the centre is one of them.
+        steps: coordinates of both axes; their number is odd, so that the centre is one of the points.
+
+    Returns:
+        by model, [y, x].
     """
     across, up = direction(pair, seed, 0), direction(pair, seed, 1)
-    steps = half_width * np.linspace(-1, 1, points)
     measured: dict[ModelName, Array] = {}
     with losses.reusing(pair.lower_layers):
         for name in MODELS:
@@ -97,7 +85,7 @@ def plane(pair: WeightPair, losses: SequenceLosses, half_width: float, points: i
 
             rows = [parts.get(f"plane-{name}-{index}", partial(row, y)) for index, y in enumerate(steps.tolist())]
             measured[name] = np.array(rows)
-    return Planes(steps, measured)
+    return measured
 
 
 def _moved(centre: Direction, across: Direction, x: float, up: Direction, y: float) -> Iterator[Tensor]:

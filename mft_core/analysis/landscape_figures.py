@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from mft_core.analysis.landscape import LINE
-from mft_core.analysis.landscape_findings import LandscapeFindings
-from mft_core.analysis.pac_bayes import PRIORS, Bound, PriorName, best
+from mft_core.analysis.landscape_findings import LandscapeFindings, Row
+from mft_core.analysis.pac_bayes import PriorName
 from mft_core.analysis.weight_pair import MODELS, ModelName
 from mft_core.figures.drawing import AMOUNT, panels, save
 from mft_core.statistics.tables import percent
@@ -48,18 +48,19 @@ def _title(figure: Figure, found: LandscapeFindings) -> None:
 def _planes(found: LandscapeFindings) -> Figure:
     """Draw both planes on one logarithmic scale, with contours at the colours' edges."""
     figure, axes = panels(2, 2, (3.4, 2.8))
-    every = np.stack([found.planes.losses[model] for model in MODELS])
+    points = found.recipe.points
+    every = np.array([row["loss"] for row in found.of("plane")]).reshape(len(MODELS), points, points)
+    steps = [row["x"] for row in found.of("plane")[:points]]
     levels = np.geomspace(every.min() * 0.999, every.max() * 1.001, _LEVELS + 1)
     drawn: Any = None
-    for one, model in zip(axes, MODELS, strict=True):
-        steps, losses = found.planes.steps, found.planes.losses[model]
+    for one, model, losses in zip(axes, MODELS, every, strict=True):
         norm = BoundaryNorm(levels, 256)
         drawn = one.contourf(steps, steps, losses, levels=levels, norm=norm, cmap=AMOUNT)
         one.contour(steps, steps, losses, levels=levels, colors="0.25", linewidths=0.5)
         one.plot(0, 0, "+", color="#D55E00", markersize=11, markeredgewidth=2)
         one.annotate(
-            f"{found.planes.centre(model):.3f}", (0, 0), (0, 9), textcoords="offset points", ha="center", fontsize=9,
-            fontweight="bold", color="#D55E00", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            f"{losses[points // 2, points // 2]:.3f}", (0, 0), (0, 9), textcoords="offset points", ha="center",
+            fontsize=9, fontweight="bold", color="#D55E00", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
         one.set_title(model, fontsize=10, fontweight="bold")
         one.set_xlabel("first direction (lengths of the filters)")
@@ -76,11 +77,11 @@ def _planes(found: LandscapeFindings) -> Figure:
 def _line(found: LandscapeFindings) -> Figure:
     figure, (axes,) = panels(1, 1, (5.2, 3.2))
     axes.axhline(0, color="0.25", linewidth=0.9)
-    for split, line in found.lines.items():
-        color, marker, dash = _SPLITS[split]
-        value, low, high = line.differences.T
+    for split, (color, marker, dash) in _SPLITS.items():
+        line = found.of("line", split=split)
+        value, low, high = ([row[f"difference{end}"] for row in line] for end in ("", "_low", "_high"))
         axes.fill_between(LINE, low, high, color=color, alpha=0.2, linewidth=0)
-        label = f"{split} (fine-tuned: {line.losses[LINE.index(0)]:.3f})"
+        label = f"{split} (fine-tuned: {line[LINE.index(0)]['loss']:.3f})"
         axes.plot(LINE, value, dash, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
     top = axes.get_ylim()[1]
     for t, name in enumerate(MODELS):
@@ -98,7 +99,10 @@ def _line(found: LandscapeFindings) -> Figure:
 def _sharpness(found: LandscapeFindings) -> Figure:
     """Draw every batch as a line between the models, and the geometric means."""
     figure, (axes,) = panels(1, 1, (4.0, 3.0))
-    values = np.array([[one.value for one in found.eigenvalues[model]] for model in MODELS])
+    batches, (_, compared) = (
+        [row for row in found.of("sharpness") if ("batch" in row) == one] for one in (True, False)
+    )
+    values = np.array([[row["eigenvalue"] for row in batches if row["model"] == model] for model in MODELS])
     for pair in values.T:
         axes.plot([0, 1], pair, color="0.7", linewidth=0.9, zorder=1)
     for place, model in enumerate(MODELS):
@@ -111,8 +115,7 @@ def _sharpness(found: LandscapeFindings) -> Figure:
     axes.set_xlim(-0.4, 1.4)
     axes.set_xticks([0, 1], MODELS)
     axes.set_ylabel("largest eigenvalue of the Hessian")
-    ratio = found.sharper
-    interval = f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+    interval = f"{compared['ratio']:.2f} [{compared['ratio_low']:.2f}, {compared['ratio_high']:.2f}]"
     axes.set_xlabel(f"one line a batch, bar: geometric mean\nmasked / fine-tuned: {interval}")
     _title(figure, found)
     return figure
@@ -130,20 +133,19 @@ def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
 def _bound(found: LandscapeFindings) -> Figure:
     """Draw the empirical term on the left and the complexity term on the right, against the noise."""
     figure, (left, right) = panels(2, 2, (3.6, 3.1))
-    for model in MODELS:
+    for model, without_noise in zip(MODELS, found.of("noise", noise=0.0), strict=True):
         color, marker = _LOOKS[model]
-        terms = found.bounds["own", model]
-        shares = [one.share for one in terms]
+        noisy = found.of("noise", model=model)[1:]
+        shares = [row["noise"] for row in noisy]
         apart = {"fine-tuned": 0.97, "masked": 1.03}[model]  # beside each other, so that both can be seen
         left.errorbar(
-            [apart * share for share in shares], [one.empirical for one in terms], [one.empirical_se for one in terms],
+            [apart * share for share in shares], [row["error"] for row in noisy], [row["error_se"] for row in noisy],
             color=color, marker=marker, markersize=5, linewidth=1.3, capsize=2, label=model,
         )  # fmt: skip
-        left.axhline(found.errors[model], color=color, linewidth=0.9, linestyle=(0, (1, 2)))
-        for prior in PRIORS:
-            if (prior, model) == ("own", "fine-tuned"):
-                continue  # the same as the fine-tuned model as prior
-            _complexity(right, found.bounds[prior, model], prior, model)
+        left.axhline(without_noise["error"], color=color, linewidth=0.9, linestyle=(0, (1, 2)))
+        for prior, dash in _DASHES.items():
+            if (prior, model) != ("own", "fine-tuned"):  # the same as the fine-tuned model as prior
+                _complexity(right, found.of("bound", prior=prior, model=model), dash, color, marker)
     left.plot([], [], color="0.4", linewidth=0.9, linestyle=(0, (1, 2)), label="without noise")
     left.set(ylim=(0, 1), ylabel="empirical term: share of wrong tokens")
     left.legend(frameon=False, fontsize=8, loc="upper left")
@@ -154,8 +156,8 @@ def _bound(found: LandscapeFindings) -> Figure:
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylabel("complexity term")
-    for prior in PRIORS:
-        right.plot([], [], color="0.3", linestyle=_DASHES[prior], label=f"prior: {PRIOR_LABELS[prior]}")
+    for prior, dash in _DASHES.items():
+        right.plot([], [], color="0.3", linestyle=dash, label=f"prior: {PRIOR_LABELS[prior]}")
     right.legend(frameon=False, fontsize=8, loc="best")
     for axes in (left, right):
         axes.set_xscale("log")
@@ -166,13 +168,10 @@ def _bound(found: LandscapeFindings) -> Figure:
     return figure
 
 
-def _complexity(axes: Axes, terms: list[Bound], prior: PriorName, model: ModelName) -> None:
+def _complexity(axes: Axes, terms: list[Row], dash: str, color: str, marker: str) -> None:
     """Draw one prior's term; a filled mark where the bound is lowest."""
-    color, marker = _LOOKS[model]
-    for one in terms:
-        filled = color if one is best(terms) else "white"
-        axes.plot(one.share, one.complexity, marker, color=color, markerfacecolor=filled, markersize=5, zorder=3)
-    axes.plot(
-        [one.share for one in terms], [one.complexity for one in terms], color=color, linestyle=_DASHES[prior],
-        linewidth=1.3,
-    )  # fmt: skip
+    for row in terms:
+        filled = color if row["chosen"] else "white"
+        axes.plot(row["noise"], row["complexity"], marker, color=color, markerfacecolor=filled, markersize=5, zorder=3)
+    shares, heights = ([row[key] for row in terms] for key in ("noise", "complexity"))
+    axes.plot(shares, heights, color=color, linestyle=dash, linewidth=1.3)

@@ -14,7 +14,7 @@ The parts of the rows, all with `variant` and, where one model is meant, `model`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ from scipy import stats
 
 from mft_core import compute
 from mft_core.analysis import landscape, pac_bayes
-from mft_core.analysis.landscape import LINE, Planes
-from mft_core.analysis.pac_bayes import Bound, Noisy, PriorName
+from mft_core.analysis.landscape import LINE
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.removals import costs
-from mft_core.analysis.sequence_errors import SequenceErrors
-from mft_core.analysis.sequence_loss import Array, SequenceLosses
+from mft_core.analysis.sequence_loss import Array, SequenceErrors, SequenceLosses
 from mft_core.analysis.sharpness import Eigenvalue, sharpness
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
 from mft_core.data.batching import StepBatches, micro_batches
@@ -46,32 +44,6 @@ _VALIDATION, _TRAINING, _HESSIAN = range(3)
 
 
 @dataclass(frozen=True)
-class Line:
-    """The losses of a split along the line between the models."""
-
-    tokens: Array
-    nats: Array
-    """[points of `LINE`, sequences]"""
-    differences: Array
-    """from the fine-tuned model, nats per token [points, (value, low, high)]"""
-
-    @property
-    def losses(self) -> Array:
-        """Mean loss at every point, nats per token."""
-        mean: Array = self.nats.sum(1) / self.tokens.sum()
-        return mean
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The masked model's sharpness over the fine-tuned one's: geometric mean over batches, with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class LandscapeFindings:
     """What was measured of one pair of models."""
 
@@ -80,21 +52,11 @@ class LandscapeFindings:
     sites: int
     weights: int
     """of the changed matrices"""
-    planes: Planes
-    plane_sequences: int
-    lines: Mapping[str, Line]
-    """by split: 'validation', 'training'"""
-    eigenvalues: Mapping[ModelName, list[Eigenvalue]]
-    sharper: Ratio
-    errors: Mapping[ModelName, float]
-    """share of wrong tokens without noise, mean over the held-out sequences"""
-    noisy: Mapping[ModelName, Noisy]
-    bounds: Mapping[tuple[PriorName, ModelName], list[Bound]]
+    rows: list[Row]
 
-    @property
-    def sequences(self) -> int:
-        """Validation sequences of the line and of the bound."""
-        return len(self.lines["validation"].tokens)
+    def of(self, part: str, **wanted: Any) -> list[Row]:
+        """Return the rows of a part that have these values."""
+        return [row for row in self.rows if {"part": part, **wanted}.items() <= row.items()]
 
 
 def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext) -> LandscapeFindings:
@@ -118,35 +80,23 @@ def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext
     total = 2 * (recipe.points + len(LINE) + 1 + recipe.draws + recipe.hessian_batches)
     parts = Parts(context, total)
 
-    losses = SequenceLosses(pair.model, data.validation, shown, width)
-    with losses:
-        planes = landscape.plane(pair, losses, recipe.span, recipe.points, recipe.seed, parts)
-    measured = {}
-    for split, tokens, chosen in (
-        ("validation", data.validation, held_out),
-        ("training", data.train, trained_on),
-    ):
-        losses = SequenceLosses(pair.model, tokens, chosen, width)
-        with losses:
-            measured[split] = _line(recipe, landscape.line(pair, split, losses, parts), losses.tokens)
+    steps = landscape.steps(recipe.span, recipe.points)
+    with SequenceLosses(pair.model, data.validation, shown, width) as losses:
+        planes = landscape.plane(pair, losses, steps, recipe.seed, parts)
+    rows = list(_plane_rows(planes, steps, len(shown)))
+    for split, tokens, chosen in (("validation", data.validation, held_out), ("training", data.train, trained_on)):
+        with SequenceLosses(pair.model, tokens, chosen, width) as losses:
+            rows += _line_rows(recipe, split, landscape.line(pair, split, losses, parts), losses.tokens)
     with SequenceErrors(pair.model, data.validation, held_out, width) as both:
         errors = pac_bayes.errors(pair, both, parts)
         noisy = pac_bayes.add_noise(pair, both, recipe.noise, recipe.draws, recipe.seed, parts)
     eigenvalues = sharpness(pair, _hessian_batches(recipe, data.train, width), width, recipe.seed, parts)
-    return LandscapeFindings(
-        recipe=recipe,
-        layers=format_layers(tuple(sorted({site.layer for site in pair.sites}))),
-        sites=len(pair.sites),
-        weights=pair.weights,
-        planes=planes,
-        plane_sequences=len(shown),
-        lines=measured,
-        eigenvalues=eigenvalues,
-        sharper=_ratio(eigenvalues, recipe.confidence),
-        errors=errors,
-        noisy=noisy,
-        bounds=pac_bayes.bounds(noisy, pac_bayes.squared_distances(pair), len(held_out)),
-    )
+    rows += _sharpness_rows(eigenvalues, recipe.confidence)
+    bounds = pac_bayes.bounds(noisy, recipe.noise, pac_bayes.squared_distances(pair), len(held_out))
+    rows += [*_noise_rows(errors, noisy, bounds), *bounds]
+    layers = format_layers(tuple(sorted({site.layer for site in pair.sites})))
+    named = [{"variant": recipe.variant, **row} for row in rows]
+    return LandscapeFindings(recipe, layers, len(pair.sites), pair.weights, named)
 
 
 def _check(recipe: Landscape, data: TrainingData) -> None:
@@ -175,71 +125,46 @@ def _hessian_batches(recipe: Landscape, train: TokenDataset, width: int) -> list
     return [micro_batches(train, batch, least, packing=False) for batch, least in zip(batches, widths, strict=True)]
 
 
-def _line(recipe: Landscape, nats: Array, tokens: Array) -> Line:
-    differences = nats - nats[LINE.index(0)]
-    return Line(tokens, nats, costs(differences, tokens, recipe.bootstrap, recipe.confidence, recipe.seed))
+def _plane_rows(planes: Mapping[ModelName, Array], steps: Array, sequences: int) -> Iterator[Row]:
+    for model, losses in planes.items():
+        for (y, x), loss in np.ndenumerate(losses):
+            place = {"x": float(steps[x]), "y": float(steps[y])}
+            yield {"part": "plane", "model": model, **place, "loss": float(loss), "sequences": sequences}
+        centre = float(losses[len(steps) // 2, len(steps) // 2])
+        numbers = {"centre": centre, "lowest": float(losses.min()), "rise": float(losses.mean()) - centre}
+        yield {"part": "plane summary", "model": model, **numbers}
 
 
-def _ratio(eigenvalues: Mapping[ModelName, list[Eigenvalue]], confidence: float) -> Ratio:
-    """Compare batch by batch: on the same sequences, and in logarithms since eigenvalues spread by factors."""
-    values = np.log([[one.value for one in eigenvalues[name]] for name in MODELS])
-    changes = values[1] - values[0]
+def _line_rows(recipe: Landscape, split: str, nats: Array, tokens: Array) -> Iterator[Row]:
+    differences = costs(nats - nats[LINE.index(0)], tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
+    losses = nats.sum(1) / tokens.sum()
+    counted = {"sequences": len(tokens), "tokens": int(tokens.sum())}
+    for t, loss, (difference, low, high) in zip(LINE, losses.tolist(), differences.tolist(), strict=True):
+        compared = {"difference": difference, "difference_low": low, "difference_high": high}
+        yield {"part": "line", "split": split, "t": t, "loss": loss, **compared, **counted}
+
+
+def _sharpness_rows(eigenvalues: Mapping[ModelName, list[Eigenvalue]], confidence: float) -> Iterator[Row]:
+    """Compare the models batch by batch, on the same sequences, in logarithms: eigenvalues spread by factors."""
+    values = np.array([[one.value for one in eigenvalues[model]] for model in MODELS])
+    changes = np.log(values[1]) - np.log(values[0])
     interval = stats.ttest_1samp(changes, 0).confidence_interval(confidence)
-    return Ratio(*(float(np.exp(one)) for one in (changes.mean(), interval.low, interval.high)))
-
-
-def rows(found: LandscapeFindings) -> list[Row]:
-    """Return every number."""
-    every = [*_plane_rows(found), *_line_rows(found), *_sharpness_rows(found), *_noise_rows(found), *_bound_rows(found)]
-    return [{"variant": found.recipe.variant, **row} for row in every]
-
-
-def _plane_rows(found: LandscapeFindings) -> Iterator[Row]:
-    for model in MODELS:
-        for (y, x), loss in np.ndenumerate(found.planes.losses[model]):
-            place = {"x": float(found.planes.steps[x]), "y": float(found.planes.steps[y])}
-            yield {"part": "plane", "model": model, **place, "loss": float(loss), "sequences": found.plane_sequences}
-        yield {"part": "plane summary", "model": model, **found.planes.summary(model)}
-
-
-def _line_rows(found: LandscapeFindings) -> Iterator[Row]:
-    for split, line in found.lines.items():
-        for t, loss, (difference, low, high) in zip(LINE, line.losses.tolist(), line.differences.tolist(), strict=True):
-            compared = {"difference": difference, "difference_low": low, "difference_high": high}
-            yield {
-                "part": "line", "split": split, "t": t, "loss": loss, **compared, "sequences": len(line.tokens),
-                "tokens": int(line.tokens.sum()),
-            }  # fmt: skip
-
-
-def _sharpness_rows(found: LandscapeFindings) -> Iterator[Row]:
-    for model in MODELS:
-        for batch, one in enumerate(found.eigenvalues[model]):
+    ends = (float(np.exp(one)) for one in (changes.mean(), interval.low, interval.high))
+    ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), ends, strict=True))
+    for model, own in zip(MODELS, values, strict=True):
+        for batch, one in enumerate(eigenvalues[model]):
             numbers = {"eigenvalue": one.value, "residual": one.residual, "products": one.products}
             yield {"part": "sharpness", "model": model, "batch": batch, **numbers}
-        row = {"part": "sharpness", "model": model, "eigenvalue": mean_eigenvalue(found.eigenvalues[model])}
-        ratio = dict(zip(("ratio", "ratio_low", "ratio_high"), astuple(found.sharper), strict=True))
-        yield {**row, **(ratio if model == "masked" else {})}
+        row = {"part": "sharpness", "model": model, "eigenvalue": float(stats.gmean(own))}
+        yield row | (ratio if model == "masked" else {})
 
 
-def mean_eigenvalue(eigenvalues: list[Eigenvalue]) -> float:
-    """Return the geometric mean over batches."""
-    return float(stats.gmean([one.value for one in eigenvalues]))
-
-
-def _noise_rows(found: LandscapeFindings) -> Iterator[Row]:
+def _noise_rows(
+    errors: Mapping[ModelName, float], noisy: Mapping[ModelName, Array], bounds: list[Row]
+) -> Iterator[Row]:
     for model in MODELS:
-        yield {"part": "noise", "model": model, "noise": 0.0, "error": found.errors[model]}
-        noisy = found.noisy[model]
-        for share, loss, bound in zip(noisy.shares, noisy.loss.mean(0), found.bounds["own", model], strict=True):
-            numbers = {"loss": float(loss), "error": bound.empirical, "error_se": bound.empirical_se}
-            yield {"part": "noise", "model": model, "noise": share, **numbers}
-
-
-def _bound_rows(found: LandscapeFindings) -> Iterator[Row]:
-    for (prior, model), every in found.bounds.items():
-        for one in every:
-            numbers = {"empirical": one.empirical, "empirical_se": one.empirical_se, "kl": one.kl}
-            numbers |= {"complexity": one.complexity, "bound": one.bound, "noise": one.share}
-            said = {"vacuous": one.vacuous, "chosen": one is pac_bayes.best(every), "sequences": found.sequences}
-            yield {"part": "bound", "prior": prior, "model": model, **numbers, **said}
+        yield {"part": "noise", "model": model, "noise": 0.0, "error": errors[model]}
+        own = [row for row in bounds if (row["prior"], row["model"]) == ("own", model)]
+        for row, loss in zip(own, noisy[model][..., 0].mean(0), strict=True):
+            numbers = {"loss": float(loss), "error": row["empirical"], "error_se": row["empirical_se"]}
+            yield {"part": "noise", "model": model, "noise": row["noise"], **numbers}

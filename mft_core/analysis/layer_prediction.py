@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from statsmodels.stats.multitest import multipletests
 
 from mft_core import compute
 from mft_core.analysis.layer_scores import CANDIDATES, CandidateName, score_group, score_sites
-from mft_core.analysis.rank_correlation import RankCorrelation, correlate
+from mft_core.analysis.rank_correlation import correlate
 from mft_core.checkpoints.files import load_model, read_config, skeleton
 from mft_core.data.batching import micro_batches
 from mft_core.data.order import seeded_order
@@ -38,38 +38,11 @@ from mft_core.training.loop import TrainingData
 
 Row = dict[str, Any]
 AVERAGE = "average"
-Verdict = Literal["ranks them alike", "ranks them the other way round", "not distinguishable from no correlation"]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A measured gain over FFT, as a share; the average over benchmarks has no interval."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Match:
-    """How a candidate does against the gains on one benchmark, or on their average."""
-
-    candidate: CandidateName
-    benchmark: str
-    correlation: RankCorrelation
-    p_holm: float
-    pick: str
-    """the group that it promises most of"""
-    best: str
-    regret: float
-    """gain of the best group minus that of the pick, as a share"""
-
-    @property
-    def verdict(self) -> Verdict:
-        """Say in words what the correlation shows."""
-        if self.p_holm > 0.05:
-            return "not distinguishable from no correlation"
-        return "ranks them alike" if self.correlation.spearman > 0 else "ranks them the other way round"
+ALIKE, REVERSED, UNCLEAR = (
+    "ranks them alike",
+    "ranks them the other way round",
+    "not distinguishable from no correlation",
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +55,24 @@ class LayerPrediction:
     """that the backward pass saw"""
     scores: Mapping[str, Mapping[CandidateName, float]]
     """by group"""
-    gains: Mapping[str, Mapping[str, Gain]]
-    """by benchmark, the average last where there are several, and by group"""
-    matches: Sequence[Match]
+    gains: Mapping[str, Mapping[str, Row]]
+    """by benchmark, the average last where there are several, and by group: `gain`, `gain_low`, `gain_high`, shares"""
+    matches: list[Row]
+    """how each candidate does on each benchmark: the rows of the part `correlation`"""
+
+    def rows(self) -> list[Row]:
+        """Return every number."""
+        scores = [
+            {"part": "score", "layers": group, "candidate": name, "score": score}
+            for group, own in self.scores.items()
+            for name, score in own.items()
+        ]
+        gains = [
+            {"part": "gain", "layers": group, "benchmark": benchmark, **gain}
+            for benchmark, own in self.gains.items()
+            for group, gain in own.items()
+        ]
+        return [*scores, *gains, *self.matches]
 
 
 def examine(
@@ -124,8 +112,8 @@ def examine(
 
 def measured_gains(
     rows: Sequence[Mapping[str, Any]], recipe: PredictLayers, groups: Mapping[str, tuple[int, ...]], layers: int
-) -> dict[str, dict[str, Gain]]:
-    """Return the gains of the learned masks, all seeds pooled, by benchmark and group.
+) -> dict[str, dict[str, Row]]:
+    """Return the gains of the learned masks with their intervals, all seeds pooled, by benchmark and group.
 
     Args:
         groups: the layers of each.
@@ -141,7 +129,7 @@ def measured_gains(
             f"the comparison has no gain of a learned mask with modules '{recipe.modules}' and sparsity "
             f"{recipe.sparsity:g}{f' in domain {recipe.domain}' if recipe.domain else ''}."
         )
-    gains: dict[str, dict[str, Gain]] = {}
+    gains: dict[str, dict[str, Row]] = {}
     for benchmark in benchmarks:
         gains[benchmark] = {}
         for group, own in groups.items():
@@ -154,7 +142,7 @@ def measured_gains(
                     f"modules '{recipe.modules}' and sparsity {recipe.sparsity:g}, where one is expected; set 'groups' "
                     "to those of the sweep, and 'domain' where it has several."
                 )
-            gains[benchmark][group] = Gain(*(found[0][key] for key in ("gain", "gain_low", "gain_high")))
+            gains[benchmark][group] = {key: found[0][key] for key in ("gain", "gain_low", "gain_high")}
     return gains
 
 
@@ -164,74 +152,41 @@ def _belongs(row: Mapping[str, Any], recipe: PredictLayers) -> bool:
     return of_domain and same and row["gain"] is not None
 
 
-def _with_average(gains: dict[str, dict[str, Gain]]) -> dict[str, dict[str, Gain]]:
+def _with_average(gains: dict[str, dict[str, Row]]) -> dict[str, dict[str, Row]]:
+    """Add the mean over several benchmarks; it has no interval."""
     if len(gains) == 1:
         return gains
-    groups = next(iter(gains.values()))
-    mean = {group: Gain(float(np.mean([own[group].value for own in gains.values()]))) for group in groups}
-    return {**gains, AVERAGE: mean}
+    means = {}
+    for group in next(iter(gains.values())):
+        mean = float(np.mean([own[group]["gain"] for own in gains.values()]))
+        means[group] = {"gain": mean, "gain_low": None, "gain_high": None}
+    return {**gains, AVERAGE: means}
 
 
 def _matches(
     recipe: PredictLayers,
     scores: Mapping[str, Mapping[CandidateName, float]],
-    gains: Mapping[str, Mapping[str, Gain]],
-) -> list[Match]:
+    gains: Mapping[str, Mapping[str, Row]],
+) -> list[Row]:
     """Compare every candidate with every column of gains; where all groups are equal there is nothing to compare."""
-    drafts: list[tuple[CandidateName, str, RankCorrelation]] = []
+    found: list[Row] = []
     for benchmark, own in gains.items():
-        measured = [gain.value for gain in own.values()]
+        measured = {group: gain["gain"] for group, gain in own.items()}
+        best = max(measured, key=lambda group: measured[group])
         for name, candidate in CANDIDATES.items():
-            promise = [candidate.sign * scores[group][name] for group in own]
-            if len(set(measured)) > 1 and len(set(promise)) > 1:
-                drafts.append((name, benchmark, correlate(promise, measured, recipe.confidence)))
-    adjusted = _holm([(family(benchmark), one.p_value) for _, benchmark, one in drafts])
-    return [
-        Match(name, benchmark, one, p_holm, *_choice(name, scores, gains[benchmark]))
-        for (name, benchmark, one), p_holm in zip(drafts, adjusted, strict=True)
-    ]
-
-
-def _holm(tests: Sequence[tuple[str, float]]) -> list[float]:
-    """Adjust p-values within their families, keeping their order."""
-    adjusted = [1.0] * len(tests)
-    for name in {name for name, _ in tests}:
-        members = [at for at, (own, _) in enumerate(tests) if own == name]
-        corrected = multipletests([tests[at][1] for at in members], method="holm")[1]
-        for at, p_value in zip(members, corrected.tolist(), strict=True):
-            adjusted[at] = p_value
-    return adjusted
-
-
-def family(benchmark: str) -> Literal["average", "benchmark"]:
-    """Return which tests are adjusted together: those on the average, and apart from them those on each benchmark."""
-    return "average" if benchmark == AVERAGE else "benchmark"
-
-
-def _choice(
-    candidate: CandidateName, scores: Mapping[str, Mapping[CandidateName, float]], gains: Mapping[str, Gain]
-) -> tuple[str, str, float]:
-    sign = CANDIDATES[candidate].sign
-    pick = max(gains, key=lambda group: sign * scores[group][candidate])
-    best = max(gains, key=lambda group: gains[group].value)
-    return pick, best, gains[best].value - gains[pick].value
-
-
-def rows(found: LayerPrediction) -> list[Row]:
-    """Return every number."""
-    result: list[Row] = []
-    for group, scores in found.scores.items():
-        result += [{"part": "score", "layers": group, "candidate": name, "score": one} for name, one in scores.items()]
-    for benchmark, gains in found.gains.items():
-        for group, gain in gains.items():
-            ends = {"gain_low": gain.low, "gain_high": gain.high}
-            result.append({"part": "gain", "layers": group, "benchmark": benchmark, "gain": gain.value, **ends})
-    for match in found.matches:
-        one = match.correlation
-        numbers = {"n": one.n, "spearman": one.spearman, "spearman_low": one.low, "spearman_high": one.high}
-        numbers |= {"kendall": one.kendall, "p_value": one.p_value, "p_holm": match.p_holm}
-        said = {"family": family(match.benchmark), "verdict": match.verdict}
-        picked = {"pick": match.pick, "best": match.best, "regret": match.regret}
-        where = {"part": "correlation", "candidate": match.candidate, "benchmark": match.benchmark}
-        result.append({**where, **numbers, **said, **picked})
-    return result
+            promise = {group: candidate.sign * scores[group][name] for group in own}
+            if len(set(measured.values())) > 1 and len(set(promise.values())) > 1:
+                pick = max(promise, key=lambda group: promise[group])
+                where = {"part": "correlation", "candidate": name, "benchmark": benchmark}
+                match: Row = {**correlate([*promise.values()], [*measured.values()], recipe.confidence)}
+                choice = {"pick": pick, "best": best, "regret": measured[best] - measured[pick]}
+                family = "average" if benchmark == AVERAGE else "benchmark"
+                found.append({**where, **match, "p_holm": 1.0, "family": family, "verdict": UNCLEAR, **choice})
+    for family in {match["family"] for match in found}:  # the tests on the average, and apart from them the others
+        together = [match for match in found if match["family"] == family]
+        adjusted = multipletests([match["p_value"] for match in together], method="holm")[1]
+        for match, p_value in zip(together, adjusted.tolist(), strict=True):
+            match["p_holm"] = p_value
+            if p_value <= 0.05:
+                match["verdict"] = ALIKE if match["spearman"] > 0 else REVERSED
+    return found

@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
 from mft_core.analysis.landscape import finite, mean_loss, normal_draws
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.sequence_errors import SequenceErrors
-from mft_core.analysis.sequence_loss import Array
+from mft_core.analysis.sequence_loss import Array, SequenceErrors
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
 
 DELTA = 0.05
@@ -41,40 +39,6 @@ LEAST_SEQUENCES = 8
 PriorName = Literal["zero", "fine-tuned", "own"]
 PRIORS: tuple[PriorName, ...] = ("zero", "fine-tuned", "own")
 """where the prior is centred: at zero weights, at the fine-tuned model, at the model itself (KL = 0)"""
-
-
-@dataclass(frozen=True)
-class Noisy:
-    """What the noise does to a model, for every draw and every share."""
-
-    shares: Sequence[float]
-    loss: Array
-    """mean loss, nats per token [draws, shares]"""
-    error: Array
-    """mean over sequences of the share of wrong tokens [draws, shares]"""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The bound on one model's error at one share of noise."""
-
-    share: float
-    empirical: float
-    empirical_se: float
-    """standard error over the draws of the noise"""
-    kl: float
-    """nats"""
-    complexity: float
-
-    @property
-    def bound(self) -> float:
-        """The sum of the two terms; 1 and more says nothing."""
-        return self.empirical + self.complexity
-
-    @property
-    def vacuous(self) -> bool:
-        """Whether the bound says nothing about an error, which is at most 1 anyway."""
-        return self.bound >= 1
 
 
 def gaussian_kl(squared_distance: float, share: float) -> float:
@@ -118,12 +82,15 @@ def errors(pair: WeightPair, losses: SequenceErrors, parts: Parts) -> dict[Model
 
 def add_noise(
     pair: WeightPair, losses: SequenceErrors, shares: Sequence[float], draws: int, seed: int, parts: Parts
-) -> dict[ModelName, Noisy]:
+) -> dict[ModelName, Array]:
     """Measure both models under the same draws of noise.
 
     Args:
         losses: entered, of the pair's model.
         shares: standard deviations of the noise, in root mean squares of each fine-tuned matrix.
+
+    Returns:
+        by model, [draws, shares, 2]: mean loss (nats per token), and mean over sequences of the share of wrong tokens.
     """
     sizes = [float(weight.double().square().mean().sqrt()) for weight in pair.values["fine-tuned"]]
     found: dict[ModelName, list[list[tuple[float, float]]]] = {name: [] for name in MODELS}
@@ -137,7 +104,7 @@ def add_noise(
 
             for name in MODELS:
                 found[name].append(parts.get(f"noise-{name}-{draw}", partial(under, name)))
-    return {name: Noisy(shares, *np.moveaxis(np.array(measured), -1, 0)) for name, measured in found.items()}
+    return {name: np.array(measured) for name, measured in found.items()}
 
 
 def _noise(pair: WeightPair, sizes: Sequence[float], seed: int, draw: int) -> list[Tensor]:
@@ -154,21 +121,30 @@ def _measure(
 
 
 def bounds(
-    noisy: Mapping[ModelName, Noisy], distances: Mapping[tuple[PriorName, ModelName], float], sequences: int
-) -> dict[tuple[PriorName, ModelName], list[Bound]]:
-    """Return the bound for every prior and model, at every share of noise."""
-    found = {}
+    noisy: Mapping[ModelName, Array],
+    shares: Sequence[float],
+    distances: Mapping[tuple[PriorName, ModelName], float],
+    sequences: int,
+) -> list[dict[str, Any]]:
+    """Return the bound for every prior and model, at every share of noise, as rows of the part `bound`.
+
+    The `chosen` one is the lowest over the shares, which is paid for in the complexity term; one that is `vacuous` says
+    nothing about an error, which is at most 1 anyway. `empirical_se` is the standard error over the draws of the noise.
+
+    Args:
+        noisy: what `add_noise` has measured at these shares.
+        distances: see `squared_distances`.
+    """
+    found = []
     for (prior, model), distance in distances.items():
-        measured = noisy[model]
-        own = []
-        for share, errors in zip(measured.shares, measured.error.T, strict=True):
-            kl = gaussian_kl(distance, share)
-            spread = float(errors.std(ddof=1) / math.sqrt(len(errors)))
-            own.append(Bound(share, float(errors.mean()), spread, kl, complexity(kl, sequences, len(measured.shares))))
-        found[prior, model] = own
+        own: list[dict[str, Any]] = []
+        for share, errors in zip(shares, noisy[model][..., 1].T, strict=True):
+            kl, empirical = gaussian_kl(distance, share), float(errors.mean())
+            second = complexity(kl, sequences, len(shares))
+            numbers = {"empirical": empirical, "empirical_se": float(errors.std(ddof=1) / math.sqrt(len(errors)))}
+            numbers |= {"kl": kl, "complexity": second, "bound": empirical + second, "noise": share}
+            said = {"vacuous": empirical + second >= 1, "chosen": False, "sequences": sequences}
+            own.append({"part": "bound", "prior": prior, "model": model, **numbers, **said})
+        min(own, key=lambda one: one["bound"])["chosen"] = True
+        found += own
     return found
-
-
-def best(bounds: Sequence[Bound]) -> Bound:
-    """Return the lowest bound; having chosen among the shares is paid for in the complexity term."""
-    return min(bounds, key=lambda one: one.bound)

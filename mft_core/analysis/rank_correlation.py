@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +25,12 @@ _SIMULATED = 4_000
 _GRID = np.tanh(np.linspace(-4, 4, 161))
 
 
-@dataclass(frozen=True)
-class RankCorrelation:
-    """How far two variables rank n pairs alike."""
+def correlate(one: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
+    """Return how far two variables rank at least three pairs alike.
 
-    n: int
-    spearman: float
-    low: float
-    high: float
-    p_value: float
-    """two-sided permutation test of no correlation"""
-    kendall: float
-
-
-def correlate(one: Sequence[float], other: Sequence[float], confidence: float = 0.95) -> RankCorrelation:
-    """Return the rank correlation of at least three pairs.
+    Returns:
+        `n`, Spearman's correlation with its interval (`spearman`, `spearman_low`, `spearman_high`), `kendall`, and
+        `p_value` of the two-sided permutation test of no correlation.
 
     Raises:
         ValueError: fewer pairs, or a variable without two different values.
@@ -59,7 +49,8 @@ def correlate(one: Sequence[float], other: Sequence[float], confidence: float = 
     )
     low, high = interval(spearman, len(one), confidence)
     kendall = float(stats.kendalltau(one, other).statistic)
-    return RankCorrelation(len(one), spearman, low, high, float(test.pvalue), kendall)
+    ends = {"spearman": spearman, "spearman_low": low, "spearman_high": high}
+    return {"n": len(one), **ends, "kendall": kendall, "p_value": float(test.pvalue)}
 
 
 def interval(spearman: float, n: int, confidence: float) -> tuple[float, float]:
@@ -103,4 +94,4 @@ def _pearson(one: Array, other: Array) -> Array:
 
 def least_p_value(n: int) -> float:
     """Return the p-value of a perfect ranking of n pairs: none is smaller."""
-    return correlate(range(n), range(n)).p_value
+    return correlate(range(n), range(n))["p_value"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.analysis import anatomy, anatomy_section
-from mft_core.analysis.labels import Labels
+from mft_core.analysis.anatomy_figures import Labels
 from mft_core.recipes import Anatomy
 from mft_core.stage import StageContext
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.analysis import landscape_figures
-from mft_core.analysis.landscape import LINE
-from mft_core.analysis.landscape_findings import examine, rows
+from mft_core.analysis.landscape_findings import examine
 from mft_core.analysis.landscape_section import section
 from mft_core.recipes import Landscape
 from mft_core.stage import StageContext
@@ -23,12 +22,13 @@ def run(recipe: Landscape, inputs: Mapping[str, Path], out: Path, context: Stage
         StageError: a loss is not finite, or an eigenvalue does not converge.
     """
     found = examine(recipe, inputs, context)
-    every = rows(found)
-    (out / "rows.json").write_text(json.dumps(every, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (out / "rows.json").write_text(json.dumps(found.rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (out / "section.md").write_text(section(found), encoding="utf-8")
     landscape_figures.write(found, out)
+    (arrived,) = found.of("line", split="validation", t=1.0)
+    (compared,) = (row for row in found.of("sharpness") if "ratio" in row)
     return {
-        "rows": len(every),
-        "loss_difference": float(found.lines["validation"].differences[LINE.index(1)][0]),
-        "sharpness_ratio": found.sharper.value,
+        "rows": len(found.rows),
+        "loss_difference": arrived["difference"],
+        "sharpness_ratio": compared["ratio"],
     }

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core.analysis import layer_prediction_figures
-from mft_core.analysis.layer_prediction import examine, rows
-from mft_core.analysis.layer_prediction_section import section
+from mft_core.analysis.layer_prediction import examine
+from mft_core.analysis.layer_prediction_page import draw, section
 from mft_core.recipes import PredictLayers
 from mft_core.stage import StageContext
 
@@ -23,8 +22,8 @@ def run(recipe: PredictLayers, inputs: Mapping[str, Path], out: Path, context: S
     """
     measured = json.loads((inputs["comparison"] / "rows.json").read_text(encoding="utf-8"))
     found = examine(recipe, measured, inputs, context)
-    every = rows(found)
+    every = found.rows()
     (out / "rows.json").write_text(json.dumps(every, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (out / "section.md").write_text(section(found), encoding="utf-8")
-    layer_prediction_figures.write(found, out)
+    draw(found, out)
     return {"groups": len(found.scores), "benchmarks": len(found.gains), "rows": len(every)}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class LossHead:
         self._model = model
         self._positions: Tensor | None = None
 
-    def __enter__(self) -> LossHead:
+    def __enter__(self) -> Self:
         self._divisible = leaves_logits_alone(self._model)
         self._hook = self._model.get_output_embeddings().register_forward_pre_hook(self._pick)
         return self

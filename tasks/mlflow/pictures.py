@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mft_core import figures
-from mft_core.analysis import anatomy_figures, loss_figures, overlap_figure
-from mft_core.analysis.labels import Labels
+from mft_core.analysis import anatomy_figures
+from mft_core.analysis.anatomy_figures import Labels
 from mft_core.errors import unknown
 from mft_core.figures import drawing
 from mft_core.figures.quantities import quantities
@@ -41,7 +41,7 @@ _ANATOMY: dict[str, Callable[[Sequence[Row], Labels], Figure | None]] = {
     "evenness": lambda rows, labels: anatomy_figures.evenness(rows, labels, CONFIDENCE),
     "heads": lambda rows, labels: anatomy_figures.heads(rows, labels, CONFIDENCE),
     "shares": lambda rows, labels: anatomy_figures.shares(rows, labels, CONFIDENCE),
-    "overlap": overlap_figure.overlap,
+    "overlap": anatomy_figures.overlap,
 }
 AnatomyFigure = Literal["deciles", "evenness", "heads", "shares", "overlap"]
 
@@ -114,7 +114,7 @@ def removals(table: pd.DataFrame, method: str) -> Picture | None:
     methods = list(dict.fromkeys(row["method"] for row in rows if row["part"] == "loss"))
     if method not in methods:
         raise unknown("method of masks with losses", method, methods)
-    return _picture(lambda: loss_figures.loss(rows, method, labels, CONFIDENCE))
+    return _picture(lambda: anatomy_figures.loss(rows, method, labels, CONFIDENCE))
 
 
 def masks(frame: pd.DataFrame) -> tuple[list[Row], Labels]:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from mft_core.analysis.landscape import LINE, direction, filter_normalised, line, mean_loss, plane
-from mft_core.analysis.pac_bayes import Noisy, best, bounds, complexity, gaussian_kl, squared_distances
+from mft_core.analysis.landscape import LINE, direction, filter_normalised, line, mean_loss, plane, steps
+from mft_core.analysis.pac_bayes import bounds, complexity, gaussian_kl, squared_distances
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.sequence_errors import SequenceErrors
-from mft_core.analysis.sequence_loss import SequenceLosses
+from mft_core.analysis.sequence_loss import SequenceErrors, SequenceLosses
 from mft_core.analysis.sharpness import TOLERANCE, HessianOfLoss, _plain_attention, largest_eigenvalue
 from mft_core.analysis.weight_pair import WeightPair, changed_sites
 from mft_core.checkpoints.files import WeightFiles, load_model, skeleton
@@ -86,13 +85,13 @@ def test_models_that_are_equal_or_differ_elsewhere_are_refused(pair, tmp_path):
 def test_each_plane_has_its_model_at_the_centre_and_the_same_directions(pair, tmp_path):
     paths, loaded = pair
     with losses_of(loaded) as losses:
-        planes = plane(loaded, losses, 0.5, 3, seed=0, parts=Parts(make_context(tmp_path), 6))
+        planes = plane(loaded, losses, steps(0.5, 3), seed=0, parts=Parts(make_context(tmp_path), 6))
         for name, path in zip(("fine-tuned", "masked"), paths, strict=True):
-            assert planes.centre(name) == pytest.approx(the_loss(path), abs=1e-6)
+            assert planes[name][1, 1] == pytest.approx(the_loss(path), abs=1e-6)
             moved = [w + 0.5 * a - 0.5 * b for w, a, b in zip(
                 loaded.values[name], direction(loaded, 0, 0), direction(loaded, 0, 1), strict=True)]  # fmt: skip
             loaded.put(moved)
-            assert planes.losses[name][0, 2] == pytest.approx(mean_loss(losses.measure(), losses.tokens), abs=1e-6)
+            assert planes[name][0, 2] == pytest.approx(mean_loss(losses.measure(), losses.tokens), abs=1e-6)
 
 
 @pytest.mark.parametrize(("family", "inputs"), [("llama", 1), ("gpt2", 0)])
@@ -187,16 +186,16 @@ def test_the_terms_of_the_bound_are_those_computed_by_hand():
     # n = 100, k = 5, delta = 0.05: ln(2 * 10 * 5 / 0.05) = ln 2000 = 7.6009; sqrt((10 + 7.6009) / 200) = 0.29665
     assert complexity(10.0, 100, 5) == pytest.approx(0.29665, abs=1e-5)
     shares, errors = (0.5, 1.0), np.array([[0.2, 0.4], [0.3, 0.6]])
-    noisy = {name: Noisy(shares, errors, errors) for name in ("fine-tuned", "masked")}
+    noisy = {name: np.stack([errors, errors], -1) for name in ("fine-tuned", "masked")}
     distances = {("own", "masked"): 0.0, ("zero", "masked"): 200.0}
-    found = bounds(noisy, distances, sequences=100)
-    assert best(found["own", "masked"]).share == 0.5
-    first = found["own", "masked"][0]
+    found = bounds(noisy, shares, distances, sequences=100)
+    own, zero = ([row for row in found if row["prior"] == prior] for prior in ("own", "zero"))
+    assert [row["noise"] for row in own if row["chosen"]] == [0.5]
     expected = (0.25, 0.05, 0.0, math.sqrt(math.log(2 * 10 * 2 / 0.05) / 200))
-    assert (first.empirical, first.empirical_se, first.kl, first.complexity) == pytest.approx(expected)
-    assert first.bound == first.empirical + first.complexity
-    assert [one.kl for one in found["zero", "masked"]] == [400, 100]
-    assert [one.vacuous for one in found["zero", "masked"]] == [True, True]
+    assert [own[0][key] for key in ("empirical", "empirical_se", "kl", "complexity")] == pytest.approx(expected)
+    assert own[0]["bound"] == own[0]["empirical"] + own[0]["complexity"]
+    assert [row["kl"] for row in zero] == [400, 100]
+    assert [row["vacuous"] for row in zero] == [True, True]
 
 
 def test_distances_are_in_root_mean_squares_of_the_fine_tuned_matrices(pair):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mft_core.analysis.layer_prediction import examine, measured_gains, rows
-from mft_core.analysis.layer_prediction_section import section
+from mft_core.analysis.layer_prediction import examine, measured_gains
+from mft_core.analysis.layer_prediction_page import section
 from mft_core.analysis.layer_scores import score_group, score_sites
 from mft_core.analysis.rank_correlation import correlate, interval
 from mft_core.data.batching import micro_batches
@@ -110,12 +110,12 @@ def test_scoring_leaves_the_model_as_it_was(scored):
 
 def test_rank_correlations_are_scipys_and_exact_in_their_p_value():
     found = correlate([1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 9.0])
-    assert found.spearman == pytest.approx(1)
-    assert found.kendall == pytest.approx(1)
-    assert found.p_value == pytest.approx(2 / 120)
+    assert found["spearman"] == pytest.approx(1)
+    assert found["kendall"] == pytest.approx(1)
+    assert found["p_value"] == pytest.approx(2 / 120)
     swapped = correlate([1, 2, 3, 4], [1, 2, 4, 3])
-    assert (swapped.spearman, swapped.kendall) == pytest.approx((0.8, 2 / 3))
-    assert swapped.p_value == pytest.approx(8 / 24)  # the identity and three swaps of neighbours, two-sided
+    assert (swapped["spearman"], swapped["kendall"]) == pytest.approx((0.8, 2 / 3))
+    assert swapped["p_value"] == pytest.approx(8 / 24)  # the identity and three swaps of neighbours, two-sided
     with pytest.raises(ValueError, match="two different values"):
         correlate([1, 2, 3], [4, 4, 4])
 
@@ -158,7 +158,7 @@ def test_gains_are_the_pooled_ones_of_the_sweeps_masks():
         sweep_row(None, "sums", 0.5, method="fft", modules=None, sparsity=None) | {"gain": None},
     ]
     found = measured_gains([*noise, *sweep], recipe, layers, 4)
-    assert {group: gain.value for group, gain in found["sums"].items()} == {"0-1": 0.0, "2": 0.01, "last:1": 0.02}
+    assert {group: gain["gain"] for group, gain in found["sums"].items()} == {"0-1": 0.0, "2": 0.01, "last:1": 0.02}
     with pytest.raises(StageError, match=r"layers 'last:1' on 'sums': the comparison has 0 gains"):
         measured_gains(sweep[:2], recipe, layers, 4)
     other = [sweep_row(group, "sums", 0.3, domain="arithmetic") for group in ("0-1", "2", "3")]
@@ -183,14 +183,14 @@ def test_a_ranking_that_holds_is_found_and_equal_gains_are_no_ranking(paths, tmp
     by_promise = sorted(GROUPS, key=lambda group: scores[group]["first-order"])
     sweep = [sweep_row(group, "sums", 0.01 * rank) for rank, group in enumerate(by_promise)]
     found = examine(RECIPE, sweep, paths, make_context(tmp_path))
-    match = next(one for one in found.matches if one.candidate == "first-order")
-    assert (match.correlation.spearman, match.verdict) == (pytest.approx(1), "ranks them alike")
-    assert (match.pick, match.best, match.regret) == (by_promise[-1], by_promise[-1], 0)
+    match = next(one for one in found.matches if one["candidate"] == "first-order")
+    assert (match["spearman"], match["verdict"]) == (pytest.approx(1), "ranks them alike")
+    assert (match["pick"], match["best"], match["regret"]) == (by_promise[-1], by_promise[-1], 0)
     assert "first-order gain" in section(found).split("**")[1]
     flat = examine(RECIPE, [row | {"gain": 0.01} for row in sweep], paths, make_context(tmp_path))
     assert not flat.matches
     assert "there is no ranking to predict" in section(flat)
-    assert len(rows(flat)) == 6 * 5 + 6
+    assert len(flat.rows()) == 6 * 5 + 6
 
 
 def test_the_payload_is_the_same_again_and_says_when_nothing_is_shown(paths, tmp_path):
