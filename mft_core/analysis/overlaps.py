@@ -14,9 +14,10 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mft_core.analysis.cuts import chance
-from mft_core.masks.algebra import Overlap, overlap
+from mft_core.masks.algebra import jaccard, overlap
 from mft_core.masks.mask_file import Mask
 from mft_core.statistics.tables import method_label
 
@@ -44,7 +45,7 @@ def pairs(described: Sequence[Mapping[str, Any]], masks: Sequence[Mask]) -> Iter
             "part": "overlap",
             **{f"other_{key}": second.get(key) for key in (*_NAMES, "seed")},
             "kind": _kind(first, second, differs),
-            **_figures(found.grid.total, list(found.matrices.values())),
+            **_figures(found.table),
             "same_base": found.same_base,
         }
 
@@ -59,20 +60,19 @@ def _kind(first: Mapping[str, Any], second: Mapping[str, Any], differs: Sequence
     return ", ".join([" and ".join(methods), *(["other domain"] if "domain" in differs else []), *words])
 
 
-def _figures(total: Overlap, matrices: Sequence[Overlap]) -> Row:
-    most = sum(min(one.first, one.second) for one in matrices)
-    variance = sum(chance(one.weights, one.first, one.second)[1] for one in matrices)
-    surplus = total.both - total.expected
+def _figures(table: pd.DataFrame) -> Row:
+    counts = {name: int(table[name].sum()) for name in ("both", "first", "second", "weights")}
+    most, expected = int(table[["first", "second"]].min(axis=1).sum()), float(sum(table["expected"]))
+    variance = sum(chance(*matrix)[1] for matrix in table[["weights", "first", "second"]].to_numpy().tolist())
+    surplus = counts["both"] - expected
     return {
-        "jaccard": total.jaccard,
-        "chance": total.chance,
-        "beyond_chance": surplus / (most - total.expected) if most > total.expected else None,
+        "jaccard": jaccard(table),
+        "chance": jaccard(table, "expected"),
+        "beyond_chance": surplus / (most - expected) if most > expected else None,
         "z": surplus / sqrt(variance) if variance else None,
-        "both": total.both,
-        "expected": total.expected,
-        "first": total.first,
-        "second": total.second,
-        "weights": total.weights,
+        "both": counts.pop("both"),
+        "expected": expected,
+        **counts,
     }
 
 

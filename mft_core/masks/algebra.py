@@ -15,21 +15,22 @@ exactly; so by chance
 
     J = E / (a + b − E),    E = Σ aᵢ·bᵢ/nᵢ over the matrices,    a = Σ aᵢ,    b = Σ bᵢ
 
-which is the ratio of the two expectations; the expectation of the ratio is above it by O(1/n). Called by
-`mft mask combine` and `mft mask compare`, and from notebooks.
+which is the ratio of the two expectations; the expectation of the ratio is above it by O(1/n). `tabulate`
+lays out what any mask removes. Called by `mft mask`, the figures, and the stage `anatomy`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import pandas as pd
 from torch import Tensor
 
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import Mask, assemble
-from mft_core.masks.masked_sites import Grid, MaskedSite, arrange, cut, measure
+from mft_core.masks.masked_sites import MaskedSite
 from mft_core.masks.packing import PackedMasks
 
 
@@ -111,7 +112,7 @@ def _words(site: MaskedSite) -> str:
 def _combined(sites: Sequence[MaskedSite], kept: Callable[[str], Tensor], *made_of: Mask) -> Mask:
     packed = PackedMasks((site.name, kept(site.name)) for site in sites)
     records = [site.model_copy(update={"zeros": packed.zeros(site.name)}) for site in sites]
-    targets = tuple(dict.fromkeys(module for _, module in arrange(records)))
+    targets = tuple(dict.fromkeys(tabulate(records)["module"]))
     modules = {mask.config.modules for mask in made_of}
     names = {mask.config.base_model_name_or_path for mask in made_of}
     return assemble(
@@ -119,47 +120,43 @@ def _combined(sites: Sequence[MaskedSite], kept: Callable[[str], Tensor], *made_
         packed,
         target_modules=targets,
         modules=modules.pop() if len(modules) == 1 else ",".join(targets),
-        sparsity=cut(records).share,
+        sparsity=sum(record.zeros for record in records) / sum(record.numel for record in records),
         selector="combined",
         scope="combined",
         base_model_name_or_path=names.pop() if len(names) == 1 else "",
     )
 
 
-class Overlap(NamedTuple):
-    """What two masks remove of the same weights, in counts."""
+def tabulate(sites: Iterable[MaskedSite]) -> pd.DataFrame:
+    """Return matrices as a table, layers ascending: by name `layer`, `module`, `zeros` and `weights`.
 
-    weights: int
-    first: int
-    """removed by the first mask"""
-    second: int
-    """removed by the second mask"""
-    both: int
-    expected: float
-    """removed by both, on average over independent masks of these counts"""
-
-    @property
-    def jaccard(self) -> float:
-        """|A ∩ B| / |A ∪ B|; 1 where neither removes anything."""
-        return _ratio(self.both, self.first + self.second)
-
-    @property
-    def chance(self) -> float:
-        """The Jaccard index at the expected intersection (see the module's docstring)."""
-        return _ratio(self.expected, self.first + self.second)
+    A module is named by the last part of its path, or by the whole path where two modules end alike (GPT-2 has
+    `attn.c_proj` and `mlp.c_proj`); all experts of a layer share one.
+    """
+    ordered = sorted(sites, key=lambda site: site.layer)
+    paths = defaultdict(set)
+    for site in ordered:
+        paths[site.module].add(site.path)
+    rows = [
+        (site.layer, site.module if len(paths[site.module]) == 1 else site.path, site.zeros, site.numel)
+        for site in ordered
+    ]
+    names = [site.name for site in ordered]
+    return pd.DataFrame(rows, index=names, columns=["layer", "module", "zeros", "weights"])
 
 
-def _ratio(both: float, removed: int) -> float:
-    return both / (removed - both) if removed else 1.0
+def share(part: pd.DataFrame) -> float:
+    """Return the share of zeros in a part of `tabulate`'s table."""
+    return float(part["zeros"].sum() / part["weights"].sum())
 
 
 @dataclass(frozen=True)
 class Overlaps:
-    """The overlap of two masks over the matrices that both list: of each matrix, and summed."""
+    """The overlap of two masks over the matrices that both list."""
 
-    matrices: Mapping[str, Overlap]
-    grid: Grid[Overlap]
-    """by layer and module, and in total"""
+    table: pd.DataFrame
+    """by matrix, layers ascending: `layer`, `module`, `weights`; how many `first` and `second` remove, and `both`; and
+    how many both would on average over independent masks of these counts, `expected`"""
     same_base: bool
     """whether the matrices have the same base weights; positions can be compared in any case"""
     only_first: tuple[str, ...]
@@ -179,22 +176,26 @@ def overlap(a: Mask, b: Mask) -> Overlaps:
     shared = [site for site in a.config.sites if site.name in theirs]
     if not shared:
         raise ConfigError("the masks have no matrix in common; compare masks of the same layers.")
-    matrices = {}
     for site in shared:
-        other = theirs[site.name]
-        if site.shape != other.shape:
-            raise ConfigError(f"{site.name}: shapes differ, {site.shape} and {other.shape}.")
-        both = a.kept.common_zeros(b.kept, site.name)
-        expected = site.zeros * other.zeros / site.numel
-        matrices[site.name] = Overlap(site.numel, site.zeros, other.zeros, both, expected)
+        if site.shape != theirs[site.name].shape:
+            raise ConfigError(f"{site.name}: shapes differ, {site.shape} and {theirs[site.name].shape}.")
+    table = tabulate(shared).rename(columns={"zeros": "first"})
+    table["second"] = [theirs[name].zeros for name in table.index]
+    table["both"] = [a.kept.common_zeros(b.kept, name) for name in table.index]
+    table["expected"] = table["first"] * table["second"] / table["weights"]
     return Overlaps(
-        matrices,
-        grid=measure(shared, lambda sites: _sum([matrices[site.name] for site in sites])),
+        table,
         same_base=all(_base(site) == _base(theirs[site.name]) for site in shared),
         only_first=tuple(site.name for site in a.config.sites if site.name not in theirs),
         only_second=tuple(name for name in theirs if name not in a.kept),
     )
 
 
-def _sum(parts: Sequence[Overlap]) -> Overlap:
-    return Overlap(*(sum(column) for column in zip(*parts, strict=True)))
+def jaccard(part: pd.DataFrame, both: str = "both") -> float:
+    """Return the Jaccard index of what is removed in a part of an overlap's table; 1 where nothing is.
+
+    Args:
+        both: 'expected' gives the index by chance (see the module's docstring).
+    """
+    removed, shared = sum(part["first"]) + sum(part["second"]), sum(part[both])
+    return float(shared / (removed - shared)) if removed else 1.0

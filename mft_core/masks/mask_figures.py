@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from mft_core.figures import drawing
+from mft_core.masks.algebra import share, tabulate
 from mft_core.masks.mask_file import Mask
-from mft_core.masks.masked_sites import Cells, Cut, Grid, MaskedSite, arrange, cut, measure
 
 BLOCKS = 64
 _LEAST_BLOCK = 16
 _COLOURS = "cividis_r"
-_ABSENT = "0.93"
 _GAP = 0.04
 """between two matrices, as a share of a cell"""
 
@@ -53,63 +53,54 @@ def _edges(length: int, blocks: int) -> np.ndarray:
 
 def where_it_cuts(mask: Mask, path: Path | str) -> None:
     """Draw the heat map of a mask and write a PNG."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.size": 9})
-        _draw(mask).savefig(path, dpi=200, metadata={"Software": None}, facecolor="white")
+    drawing.save(lambda: _draw(mask), Path(path))
 
 
 def _draw(mask: Mask) -> Figure:
-    cells = arrange(mask.config.sites)
-    removed = measure(mask.config.sites, cut)
-    layers, modules = list(removed.layers), list(removed.modules)
+    table = tabulate(mask.config.sites)
+    cells = {cell: list(own.index) for cell, own in table.groupby(["layer", "module"])}
+    layers, modules = drawing.unique(table["layer"]), drawing.unique(table["module"])
     cell_height = min(1.1, max(0.3, 8.5 / len(layers)))  # inches: 32 layers on a page
     most = min(BLOCKS, int(100 * cell_height)), BLOCKS  # a block is at least two dots high
-    tiles = {cell: _tile(sites, mask.kept, most) for cell, sites in cells.items()}
+    blocks = {name: block_shares(mask.kept[name], most) for name in table.index}
+    tiles = {cell: np.mean([blocks[name] for name in own], axis=0) for cell, own in cells.items()}
     height = len(layers) * cell_height
     figure = Figure(figsize=(max(5.5, 1.7 + 1.05 * len(modules)), height + 2.1), layout="constrained")
     axes, bar = figure.subplots(2, 1, height_ratios=(height, 0.15))
     scale = _scale(list(tiles.values()), mask.config.share)
-    axes.set_facecolor(_ABSENT)
+    axes.set_facecolor(drawing.ABSENT)
     for (layer, module), tile in tiles.items():
         row, column = layers.index(layer), modules.index(module)
         axes.imshow(
             tile, cmap=_COLOURS, norm=scale, aspect="auto", interpolation="nearest",
             extent=(column + _GAP, column + 1 - _GAP, row + 1 - _GAP, row + _GAP),
         )  # fmt: skip
-    _label(axes, removed)
-    figure.suptitle(_title(mask, cells), fontsize=10)
+    _label(axes, *({name: share(own) for name, own in table.groupby(by, sort=False)} for by in ("layer", "module")))
+    figure.suptitle(_title(mask, max(map(len, cells.values()))), fontsize=10)
     _colour_bar(figure, bar, scale, list(tiles.values()), mask.config.share)
     return figure
 
 
-def _tile(sites: Sequence[MaskedSite], kept: Mapping[str, Tensor], most: tuple[int, int]) -> np.ndarray:
-    """Return the block shares of one cell; the mean over its matrices where it holds a layer's experts."""
-    mean: np.ndarray = np.mean([block_shares(kept[site.name], most) for site in sites], axis=0)
-    return mean
-
-
-def _scale(tiles: Sequence[np.ndarray], share: float) -> Normalize:
+def _scale(tiles: Sequence[np.ndarray], whole: float) -> Normalize:
     values = np.concatenate([tile.ravel() for tile in tiles])
     low, high = np.percentile(values, [0.5, 99.5])
-    low, high = min(low, share), max(high, share)
+    low, high = min(low, whole), max(high, whole)
     if high - low < 0.01:  # nothing to tell apart: do not blow rounding up to structure
-        low, high = share - 0.005, share + 0.005
+        low, high = whole - 0.005, whole + 0.005
     return Normalize(max(0.0, low), min(1.0, high))
 
 
-def _label(axes: Axes, removed: Grid[Cut]) -> None:
+def _label(axes: Axes, layers: Mapping[Any, float], modules: Mapping[Any, float]) -> None:
     """Name layers (left) and modules (top), with their shares opposite (right, bottom)."""
-    layers, modules = list(removed.layers), list(removed.modules)
     axes.set(xlim=(0, len(modules)), ylim=(len(layers), 0))
     axes.set_yticks(np.arange(len(layers)) + 0.5, [str(layer) for layer in layers])
-    axes.set_xticks(np.arange(len(modules)) + 0.5, modules)
+    axes.set_xticks(np.arange(len(modules)) + 0.5, list(modules))
     axes.set_ylabel("decoder layer")
     right, bottom = axes.twinx(), axes.twiny()
     right.set(ylim=axes.get_ylim(), ylabel="removed in the layer")
-    right.set_yticks(axes.get_yticks(), [f"{one.share:.1%}" for one in removed.layers.values()])
+    right.set_yticks(axes.get_yticks(), [f"{one:.1%}" for one in layers.values()])
     bottom.set(xlim=axes.get_xlim(), xlabel="removed in the module's matrices")
-    bottom.set_xticks(axes.get_xticks(), [f"{one.share:.1%}" for one in removed.modules.values()])
+    bottom.set_xticks(axes.get_xticks(), [f"{one:.1%}" for one in modules.values()])
     bottom.xaxis.set_label_position("bottom")
     axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
     right.tick_params(length=0, labelsize=8, labelcolor="0.35")
@@ -118,10 +109,9 @@ def _label(axes: Axes, removed: Grid[Cut]) -> None:
         one.spines[:].set_visible(False)
 
 
-def _title(mask: Mask, cells: Cells) -> str:
+def _title(mask: Mask, experts: int) -> str:
     config = mask.config
     asked = "" if config.scope == "combined" else f", sparsity {config.sparsity:.4g} ({config.scope})"
-    experts = max(len(sites) for sites in cells.values())
     mean = f"\neach expert cell is the mean of up to {experts} matrices" if experts > 1 else ""
     return (
         f"{config.selector} mask{asked}: {config.zeros:,} of {config.weights:,} weights removed\n"
@@ -129,7 +119,7 @@ def _title(mask: Mask, cells: Cells) -> str:
     )
 
 
-def _colour_bar(figure: Figure, axes: Axes, scale: Normalize, tiles: Sequence[np.ndarray], share: float) -> None:
+def _colour_bar(figure: Figure, axes: Axes, scale: Normalize, tiles: Sequence[np.ndarray], whole: float) -> None:
     least, most = min(tile.min() for tile in tiles), max(tile.max() for tile in tiles)
     low, high = scale.vmin, scale.vmax
     assert low is not None
@@ -140,8 +130,8 @@ def _colour_bar(figure: Figure, axes: Axes, scale: Normalize, tiles: Sequence[np
         extend=beyond[bool(least < low), bool(most > high)], extendfrac=0.02,
     )  # fmt: skip
     bar.set_label("share of a block's weights that the mask removes")
-    bar.ax.axvline(share, color="#D55E00", linewidth=2)
+    bar.ax.axvline(whole, color="#D55E00", linewidth=2)
     bar.ax.annotate(
-        f"whole mask: {share:.2%}", (share, 1), (0, 3), xycoords=("data", "axes fraction"),
+        f"whole mask: {whole:.2%}", (whole, 1), (0, 3), xycoords=("data", "axes fraction"),
         textcoords="offset points", ha="center", color="#D55E00", fontsize=8,
     )  # fmt: skip

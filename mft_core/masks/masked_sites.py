@@ -1,19 +1,16 @@
 """One masked matrix as a mask file records it: its name, its shape, and the base weight it belongs to.
 
 The one place that reads site names: which parameter and which matrix of it (`….experts.gate_up_proj[3]` is matrix 3 of
-a parameter of shape (matrices, rows, columns)), which layer, and which column of a table. Used by
-`mft_core.masks.mask_file`, by merging, and by what shows and compares masks.
+a parameter of shape (matrices, rows, columns)), which layer, and which module. Used by `mft_core.masks.mask_file`, by
+merging, and by what compares masks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Generic, NamedTuple, TypeVar
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,7 +20,6 @@ from mft_core.errors import ConfigError
 
 _MATRIX_OF = re.compile(r"(.+)\[(0|[1-9][0-9]{0,8})\]")
 _IN_LAYER = re.compile(r"(?:.*?\.)??([0-9]{1,9})\.(.+)")
-T = TypeVar("T")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Dimension = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -83,68 +79,6 @@ class MaskedSite(BaseModel):
         found = _IN_LAYER.fullmatch(self.parameter)
         assert found is not None  # the validator sees to it
         return found
-
-
-Cells = dict[tuple[int, str], list[MaskedSite]]
-
-
-def arrange(sites: Iterable[MaskedSite]) -> Cells:
-    """Lay sites out by (layer, module): layers ascending, modules in their own order; experts share a cell.
-
-    A module is named by the last part of its path, or by the whole path where two modules end alike (GPT-2 has
-    `attn.c_proj` and `mlp.c_proj`).
-    """
-    sites = sorted(sites, key=lambda site: site.layer)
-    paths = defaultdict(set)
-    for site in sites:
-        paths[site.module].add(site.path)
-    cells: Cells = defaultdict(list)
-    for site in sites:
-        cells[site.layer, site.module if len(paths[site.module]) == 1 else site.path].append(site)
-    return dict(cells)
-
-
-@dataclass(frozen=True)
-class Grid(Generic[T]):
-    """One measure of a mask's matrices: of each cell, layer and module, and in total."""
-
-    cells: Mapping[tuple[int, str], T]
-    layers: Mapping[int, T]
-    modules: Mapping[str, T]
-    total: T
-
-
-def measure(sites: Iterable[MaskedSite], of: Callable[[Sequence[MaskedSite]], T]) -> Grid[T]:
-    """Apply `of` to the sites of every cell, layer and module of `arrange`, and to all sites."""
-    cells = arrange(sites)
-    layers: dict[int, list[MaskedSite]] = defaultdict(list)
-    modules: dict[str, list[MaskedSite]] = defaultdict(list)
-    for (layer, module), inside in cells.items():
-        layers[layer] += inside
-        modules[module] += inside
-    return Grid(
-        {cell: of(inside) for cell, inside in cells.items()},
-        {layer: of(inside) for layer, inside in layers.items()},
-        {module: of(inside) for module, inside in modules.items()},
-        of([site for inside in cells.values() for site in inside]),
-    )
-
-
-class Cut(NamedTuple):
-    """How much a mask removes of some matrices."""
-
-    zeros: int
-    weights: int
-
-    @property
-    def share(self) -> float:
-        """Share set to zero."""
-        return self.zeros / self.weights
-
-
-def cut(sites: Sequence[MaskedSite]) -> Cut:
-    """Return how much is removed of these matrices together."""
-    return Cut(sum(site.zeros for site in sites), sum(site.numel for site in sites))
 
 
 def check_base(site: MaskedSite, weight: Tensor | None) -> None:

@@ -3,54 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from mft_core.masks.algebra import Overlap, Overlaps
+from mft_core.masks.algebra import Overlaps, jaccard, share, tabulate
 from mft_core.masks.mask_file import Mask
-from mft_core.masks.masked_sites import Cut, Grid, T, cut, measure
 
 
 def mask_as_dict(mask: Mask) -> dict[str, Any]:
     """Return the mask's configuration and what it removes per layer, per module, and per module of each layer."""
-    grid = measure(mask.config.sites, cut)
-    layers: dict[int, dict[str, Any]] = {
-        layer: {**_cut_as_dict(one), "modules": {}} for layer, one in grid.layers.items()
-    }
-    for (layer, module), one in grid.cells.items():
-        layers[layer]["modules"][module] = _cut_as_dict(one)
-    return {
-        **json.loads(mask.config.to_json()),
-        **_cut_as_dict(grid.total),
-        "layers": layers,
-        "modules_of_all_layers": {module: _cut_as_dict(one) for module, one in grid.modules.items()},
-    }
+    table = tabulate(mask.config.sites)
+    layers = {layer: {**_cut(own), "modules": _each(own, "module", _cut)} for layer, own in table.groupby("layer")}
+    parts = {"layers": layers, "modules_of_all_layers": _each(table, "module", _cut)}
+    return {**json.loads(mask.config.to_json()), **_cut(table), **parts}
 
 
 def show_mask(mask: Mask) -> None:
     """Print what a mask removes of every matrix: the share, then the count."""
-    config, grid = mask.config, measure(mask.config.sites, cut)
+    config, table = mask.config, tabulate(mask.config.sites)
     asked = "" if config.scope == "combined" else f", sparsity {config.sparsity:g} ({config.scope})"
     print(
         f"{config.selector} mask{asked}, base {config.base_digest[:12]}: "
         f"{mask.zeros:,} of {mask.weights:,} weights are {config.made} ({config.share:.2%})"
     )
     what = "rewound weights" if config.rewinds else "zeros"
-    _print(_table(f"share of {what}", grid, lambda one: f"{one.share:.2%}"))
-    _print(_table(what, grid, lambda one: f"{one.zeros:,}"))
+    _print(_grid(f"share of {what}", table, lambda part: f"{share(part):.2%}"))
+    _print(_grid(what, table, lambda part: f"{part['zeros'].sum():,}"))
 
 
 def overlaps_as_dict(found: Overlaps) -> dict[str, Any]:
     """Return the overlap in total, per layer, per module and per matrix."""
     return {
-        **_overlap_as_dict(found.grid.total),
+        **_overlap(found.table),
         "same_base": found.same_base,
-        "layers": {layer: _overlap_as_dict(one) for layer, one in found.grid.layers.items()},
-        "modules": {module: _overlap_as_dict(one) for module, one in found.grid.modules.items()},
-        "matrices": {name: _overlap_as_dict(one) for name, one in found.matrices.items()},
+        "layers": _each(found.table, "layer", _overlap),
+        "modules": _each(found.table, "module", _overlap),
+        "matrices": {name: _overlap(found.table.loc[[name]]) for name in found.table.index},
         "only_a": found.only_first,
         "only_b": found.only_second,
     }
@@ -58,57 +50,54 @@ def overlaps_as_dict(found: Overlaps) -> dict[str, Any]:
 
 def show_overlaps(found: Overlaps) -> None:
     """Print the overlap of two masks: of every matrix, then per layer and per module beside what chance gives."""
-    total = found.grid.total
+    total = _overlap(found.table)
     print(
-        f"Jaccard index of the removed weights: {total.jaccard:.4f} (independent masks: {total.chance:.4f})\n"
-        f"A removes {total.first:,}, B {total.second:,}, both {total.both:,} of {total.weights:,} weights"
+        f"Jaccard index of the removed weights: {total['jaccard']:.4f} (independent masks: {total['chance']:.4f})\n"
+        f"A removes {total['removed_a']:,}, B {total['removed_b']:,}, both {total['both']:,} of {total['weights']:,} "
+        "weights"
     )
     if not found.same_base:
         print("A and B belong to different base weights: positions are compared, not what stood there.")
     for mask, names in (("A", found.only_first), ("B", found.only_second)):
         if names:
             print(f"Left out: {len(names)} matrices that only {mask} masks.")
-    _print(_table("Jaccard index", found.grid, lambda one: f"{one.jaccard:.4f}"))
-    _print(_against_chance("layer", found.grid.layers, total))
-    _print(_against_chance("module", found.grid.modules, total))
+    _print(_grid("Jaccard index", found.table, lambda part: f"{jaccard(part):.4f}"))
+    for column in ("layer", "module"):
+        table = Table(column, box=None, header_style="bold")
+        for head in ("Jaccard", "by chance", "both", "removed by A", "removed by B", "weights"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for name, one in (_each(found.table, column, _overlap) | {"all": total}).items():
+            counts = (f"{one[key]:,}" for key in ("both", "removed_a", "removed_b", "weights"))
+            style = "bold" if one is total else None
+            table.add_row(str(name), f"{one['jaccard']:.4f}", f"{one['chance']:.4f}", *counts, style=style)
+        _print(table)
 
 
-def _cut_as_dict(one: Cut) -> dict[str, Any]:
-    return {"zeros": one.zeros, "weights": one.weights, "share": one.share}
+def _each(table: pd.DataFrame, column: str, of: Callable[[pd.DataFrame], dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    return {value: of(own) for value, own in table.groupby(column, sort=False)}
 
 
-def _overlap_as_dict(one: Overlap) -> dict[str, Any]:
-    return {
-        "jaccard": one.jaccard,
-        "chance": one.chance,
-        "removed_a": one.first,
-        "removed_b": one.second,
-        "both": one.both,
-        "weights": one.weights,
-    }
+def _cut(part: pd.DataFrame) -> dict[str, Any]:
+    return {"zeros": int(part["zeros"].sum()), "weights": int(part["weights"].sum()), "share": share(part)}
 
 
-def _table(title: str, grid: Grid[T], text: Callable[[T], str]) -> Table:
-    """Lay a grid out with its sums in the last row and column."""
-    table = Table("layer", title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
-    for module in (*grid.modules, "all"):
-        table.add_column(module, justify="right", no_wrap=True)
-    for layer, in_layer in grid.layers.items():
-        cells = [(layer, module) for module in grid.modules]
-        table.add_row(str(layer), *(text(grid.cells[at]) if at in grid.cells else "" for at in cells), text(in_layer))
-    table.add_row("all", *map(text, grid.modules.values()), text(grid.total), style="bold")
-    return table
+def _overlap(part: pd.DataFrame) -> dict[str, Any]:
+    columns = {"removed_a": "first", "removed_b": "second", "both": "both", "weights": "weights"}
+    counts = {name: int(part[column].sum()) for name, column in columns.items()}
+    return {"jaccard": jaccard(part), "chance": jaccard(part, "expected"), **counts}
 
 
-def _against_chance(what: str, parts: Mapping[Any, Overlap], total: Overlap) -> Table:
-    table = Table(what, box=None, header_style="bold")
-    for column in ("Jaccard", "by chance", "both", "removed by A", "removed by B", "weights"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, one in (*parts.items(), ("all", total)):
-        counts = (f"{count:,}" for count in (one.both, one.first, one.second, one.weights))
-        style = "bold" if one is total else None
-        table.add_row(str(name), f"{one.jaccard:.4f}", f"{one.chance:.4f}", *counts, style=style)
-    return table
+def _grid(title: str, table: pd.DataFrame, text: Callable[[pd.DataFrame], str]) -> Table:
+    """Lay matrices out, a row per layer and a column per module, with all of them in the last row and column."""
+    modules = dict(list(table.groupby("module", sort=False)))
+    laid = Table("layer", title=title, title_justify="left", title_style="bold", box=None, header_style="bold")
+    for module in (*modules, "all"):
+        laid.add_column(str(module), justify="right", no_wrap=True)
+    for layer, own in table.groupby("layer"):
+        cells = dict(list(own.groupby("module")))
+        laid.add_row(str(layer), *(text(cells[name]) if name in cells else "" for name in modules), text(own))
+    laid.add_row("all", *map(text, modules.values()), text(table), style="bold")
+    return laid
 
 
 def _print(table: Table) -> None:

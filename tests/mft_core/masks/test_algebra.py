@@ -12,7 +12,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from mft_core.errors import ConfigError
-from mft_core.masks.algebra import Overlap, complement, difference, intersection, overlap, union
+from mft_core.masks.algebra import complement, difference, intersection, jaccard, overlap, union
 from mft_core.masks.mask_file import Mask, load_mask, make_mask, save_mask
 from mft_core.masks.sites import Site
 from tests.mft_core.masks.test_mask_file import make_tiny_mask
@@ -143,18 +143,15 @@ def test_the_overlap_is_counted_per_matrix_layer_module_and_in_total(a: Mask, b:
             overlap(a, b)
         return
     found = overlap(a, b)
-    assert set(found.matrices) == shared
+    assert set(found.table.index) == shared
     assert set(found.only_first) == set(a.kept) - shared
     assert set(found.only_second) == set(b.kept) - shared
     inside_a, inside_b = ({item for item in everywhere(mask) if item[0] in shared} for mask in (a, b))
-    total = found.grid.total
-    assert (total.first, total.second, total.both) == (len(inside_a), len(inside_b), len(inside_a & inside_b))
+    sums = [found.table[name].sum() for name in ("first", "second", "both")]
+    assert sums == [len(inside_a), len(inside_b), len(inside_a & inside_b)]
     either = len(inside_a | inside_b)
-    assert total.jaccard == (len(inside_a & inside_b) / either if either else 1.0)
-    for parts in (found.matrices, found.grid.cells, found.grid.layers, found.grid.modules):
-        assert sum(part.both for part in parts.values()) == total.both
-        assert sum(part.weights for part in parts.values()) == total.weights
-        assert sum(part.expected for part in parts.values()) == pytest.approx(total.expected)
+    assert jaccard(found.table) == (len(inside_a & inside_b) / either if either else 1.0)
+    assert list(found.table["expected"]) == list(found.table["first"] * found.table["second"] / found.table["weights"])
     assert found.same_base
 
 
@@ -164,14 +161,14 @@ def test_chance_is_the_hypergeometric_mean_and_near_the_mean_index(weights: int,
     removed_a = (torch.arange(weights) < first).view(1, weights)
     removed_b = (torch.arange(weights) >= weights - second).view(1, weights)
     name = _NAMES[0]
-    one = overlap(make({name: removed_a}), make({name: removed_b})).grid.total
+    one = overlap(make({name: removed_a}), make({name: removed_b})).table
     both = np.arange(max(0, first + second - weights), min(first, second) + 1)
     probability = hypergeom.pmf(both, weights, first, second)
-    assert one.expected == pytest.approx(float(probability @ both), abs=1e-9)
+    assert one["expected"].item() == pytest.approx(float(probability @ both), abs=1e-9)
     if first + second:
         exact = float(probability @ (both / (first + second - both)))
-        assert one.chance <= exact + 1e-9
-        assert exact - one.chance <= 0.5 / weights
+        assert jaccard(one, "expected") <= exact + 1e-9
+        assert exact - jaccard(one, "expected") <= 0.5 / weights
 
 
 def test_random_masks_overlap_as_chance_says() -> None:
@@ -181,13 +178,15 @@ def test_random_masks_overlap_as_chance_says() -> None:
         make({name: torch.rand(shape, generator=generator) < share for name, shape in shapes.items()})
         for share in (0.1, 0.3)
     )
-    total = overlap(a, b).grid.total
-    assert total.jaccard == pytest.approx(total.chance, rel=0.03)
-    assert total.chance == pytest.approx(0.03 / 0.37, rel=0.01)
+    total = overlap(a, b).table
+    assert jaccard(total) == pytest.approx(jaccard(total, "expected"), rel=0.03)
+    assert jaccard(total, "expected") == pytest.approx(0.03 / 0.37, rel=0.01)
 
 
 def test_masks_that_remove_nothing_are_the_same() -> None:
-    assert Overlap(10, 0, 0, 0, 0.0).jaccard == Overlap(10, 0, 0, 0, 0.0).chance == 1.0
+    nothing = make({_NAMES[0]: torch.zeros(3, 5, dtype=torch.bool)})
+    found = overlap(nothing, nothing).table
+    assert jaccard(found) == jaccard(found, "expected") == 1.0
 
 
 def test_positions_of_different_bases_can_be_compared_and_it_is_said() -> None:
