@@ -288,7 +288,7 @@ def _load_model(
     from lm_eval.models.huggingface import HFLM
 
     from mft_core.compute import PROCESS_WIDE
-    from mft_core.data.assistant_tokens import chat_prompt, end_of_turn, read_tokenizer, stop_tokens
+    from mft_core.data.chat_template import chat_prompt, end_of_turn, read_tokenizer, stop_tokens
 
     tokenizer = read_tokenizer(path, chat_template)
     if recipe.apply_chat_template and not tokenizer.chat_template:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft_core.checkpoints.files import read_config
-from mft_core.data.assistant_tokens import chat_prompt, check_same_tokens, read_tokenizer
+from mft_core.data.assistant_tokens import check_same_tokens
+from mft_core.data.chat_template import chat_prompt, read_tokenizer
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
 from mft_core.evaluation.outcomes import outcome

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mft_core import compute
 from mft_core.checkpoints.files import DTYPES, check_written, load_model, read_config, save_model
-from mft_core.data.assistant_tokens import end_of_turn, read_tokenizer, stop_tokens
+from mft_core.data.chat_template import end_of_turn, read_tokenizer, stop_tokens
 from mft_core.data.tokens import Limits
 from mft_core.masks.sites import find_sites
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory

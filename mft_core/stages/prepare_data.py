@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mft_core.data.assistant_tokens import encode, load_tokenizer
+from mft_core.data.assistant_tokens import encode
+from mft_core.data.chat_template import load_tokenizer
 from mft_core.data.dropped import check_dropped
 from mft_core.data.overlap import clean, normalise, read_questions
 from mft_core.data.rows import Conversation, load_rows, sample

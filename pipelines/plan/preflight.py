@@ -109,7 +109,8 @@ def _check_data(plan: Plan, nodes: Iterable[Node], looks: Looks) -> None:
     Of hub data sets, only the stage itself sees the rows.
     """
     from mft_core.checkpoints.files import read_config
-    from mft_core.data.assistant_tokens import Drawn, check_fits, load_tokenizer
+    from mft_core.data.assistant_tokens import Drawn, check_fits
+    from mft_core.data.chat_template import load_tokenizer
     from mft_core.data.tokens import Limits
 
     seen = set()
@@ -216,7 +217,7 @@ def _check_weights(source: Source) -> None:
 def _check_tokenizer(asked: Sequence[Resolved]) -> None:
     """Refuse a model's tokenizer that cannot be read, or that lacks the chat template that one of the setups needs."""
     from mft_core.checkpoints.files import read_config
-    from mft_core.data.assistant_tokens import read_tokenizer
+    from mft_core.data.chat_template import read_tokenizer
 
     model, setups = asked[0].model, [resolved.setup for resolved in asked]
     read_config(model.config.parent)  # which says first what is wrong with the whole
@@ -231,7 +232,7 @@ def _check_tokenizer(asked: Sequence[Resolved]) -> None:
 
 def _check_end_of_turn(nodes: Iterable[Node]) -> None:
     """Refuse a chat template from which no model learns to stop."""
-    from mft_core.data.assistant_tokens import check_end_of_turn, load_tokenizer
+    from mft_core.data.chat_template import check_end_of_turn, load_tokenizer
 
     asked = {(given["tokenizer"], given.get("chat_template")) for given in (node.inputs for node in nodes)}
     for tokenizer, template in asked:

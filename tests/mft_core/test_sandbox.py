@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from mft_core.data.assistant_tokens import chat_prompt, encode
+from mft_core.data.assistant_tokens import encode
+from mft_core.data.chat_template import chat_prompt
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
 from mft_core.sandbox import TimeLimit, environment, render

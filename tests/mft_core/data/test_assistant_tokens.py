@@ -15,14 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mft_core.data.assistant_tokens import (
-    Drawn,
+from mft_core.data.assistant_tokens import Drawn, check_fits, check_same_tokens, encode
+from mft_core.data.chat_template import (
     EndOfTurn,
     chat_prompt,
     check_end_of_turn,
-    check_fits,
-    check_same_tokens,
-    encode,
     end_of_turn,
     load_tokenizer,
     stop_tokens,
