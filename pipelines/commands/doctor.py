@@ -7,13 +7,14 @@ becomes a finding that says so. Called by `mft doctor`.
 
 from __future__ import annotations
 
-import re
 import socket
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
@@ -38,7 +39,7 @@ def examine(profile: str) -> list[Finding]:
     loaded, store = load_profile(profile), ArtifactStore.from_environment()
     study = study_of(loaded)
     domains = [setup for setup, _ in setups(study, loaded, {})]
-    return [
+    findings = [
         _python(),
         _packages(),
         *doctor_hub.model_and_data(domains),
@@ -47,6 +48,7 @@ def examine(profile: str) -> list[Finding]:
         _port(4200, "the Prefect server", store),
         _port(5000, "the MLflow server", store),
     ]
+    return list(dict.fromkeys(findings))  # domains share data and benchmarks
 
 
 def study_of(profile: Profile) -> Study:
@@ -75,7 +77,7 @@ def _packages() -> Finding:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} {version} (needed: {requirement.specifier})")
-        wanted = tested.get(_normal(requirement.name))
+        wanted = tested.get(canonicalize_name(requirement.name))
         if wanted and version.split("+")[0] != wanted:
             differing.append(f"{requirement.name} {version} (tested: {wanted})")
     if wrong:
@@ -84,17 +86,13 @@ def _packages() -> Finding:
     return Finding("packages", True, detail if tested else "as required")
 
 
-def _tested_versions() -> dict[str, str]:
+def _tested_versions() -> Mapping[str, str]:
     """Read constraints.txt; it is there in a checkout, not beside an installed wheel."""
     if not _CONSTRAINTS.is_file():
         return {}
     lines = _CONSTRAINTS.read_text().splitlines()
     pins = [line.split("#")[0].strip().split("==") for line in lines if "==" in line.split("#")[0]]
-    return {_normal(name): version for name, version in pins}
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return {canonicalize_name(name): version for name, version in pins}
 
 
 def _planned(study: Study, profile: Profile, store: ArtifactStore) -> list[Finding]:
@@ -109,7 +107,7 @@ def _planned(study: Study, profile: Profile, store: ArtifactStore) -> list[Findi
     findings = _memory(plan)
     local = all(item.resolved.model.source.revision is None for item in plan.variants)
     for what, check in checks(plan, store, {}):
-        if local or what in ("MFT_HOME", "disk"):
+        if local or what in ("MFT_HOME", "disk", "processes", "device"):
             disk = f"{_gigabytes(plan.disk_needed)} needed under {store.home}"
             findings.append(attempt(what, check, disk if what == "disk" else "as a run needs it"))
     return findings

@@ -98,7 +98,8 @@ def _repository(
     if any(path.is_file() for pattern in patterns for path in folder.rglob(pattern)):
         return Finding(what, True, "in the local hub cache")
     if not online:
-        return Finding(what, False, f"not in the local hub cache, and the hub cannot be asked. {_token()}")
+        advice = f". {_token()}" if kind == "model" else ""
+        return Finding(what, False, f"not in the local hub cache, and the hub cannot be asked{advice}")
     try:
         HfApi().auth_check(name, repo_type=kind)
     except GatedRepoError:
