@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ class MaskFindings:
     def content(self) -> dict[str, Any]:
         """Return what JSON can hold; `of` gives the same numbers back."""
         return {
-            "measures": [[*group, *astuple(number)] for group, number in self.measures.items()],
+            "measures": [[*group, *number] for group, number in self.measures.items()],
             "effects": [[*one.portion, one.order, one.removed, one.nats.tolist()] for one in self.effects],
         }
 
@@ -235,13 +235,13 @@ def pool(seeds: Sequence[MaskFindings]) -> MaskFindings:
         for effect in one.effects:
             effects.setdefault((effect.portion, effect.order), []).append(effect)
     measured = sum(bool(one.effects) for one in seeds)
-    return MaskFindings(measures, [_mean(own, measured) for own in effects.values()])
-
-
-def _mean(effects: Sequence[Effect], seeds: int) -> Effect:
-    first = effects[0]
-    nats = np.sum([one.nats for one in effects], axis=0) / seeds
-    return Effect(first.portion, first.order, sum(one.removed for one in effects), nats)
+    return MaskFindings(
+        measures,
+        [
+            Effect(*key, sum(one.removed for one in own), np.sum([one.nats for one in own], axis=0) / measured)
+            for key, own in effects.items()
+        ],
+    )
 
 
 def rows(findings: MaskFindings, columns: Mapping[str, Any], recipe: Anatomy, base: Array, tokens: Array) -> list[Row]:
@@ -257,7 +257,7 @@ def rows(findings: MaskFindings, columns: Mapping[str, Any], recipe: Anatomy, ba
         if group.part == "head" and not columns["pooled"]:
             continue  # a model has thousands of heads
         where = {key: value for key, value in group._asdict().items() if value is not None}
-        counted = asdict(number) if isinstance(number, Tally) else {}
+        counted = number._asdict() if isinstance(number, Tally) else {}
         found.append({**columns, **where, **counted, **number.figures(recipe.confidence)})
     if not findings.effects:
         return found

@@ -225,8 +225,8 @@ def _thin_ticks(axes: Axes, across: Sequence[Any], layers: Sequence[int]) -> Non
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
 
 
-def overlap(rows: Sequence[Row], labels: Labels) -> Figure | None:
-    """Draw the rows of the part `overlap`; None where there are none."""
+def overlap(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure | None:
+    """Draw the rows of the part `overlap`, which have no intervals."""
     own = [row for row in rows if row["part"] == "overlap"]
     if not own:
         return None
@@ -239,7 +239,8 @@ def overlap(rows: Sequence[Row], labels: Labels) -> Figure | None:
         if row["beyond_chance"] is not None:
             values[down, right] = max(0.0, row["beyond_chance"])
         if len(masks) <= _MOST_WITH_TEXT:
-            texts[down][right], texts[right][down] = (_percent(row[name]) for name in ("jaccard", "chance"))
+            for name, (y, x) in {"jaccard": (down, right), "chance": (right, down)}.items():
+                texts[y][x] = f"{100 * row[name]:.{1 if row[name] < 0.0995 else 0}f}"
     size = max(6.4, 2.8 + 0.37 * len(masks)), max(4.2, 1.9 + 0.3 * len(masks))  # of few masks: room for the words
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -262,10 +263,6 @@ def overlap(rows: Sequence[Row], labels: Labels) -> Figure | None:
     return figure
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
-
-
 def _in_blocks(described: Sequence[Row]) -> list[Row]:
     """Sort masks by method, domain, layers, modules and seed in the order they come, then by sparsity."""
     keys = ("method", "domain", "layers", "modules", "seed")
@@ -286,7 +283,9 @@ def loss(rows: Sequence[Row], method: str, labels: Labels, confidence: float) ->
         here = [row for row in own if labels.variant(row) == variant]
         for axes, kind in zip(line, kinds, strict=True):
             there = [row for row in here if row["by"] == kind]
-            _loss_panel(axes, there, kind, _places(there if kind == "layer" else own, kind))
+            of_kind = there if kind == "layer" else [row for row in own if row["by"] == kind]
+            places = unique(row[kind] for row in of_kind)
+            _loss_panel(axes, there, kind, places if kind == "module" else sorted(places))
         whole = next(row for row in here if row["by"] == "mask")
         cost = with_interval(whole["cost"], whole["cost_low"], whole["cost_high"], 4)
         line[0].set_title(f"{variant}, whole mask: {cost}", fontsize=8.5, loc="left")
@@ -302,12 +301,6 @@ def loss(rows: Sequence[Row], method: str, labels: Labels, confidence: float) ->
     grey = Line2D([], [], color="0.35", linewidth=1.4, label=f"{percent(confidence)} interval over sequences")
     figure.legend(handles=[*handles, grey], loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     return figure
-
-
-def _places(rows: Sequence[Row], kind: str) -> list[Any]:
-    """Return what stands on an axis: layers of the variant, modules and deciles of all."""
-    found = unique(row[kind] for row in rows if row["by"] == kind)
-    return found if kind == "module" else sorted(found)
 
 
 def _loss_panel(axes: Axes, rows: Sequence[Row], kind: str, places: Sequence[Any]) -> None:

@@ -140,18 +140,19 @@ def _agreement(rows: Sequence[Row], labels: Labels, confidence: float, out: Path
         parts.append(f"{apart} pairs of masks have no matrix in common and are left out.")
     if not all(row["same_base"] for row in pairs):
         parts.append("Masks of different base checkpoints are compared by position: the weights there differ.")
-    return parts + _figure("overlap", "Every pair of masks.", partial(anatomy_figures.overlap, rows, labels), out)
+    return parts + _figure(
+        "overlap", "Every pair of masks.", partial(anatomy_figures.overlap, rows, labels, confidence), out
+    )
 
 
 def _span(row: Row, name: str) -> str:
     if row[name] is None:
         return "-"
-    mean, low, high = (_plain(row[key]) for key in (name, f"{name}_low", f"{name}_high"))
+    numbers = (
+        round(row[key], 3) + 0.0 for key in (name, f"{name}_low", f"{name}_high")
+    )  # + 0.0: no minus before a zero
+    mean, low, high = (f"{number:.3f}".replace("-", "−") for number in numbers)
     return mean if row["pairs"] == 1 else f"{mean} [{low}, {high}]"
-
-
-def _plain(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def _costs(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) -> list[str]:

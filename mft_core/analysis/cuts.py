@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
 from math import sqrt
 from typing import Literal, NamedTuple, TypeVar
 
@@ -53,8 +52,7 @@ class Group(NamedTuple):
     """of a spread: 'outputs', 'inputs', or 'q heads' and so on"""
 
 
-@dataclass(frozen=True)
-class Tally:
+class Tally(NamedTuple):
     """How many weights of a group are removed, and how many chance would remove."""
 
     zeros: int
@@ -75,8 +73,7 @@ class Tally:
         }
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """How unevenly rows, columns or heads of equal size are cut; sums over them, about their expectation E."""
 
     squares: float
@@ -108,9 +105,7 @@ Measures = dict[Group, Tally | Spread]
 
 def add(first: T | None, second: T) -> T:
     """Return the sum of two numbers of one kind, field by field."""
-    if first is None:
-        return second
-    return type(second)(*(getattr(first, one.name) + getattr(second, one.name) for one in fields(second)))
+    return second if first is None else type(second)._make(map(sum, zip(first, second, strict=True)))
 
 
 def chance(weights: int, zeros: int, size: int) -> tuple[float, float]:

@@ -7,7 +7,6 @@ the same randomness to both pictures and hide what the mask changed, and the lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -79,18 +78,13 @@ def plane(pair: WeightPair, losses: SequenceLosses, steps: Array, seed: int, par
             def row(y: float, centre: list[Tensor] = centre) -> list[float]:
                 found = []
                 for x in steps.tolist():
-                    pair.put(_moved(centre, across, x, up, y))
+                    pair.put(w.float() + x * a + y * b for w, a, b in zip(centre, across, up, strict=True))
                     found.append(mean_loss(losses.measure(), losses.tokens))
                 return found
 
             rows = [parts.get(f"plane-{name}-{index}", partial(row, y)) for index, y in enumerate(steps.tolist())]
             measured[name] = np.array(rows)
     return measured
-
-
-def _moved(centre: Direction, across: Direction, x: float, up: Direction, y: float) -> Iterator[Tensor]:
-    for weight, first, second in zip(centre, across, up, strict=True):
-        yield weight.float() + x * first + y * second
 
 
 def line(pair: WeightPair, split: str, losses: SequenceLosses, parts: Parts) -> Array:

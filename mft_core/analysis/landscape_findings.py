@@ -26,7 +26,7 @@ from mft_core.analysis import landscape, pac_bayes
 from mft_core.analysis.landscape import LINE
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.removals import costs
-from mft_core.analysis.sequence_loss import Array, SequenceErrors, SequenceLosses
+from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.analysis.sharpness import Eigenvalue, sharpness
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
 from mft_core.data.batching import StepBatches, micro_batches
@@ -87,9 +87,9 @@ def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext
     for split, tokens, chosen in (("validation", data.validation, held_out), ("training", data.train, trained_on)):
         with SequenceLosses(pair.model, tokens, chosen, width) as losses:
             rows += _line_rows(recipe, split, landscape.line(pair, split, losses, parts), losses.tokens)
-    with SequenceErrors(pair.model, data.validation, held_out, width) as both:
-        errors = pac_bayes.errors(pair, both, parts)
-        noisy = pac_bayes.add_noise(pair, both, recipe.noise, recipe.draws, recipe.seed, parts)
+    with SequenceLosses(pair.model, data.validation, held_out, width) as losses:
+        errors = pac_bayes.errors(pair, losses, parts)
+        noisy = pac_bayes.add_noise(pair, losses, recipe.noise, recipe.draws, recipe.seed, parts)
     eigenvalues = sharpness(pair, _hessian_batches(recipe, data.train, width), width, recipe.seed, parts)
     rows += _sharpness_rows(eigenvalues, recipe.confidence)
     bounds = pac_bayes.bounds(noisy, recipe.noise, pac_bayes.squared_distances(pair), len(held_out))

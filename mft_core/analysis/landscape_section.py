@@ -112,13 +112,14 @@ def _bound(found: LandscapeFindings) -> list[str]:
     ]
     lines = [[PRIOR_LABELS[row["prior"]], _label(found, row), *_terms(row)] for row in shown]
     vacuous = sum(row["vacuous"] for row in shown)
+    before, after = (row["error"] for row in found.of("noise", noise=0.0))
     header = ["prior centred at", "model", "noise", "empirical term", "KL (nats)", "complexity term", "bound"]
     return [
         "### A PAC-Bayes bound on the share of wrong tokens",
         "![The two terms of the bound against the noise](bound.png)",
         table(header, lines),
         f"A bound of 1 or more says nothing, which holds for {vacuous} of these {len(lines)}. {_complexity(found)} "
-        f"{_error(found)}",
+        f"Without noise {percent_of(before)} of the tokens are wrong before and {percent_of(after)} after masking.",
         f"With probability at least {percent(1 - DELTA)} each: error(Q) ≤ error on the n sequences(Q) + √((KL(Q‖P) + "
         f"ln(2√n·k/δ)) / 2n), McAllester's form of Maurer (2004, theorem 5), n = {shown[0]['sequences']} "
         f"validation sequences, k = {len(found.recipe.noise)} noise levels tried, δ = {DELTA:g}. "
@@ -146,11 +147,6 @@ def _complexity(found: LandscapeFindings) -> str:
         f"{moved['kl']:,.0f} nats at noise {moved['noise']:g}, where {moved['sequences']} sequences pay for less than "
         f"{2 * moved['sequences']}."
     )
-
-
-def _error(found: LandscapeFindings) -> str:
-    before, after = (row["error"] for row in found.of("noise", noise=0.0))
-    return f"Without noise {percent_of(before)} of the tokens are wrong before and {percent_of(after)} after masking."
 
 
 def percent_of(share: float) -> str:

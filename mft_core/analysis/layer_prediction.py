@@ -122,7 +122,9 @@ def measured_gains(
     Raises:
         StageError: a group has no gain on a benchmark, or two.
     """
-    sweep = [row for row in pooled(rows) if row["method"] == "mft" and _belongs(row, recipe)]
+    wanted = {"method": "mft", "modules": recipe.modules, "sparsity": recipe.sparsity}
+    wanted |= {} if recipe.domain is None else {"domain": recipe.domain}
+    sweep = [row for row in pooled(rows) if row["gain"] is not None and wanted.items() <= row.items()]
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in sweep))
     if not benchmarks:
         raise StageError(
@@ -144,12 +146,6 @@ def measured_gains(
                 )
             gains[benchmark][group] = {key: found[0][key] for key in ("gain", "gain_low", "gain_high")}
     return gains
-
-
-def _belongs(row: Mapping[str, Any], recipe: PredictLayers) -> bool:
-    of_domain = recipe.domain is None or row["domain"] == recipe.domain
-    same = row["modules"] == recipe.modules and row["sparsity"] == recipe.sparsity
-    return of_domain and same and row["gain"] is not None
 
 
 def _with_average(gains: dict[str, dict[str, Row]]) -> dict[str, dict[str, Row]]:

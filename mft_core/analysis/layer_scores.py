@@ -50,14 +50,8 @@ CANDIDATES: dict[CandidateName, Candidate] = {
 }
 
 
-@dataclass(frozen=True)
-class SiteScores:
-    """What one matrix adds to its group's scores; losses are nats per token."""
-
-    squared_gradient: float
-    saliency: float
-    magnitude: float
-    first_order: float
+Scores = dict[CandidateName, float]
+"""what one matrix adds to its group's scores, of the gradient its square; losses are nats per token"""
 
 
 class _Gradients:
@@ -91,18 +85,18 @@ class _Gradients:
         self._hook.remove()
         self._parameter.requires_grad_(False)
 
-    def scores(self, site: Site, sequences: int, sparsity: float) -> SiteScores:
+    def scores(self, site: Site, sequences: int, sparsity: float) -> Scores:
         """Return the scores of one matrix, the gradients being those of the mean over so many sequences."""
         gradient = site.of({site.parameter: self.total}) / sequences
         change = self._weights[site.name].float() * gradient  # what removing a weight takes off the loss, first order
         best = ~remove_least(-change, masked_count(sparsity, change.numel()))
         first = -float(change[self._least[site.name]].double().sum())
-        return SiteScores(
-            squared_gradient=float(gradient.double().square().sum()),
-            saliency=float(change.abs().double().sum()),
-            magnitude=first + self.curvature[site.name] / sequences / 2,
-            first_order=float(change[best].double().sum()),
-        )
+        return {
+            "gradient": float(gradient.double().square().sum()),
+            "saliency": float(change.abs().double().sum()),
+            "magnitude": first + self.curvature[site.name] / sequences / 2,
+            "first-order": float(change[best].double().sum()),
+        }
 
 
 def score_sites(
@@ -111,7 +105,7 @@ def score_sites(
     sequences: StepBatches,
     sparsity: float,
     report: Callable[[int], None] = lambda done: None,
-) -> dict[str, SiteScores]:
+) -> dict[str, Scores]:
     """Score every matrix by one backward pass.
 
     Args:
@@ -137,14 +131,9 @@ def score_sites(
     return {site.name: gathered[site.parameter].scores(site, count, sparsity) for site in sites}
 
 
-def score_group(sites: Sequence[Site], scores: Mapping[str, SiteScores]) -> dict[CandidateName, float]:
+def score_group(sites: Sequence[Site], scores: Mapping[str, Scores]) -> Scores:
     """Return every candidate's score of one layer group."""
     own = [scores[site.name] for site in sites]
     layers = {site.layer for site in sites}
-    return {
-        "gradient": sum(one.squared_gradient for one in own) ** 0.5,
-        "saliency": sum(one.saliency for one in own),
-        "magnitude": sum(one.magnitude for one in own),
-        "first-order": sum(one.first_order for one in own),
-        "depth": sum(layers) / len(layers),
-    }
+    sums = {name: sum(one[name] for one in own) for name in own[0]}
+    return {**sums, "gradient": sums["gradient"] ** 0.5, "depth": sum(layers) / len(layers)}

@@ -31,13 +31,12 @@ from torch import Tensor
 
 from mft_core.analysis.landscape import finite, mean_loss, normal_draws
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.sequence_loss import Array, SequenceErrors
+from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
 
 DELTA = 0.05
 LEAST_SEQUENCES = 8
 PriorName = Literal["zero", "fine-tuned", "own"]
-PRIORS: tuple[PriorName, ...] = ("zero", "fine-tuned", "own")
 """where the prior is centred: at zero weights, at the fine-tuned model, at the model itself (KL = 0)"""
 
 
@@ -70,7 +69,7 @@ def squared_distances(pair: WeightPair) -> dict[tuple[PriorName, ModelName], flo
     return distances
 
 
-def errors(pair: WeightPair, losses: SequenceErrors, parts: Parts) -> dict[ModelName, float]:
+def errors(pair: WeightPair, losses: SequenceLosses, parts: Parts) -> dict[ModelName, float]:
     """Return the error of either model without noise: the mean over sequences of the share of wrong tokens."""
 
     def of(name: ModelName) -> float:
@@ -81,7 +80,7 @@ def errors(pair: WeightPair, losses: SequenceErrors, parts: Parts) -> dict[Model
 
 
 def add_noise(
-    pair: WeightPair, losses: SequenceErrors, shares: Sequence[float], draws: int, seed: int, parts: Parts
+    pair: WeightPair, losses: SequenceLosses, shares: Sequence[float], draws: int, seed: int, parts: Parts
 ) -> dict[ModelName, Array]:
     """Measure both models under the same draws of noise.
 
@@ -99,7 +98,9 @@ def add_noise(
             noise: list[Tensor] = []
 
             def under(name: ModelName, noise: list[Tensor] = noise, draw: int = draw) -> list[tuple[float, float]]:
-                noise[:] = noise or _noise(pair, sizes, seed, draw)  # made once for both models, if at all
+                if not noise:  # made once for both models, if at all
+                    together = zip(pair.sites, pair.values["fine-tuned"], sizes, strict=True)
+                    noise += [normal_draws(site, w, seed, f"noise {draw}") * size for site, w, size in together]
                 return [_measure(pair, losses, name, noise, share) for share in shares]
 
             for name in MODELS:
@@ -107,13 +108,8 @@ def add_noise(
     return {name: np.array(measured) for name, measured in found.items()}
 
 
-def _noise(pair: WeightPair, sizes: Sequence[float], seed: int, draw: int) -> list[Tensor]:
-    together = zip(pair.sites, pair.values["fine-tuned"], sizes, strict=True)
-    return [normal_draws(site, weight, seed, f"noise {draw}") * size for site, weight, size in together]
-
-
 def _measure(
-    pair: WeightPair, losses: SequenceErrors, name: ModelName, noise: list[Tensor], share: float
+    pair: WeightPair, losses: SequenceLosses, name: ModelName, noise: list[Tensor], share: float
 ) -> tuple[float, float]:
     pair.put(weight.float() + share * step for weight, step in zip(pair.values[name], noise, strict=True))
     nats, errors = losses.losses_and_errors()

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ _WORTHWHILE = 512
 
 
 class SequenceLosses(LossHead):
-    """Measures some sequences on one model; like `LossHead` a context manager."""
+    """Measures loss and error of some sequences on one model; like `LossHead` a context manager."""
 
     def __init__(self, model: PreTrainedModel, sequences: TokenDataset, chosen: NDArray[np.int64], width: int) -> None:
         """Lay out the `chosen` sequences, padded, in batches of at most `width` tokens.
@@ -44,10 +44,23 @@ class SequenceLosses(LossHead):
 
     def measure(self) -> Array:
         """Return the cross-entropy (nats) summed over the loss tokens of every sequence."""
-        return np.concatenate([self._measure(turn) for turn in range(len(self._batches))])
+        return self._measure_all()[0]
+
+    def losses_and_errors(self) -> tuple[Array, Array]:
+        """Return of every sequence the nats summed over its loss tokens, and the share of them that is not predicted.
+
+        A token is predicted if it has the highest probability given the true tokens before it.
+        """
+        nats, wrong = self._measure_all()
+        return nats, wrong / self.tokens
+
+    def _measure_all(self) -> tuple[Array, Array]:
+        nats, wrong = np.concatenate([self._measure(turn) for turn in range(len(self._batches))], axis=1)
+        return nats, wrong
 
     @torch.no_grad()
     def _measure(self, turn: int) -> Array:
+        """Return of every sequence of a batch nats and wrong tokens, [2, sequences]."""
         self._turn, batch = turn, self._batches[turn]
         device = next(self._model.parameters()).device
         labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
@@ -56,8 +69,11 @@ class SequenceLosses(LossHead):
         arguments = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         logits = self._model(**arguments, use_cache=False).logits.squeeze(0)
         pairs = zip(logits.split(_WORTHWHILE), labels[rows, columns].to(device).split(_WORTHWHILE), strict=True)
-        nats = torch.cat([functional.cross_entropy(part.float(), told, reduction="none") for part, told in pairs])
-        return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, nats.double().cpu()).numpy()
+        found = []
+        for part, told in pairs:
+            nats = functional.cross_entropy(part.float(), told, reduction="none")
+            found.append(torch.stack([nats.double(), (part.argmax(-1) != told).double()]).cpu())
+        return torch.zeros(2, len(labels), dtype=torch.float64).index_add_(1, rows, torch.cat(found, dim=1)).numpy()
 
     @contextlib.contextmanager
     def reusing(self, layers: Sequence[nn.Module]) -> Iterator[None]:
@@ -74,7 +90,7 @@ class SequenceLosses(LossHead):
         for layer in layers:
             layer.forward = lambda *_, **__: given[self._turn]
         try:
-            if not np.array_equal(self._measure(0), before[: len(self._batches[0]["labels"])]):
+            if not np.array_equal(self._measure(0)[0], before[: len(self._batches[0]["labels"])]):
                 _compute_again(layers)
             yield
         finally:
@@ -84,39 +100,3 @@ class SequenceLosses(LossHead):
 def _compute_again(layers: Sequence[nn.Module]) -> None:
     for layer in layers:
         layer.__dict__.pop("forward", None)
-
-
-class SequenceErrors(SequenceLosses):
-    """Measures loss and error of some sequences on one model; like `SequenceLosses` a context manager."""
-
-    def __enter__(self) -> Self:
-        super().__enter__()
-        self._guesses: list[Tensor] = []
-        self._watch = self._model.register_forward_hook(self._look)
-        return self
-
-    def __exit__(self, *arguments: object) -> None:
-        self._watch.remove()
-        super().__exit__(*arguments)
-
-    def _look(self, _model: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        self._guesses.append(output.logits.flatten(0, -2).argmax(-1).cpu())
-
-    def losses_and_errors(self) -> tuple[Array, Array]:
-        """Return of every sequence the nats summed over its loss tokens, and the share of them that is not predicted.
-
-        A token is predicted if it has the highest probability given the true tokens before it.
-        """
-        self._guesses.clear()
-        nats = self.measure()
-        pairs = zip(self._batches, self._guesses, strict=True)
-        wrong = np.concatenate([_wrong(batch["labels"], guesses) for batch, guesses in pairs])
-        return nats, wrong / self.tokens
-
-
-def _wrong(labels: Tensor, guesses: Tensor) -> Array:
-    """Count wrong guesses per row; they were made for the labels in the loss, in row-major order."""
-    following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    rows, columns = (following != IGNORED).nonzero(as_tuple=True)
-    missed = (guesses != following[rows, columns]).double()
-    return torch.zeros(len(labels), dtype=torch.float64).index_add_(0, rows, missed).numpy()

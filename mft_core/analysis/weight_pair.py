@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,16 +46,6 @@ class WeightPair:
         return cls(model, sites, values)
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.device
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by name."""
-        return self._parameters
-
-    @property
     def lower_layers(self) -> list[nn.Module]:
         """The decoder layers below all changed matrices: whatever `put` does, they compute the same."""
         first = self.sites[0]
@@ -89,7 +78,7 @@ def changed_sites(fine_tuned: Path, masked: Path) -> list[Site]:
         raise ConfigError(f"masked = {masked}: its maskable weights are those of model = {fine_tuned}; give another.")
     in_sites = {piece.tensor for site in sites for piece in first.pieces[site.name]}
     for name in sorted(set(first.file_of) - in_sites):
-        if name not in second.file_of or not torch.equal(_stored(first, name), _stored(second, name)):
+        if name not in second.file_of or not torch.equal(*(files.stored(name) for files in (first, second))):
             raise ConfigError(
                 f"masked = {masked}: {name} differs from model = {fine_tuned}, and is not a maskable matrix; "
                 "give a model that was made by merging a mask into the other one."
@@ -101,9 +90,3 @@ def _equal(one: Tensor, other: Tensor, name: str) -> bool:
     if one.shape != other.shape:
         raise ConfigError(f"{name} has shape {tuple(one.shape)} in one model and {tuple(other.shape)} in the other.")
     return torch.equal(one, other)
-
-
-def _stored(files: WeightFiles, name: str) -> Tensor:
-    with safe_open(files.directory / files.file_of[name], framework="pt") as handle:
-        stored: Tensor = handle.get_tensor(name)
-        return stored

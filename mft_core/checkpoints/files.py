@@ -324,7 +324,7 @@ class WeightFiles:
         """
         self.check([name])
         try:
-            parts = [self._read(piece) for piece in self.pieces[name]]
+            parts = [self.stored(piece.tensor, piece.index) for piece in self.pieces[name]]
         except SafetensorError as error:
             raise ConfigError(f"model = {self.directory}: {name} cannot be read ({error}).") from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -352,18 +352,16 @@ class WeightFiles:
         """Yield the pieces of a matrix, each with the rows of the matrix that it holds."""
         start = 0
         for piece in self.pieces[name]:
-            with self._open(piece) as handle:
+            with self._open(piece.tensor) as handle:
                 stop = start + handle.get_slice(piece.tensor).get_shape()[-2]
             yield piece, slice(start, stop)
             start = stop
 
-    def _open(self, piece: Piece) -> Any:
-        return safe_open(self.directory / self.file_of[piece.tensor], framework="pt")
-
-    def _read(self, piece: Piece) -> Tensor:
-        with self._open(piece) as handle:
-            if piece.index is None:
-                values: Tensor = handle.get_tensor(piece.tensor)
-            else:
-                values = handle.get_slice(piece.tensor)[piece.index]
+    def stored(self, name: str, index: int | None = None) -> Tensor:
+        """Return a tensor under the name that it has in the files, or matrix `index` of it."""
+        with self._open(name) as handle:
+            values: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
             return values
+
+    def _open(self, name: str) -> Any:
+        return safe_open(self.directory / self.file_of[name], framework="pt")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from mft_core.figures import forest, gain_curves, matrix
 from mft_core.figures.drawing import save
@@ -25,7 +25,7 @@ Kind = Literal["gains", "methods", "matrix"]
 def gains(
     rows: Sequence[Row],
     question: str,
-    path: Path,
+    path: Path | BinaryIO,
     confidence: float = 0.95,
     *,
     kind: Kind | None = None,
@@ -36,7 +36,7 @@ def gains(
     Args:
         rows: as in `rows.json` of the stage `compare`.
         question: the title.
-        path: where the PNG is written.
+        path: where the PNG is written, or what it is written to.
         confidence: of the intervals, for the legend.
         kind: None takes the one that fits what varies (`choose`).
         published: gains of the paper, set beside ours where domain and benchmark are the same.

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -26,7 +26,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#
 _MARKERS = "os^Dv<>"
 
 
-def save(draw: Callable[[], Figure | None], path: Path) -> bool:
+def save(draw: Callable[[], Figure | None], path: Path | BinaryIO) -> bool:
     """Draw without the user's settings and write a PNG; return whether there was something to show."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -37,7 +37,9 @@ def save(draw: Callable[[], Figure | None], path: Path) -> bool:
             drawn = io.BytesIO()
             figure.savefig(drawn, dpi=160, facecolor="white")
             colours = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-            colours.save(path, optimize=True)  # a third of the size: pages carry their figures, repositories the pages
+            colours.save(
+                path, "PNG", optimize=True
+            )  # a third of the size: pages carry their figures, repositories the pages
     return figure is not None
 
 

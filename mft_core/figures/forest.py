@@ -23,7 +23,9 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     domains = list(dict.fromkeys(row["domain"] for row in shown)) or [""]
     own = {key: gain for key, gain in published.items() if key in {(r["domain"], r["benchmark"]) for r in shown}}
     names = {domain: _names(shown, domain, varied, own) for domain in domains}
-    benchmarks = {domain: _benchmarks(shown, domain) for domain in domains}
+    benchmarks = {
+        domain: list(dict.fromkeys(row["benchmark"] for row in shown if row["domain"] == domain)) for domain in domains
+    }
     across = max(1, *(len(found) for found in benchmarks.values()))
     heights = [len(names[domain]) * _LINE + 0.75 for domain in domains]
     longest = max((len(name) for found in names.values() for name in found), default=0)
@@ -50,10 +52,6 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
         figure.text(0.5, 0.6, "No variant is compared with FFT.", ha="center")
     style.legend(figure, {}, confidence, single_seeds=bool(apart(shown)), published=bool(own))
     return figure
-
-
-def _benchmarks(rows: Sequence[Row], domain: str) -> list[str]:
-    return list(dict.fromkeys(row["benchmark"] for row in rows if row["domain"] == domain))
 
 
 def _name(row: Row, varied: Sequence[Quantity]) -> str:

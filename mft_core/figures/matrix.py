@@ -52,16 +52,17 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in shown))
     across = min(_PANELS_ACROSS if len(benchmarks) <= 4 else 1, len(methods)) or 1
     down = -(-len(methods) // across) or 1
-    lines = {
-        method: [domain for domain in domains if across > 1 or _asked(shown, method, domain)] for method in methods
-    }
+    asked = {(row["method"], _domain(row)) for row in shown}
+    lines = {method: [domain for domain in domains if across > 1 or (method, domain) in asked] for method in methods}
     heights = [len(lines[method]) for method in methods[::across]] or [1]
     width = across * (len(benchmarks) * _CELL[0] + 0.4) + 1.2
     figure = Figure(figsize=(max(5.6, width), sum(heights) * _CELL[1] + 0.6 * down + 2.1), layout="constrained")
     grid = figure.subplots(
         down, across, sharex=True, sharey=across > 1, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
-    scale = _scale(shown)
+    compared = [row for row in shown if row["method"] not in CONTROLS] or shown
+    most = max([2.0, *(abs(100 * row["gain"]) for row in compared)])
+    scale = Normalize(-most, most)
     for index, axes in enumerate(grid.flat):
         if index >= len(methods):
             axes.set_visible(False)
@@ -83,16 +84,6 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     return figure
 
 
-def _asked(rows: Sequence[Row], method: str, domain: str) -> bool:
-    return any(row["method"] == method and _domain(row) == domain for row in rows)
-
-
-def _scale(rows: Sequence[Row]) -> Normalize:
-    asked = [row for row in rows if row["method"] not in CONTROLS] or list(rows)
-    most = max([2.0, *(abs(100 * row["gain"]) for row in asked)])
-    return Normalize(-most, most)
-
-
 def _panel(
     axes: Axes, rows: Sequence[Row], domains: Sequence[str], benchmarks: Sequence[str], scale: Normalize
 ) -> None:
@@ -105,7 +96,7 @@ def _panel(
     axes.pcolormesh(gains, cmap=_COLOURS, norm=scale, edgecolors="white", linewidth=2)
     axes.set_ylim(len(domains), 0)
     said = {row["benchmark"]: direction(row) for row in rows}
-    names = [_in_two_lines(name) + said.get(name, "") for name in benchmarks]
+    names = [(name.replace("-", "-\n", 1) if len(name) > 13 else name) + said.get(name, "") for name in benchmarks]
     axes.set_xticks([index + 0.5 for index in range(len(benchmarks))], names)
     axes.set_yticks([index + 0.5 for index in range(len(domains))], domains)
     axes.tick_params(length=0)
@@ -123,7 +114,3 @@ def _write(axes: Axes, row: Row, place: tuple[int, int], scale: Normalize) -> No
               color=ink, fontsize=10, fontweight="bold" if real else "normal")  # fmt: skip
     interval = f"[{low:+.1f}, {high:+.1f}]".replace("-", "−")
     axes.text(x, y + 0.06, interval, ha="center", va="top", color=ink, fontsize=7.5)
-
-
-def _in_two_lines(name: str) -> str:
-    return name.replace("-", "-\n", 1) if len(name) > 13 else name

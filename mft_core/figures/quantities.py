@@ -114,7 +114,8 @@ def quantities(rows: Sequence[Row]) -> list[Quantity]:
                 families.setdefault((row["method"], row["domain"]), []).append(value)
         if any(len(set(values)) > 1 for values in families.values()):
             values = list(dict.fromkeys(itertools.chain.from_iterable(families.values())))
-            found.append(Quantity(columns, tuple(_in_order(values))))
+            numbers = all(isinstance(value, int | float) for value in values)
+            found.append(Quantity(columns, tuple(sorted(values) if numbers else values)))
     return found
 
 
@@ -134,10 +135,6 @@ def _merged(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def _has(row: Row, column: str) -> bool:
     return row.get(column) is not None
-
-
-def _in_order(values: list[Any]) -> list[Any]:
-    return sorted(values) if all(isinstance(value, int | float) for value in values) else values
 
 
 def axis_of(quantity: Quantity) -> Axis:

@@ -38,27 +38,18 @@ def trials(rows: Sequence[Row], path: Path) -> None:
 def _draw(rows: Sequence[Row]) -> Figure:
     seeds = drawing.unique(row["seed"] for row in rows)
     figure, panels = drawing.panels(len(seeds), 3, (3.3, 2.7))
-    styles = _styles(rows)
+    shorter = sorted({row["rung"] for row in rows if row["rung"] < 1})
+    styles = {rung: _RUNGS[index % len(_RUNGS)] for index, rung in enumerate(shorter)} | {1.0: _WHOLE}
+    losses = [row["validation_loss"] for row in rows]
+    margin = 0.06 * (max(losses) - min(losses) or max(losses))
     for axes, seed in zip(panels, seeds, strict=True):
         _panel(axes, [row for row in rows if row["seed"] == seed], styles)
         axes.set_title(f"seed {seed}", fontsize=10, fontweight="bold")
         axes.set_xlabel("Training so far (% of the full grid's)")
-        axes.set_ylim(_limits(rows))
+        axes.set_ylim(min(losses) - margin, max(losses) + margin)  # one range for all panels
     panels[0].set_ylabel("Validation loss (nats per token)")
     figure.legend(handles=_legend(styles), loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     return figure
-
-
-def _styles(rows: Sequence[Row]) -> dict[float, tuple[str, str]]:
-    shorter = sorted({row["rung"] for row in rows if row["rung"] < 1})
-    return {rung: _RUNGS[index % len(_RUNGS)] for index, rung in enumerate(shorter)} | {1.0: _WHOLE}
-
-
-def _limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return one range of losses for all panels."""
-    losses = [row["validation_loss"] for row in rows]
-    margin = 0.06 * (max(losses) - min(losses) or max(losses))
-    return min(losses) - margin, max(losses) + margin
 
 
 def _panel(axes: Axes, rows: Sequence[Row], styles: Mapping[float, tuple[str, str]]) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
@@ -36,13 +35,6 @@ _WHERE = ("layer", "module", "projection", "head", "decile", "sign", "lines", "b
 """columns of the anatomy that a row has, or has not at all"""
 _LEAST_P = 1e-6
 """that an axis shows; smaller p-values stand at its end"""
-_ANATOMY: dict[str, Callable[[Sequence[Row], Labels], Figure | None]] = {
-    "deciles": lambda rows, labels: anatomy_figures.deciles(rows, labels, CONFIDENCE),
-    "evenness": lambda rows, labels: anatomy_figures.evenness(rows, labels, CONFIDENCE),
-    "heads": lambda rows, labels: anatomy_figures.heads(rows, labels, CONFIDENCE),
-    "shares": lambda rows, labels: anatomy_figures.shares(rows, labels, CONFIDENCE),
-    "overlap": anatomy_figures.overlap,
-}
 AnatomyFigure = Literal["deciles", "evenness", "heads", "shares", "overlap"]
 
 
@@ -64,10 +56,9 @@ def gains(rows: pd.DataFrame, kind: figures.Kind | None = None) -> Picture:
         kind: "methods" sets the methods side by side, "matrix" domains against benchmarks; None takes what fits.
     """
     found, question = results.records(rows), rows.attrs.get("question", "")
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "gains.png"
-        figures.gains(found, question, path, CONFIDENCE, kind=kind)
-        return Picture(path.read_bytes())
+    png = BytesIO()
+    figures.gains(found, question, png, CONFIDENCE, kind=kind)
+    return Picture(png.getvalue())
 
 
 def p_values(rows: pd.DataFrame, level: float = 1 - CONFIDENCE) -> Picture | None:
@@ -98,7 +89,8 @@ def anatomy(table: pd.DataFrame, figure: AnatomyFigure) -> Picture | None:
         table: of `results.table`, an "anatomy".
     """
     rows, labels = masks(table)
-    return _picture(lambda: _ANATOMY[figure](rows, labels))
+    draw: Callable[..., Figure | None] = getattr(anatomy_figures, figure)
+    return _picture(lambda: draw(rows, labels, CONFIDENCE))
 
 
 def removals(table: pd.DataFrame, method: str) -> Picture | None:
@@ -130,9 +122,8 @@ def masks(frame: pd.DataFrame) -> tuple[list[Row], Labels]:
 
 
 def _picture(draw: Callable[[], Figure | None]) -> Picture | None:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "figure.png"
-        return Picture(path.read_bytes()) if drawing.save(draw, path) else None
+    png = BytesIO()
+    return Picture(png.getvalue()) if drawing.save(draw, png) else None
 
 
 def _curves(rows: Sequence[Row]) -> Figure:

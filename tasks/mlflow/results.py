@@ -86,15 +86,6 @@ def studies(profile: str = "tiny") -> list[Execution]:
     return sorted(_ask(lambda client: _studies(client, profile)), key=lambda found: found.study)
 
 
-def execution(study: str, profile: str = "tiny") -> Execution:
-    """Return the newest finished execution of a study on a profile.
-
-    Raises:
-        ConfigError: there is none, or the store cannot be read.
-    """
-    return _ask(lambda client: _described(_newest(client, study, profile)))
-
-
 def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
     """Return the rows of a study's report, one per variant and benchmark, as `mft report --json` but `cached`.
 
@@ -125,7 +116,7 @@ def tables(study: str, profile: str = "tiny") -> list[str]:
     Raises:
         ConfigError: no finished execution, or the store cannot be read.
     """
-    return list(execution(study, profile).tables)
+    return list(_ask(lambda client: _described(_newest(client, study, profile))).tables)
 
 
 def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from mft_core.names import without_secrets, without_user
@@ -116,9 +115,7 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._jobs.put(None)
         self.wait(lambda: self._done, self._patience)
         if not self._done:
@@ -163,7 +160,7 @@ class Tracker:
         name: of the parent run.
         plan: what was planned: an execution that did not finish goes on in its run.
         result: key of the result, None if it is yet to be computed; one that is recorded already is only tagged.
-        params, tags: of the parent run.
+        params: of the parent run.
         ui: address of the MLflow UI for links, when it is not the tracking URI itself.
     """
 
@@ -177,7 +174,6 @@ class Tracker:
         plan: str,
         result: str | None = None,
         params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, Any] | None = None,
         ui: str = "http://127.0.0.1:5000",
     ) -> None:
         self._writer = writer
@@ -194,13 +190,13 @@ class Tracker:
             OWNER: owner(),
         }
         self._put(self._open_result, experiment, description, plan, result)
-        self._put(self._open, "", name, params or {}, {**(tags or {}), PLAN: plan})
+        self._put(self._open, "", name, params or {}, {PLAN: plan})
 
     # -- what the caller says -------------------------------------------------------------------------------------
 
-    def variant(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any] | None = None) -> None:
+    def variant(self, key: str, name: str, params: Mapping[str, Any]) -> None:
         """Open the nested run of a variant if there is none; later calls name it by `key`. None values are left out."""
-        self._put(self._open, key, name, params, tags or {})
+        self._put(self._open, key, name, params, {VARIANT: key})
 
     def log_point(self, key: str, row: Mapping[str, Any]) -> bool:
         """Add a point while training runs, a row of `history.jsonl`; False if dropped, too close behind another one."""
@@ -317,9 +313,8 @@ class Tracker:
 
     def _open(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         if key not in self._runs:
-            own = {VARIANT: key, "mlflow.parentRunId": self._runs[""]} if key else {}
-            tags = texts("tag", {**tags, **own, **self._source})
-            run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+            tags = {**tags, **self._source} | ({"mlflow.parentRunId": self._runs[""]} if key else {})
+            run = self._client.create_run(self._experiment_id, run_name=name, tags=texts("tag", tags))
             self._runs[key] = run.info.run_id
             self._send(run.info.run_id, params)
 

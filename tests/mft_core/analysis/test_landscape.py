@@ -11,7 +11,7 @@ from torch.func import functional_call
 from mft_core.analysis.landscape import LINE, direction, filter_normalised, line, mean_loss, plane, steps
 from mft_core.analysis.pac_bayes import bounds, complexity, gaussian_kl, squared_distances
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.sequence_loss import SequenceErrors, SequenceLosses
+from mft_core.analysis.sequence_loss import SequenceLosses
 from mft_core.analysis.sharpness import TOLERANCE, HessianOfLoss, _plain_attention, largest_eigenvalue
 from mft_core.analysis.weight_pair import WeightPair, changed_sites
 from mft_core.checkpoints.files import WeightFiles, load_model, skeleton
@@ -58,9 +58,9 @@ def pair(tmp_path_factory):
     return paths, WeightPair.load(*paths, CPU)
 
 
-def losses_of(pair, kind=SequenceLosses):
+def losses_of(pair):
     validation = make_data().validation
-    return kind(pair.model, validation, np.arange(len(validation)), 8192)
+    return SequenceLosses(pair.model, validation, np.arange(len(validation)), 8192)
 
 
 def test_the_matrices_that_a_mask_touches_are_read_off_the_weights(pair):
@@ -168,7 +168,7 @@ def test_errors_of_sequences_are_their_wrong_greedy_guesses(pair):
     _, loaded = pair
     validation = make_data().validation
     loaded.put(loaded.values["fine-tuned"])
-    with losses_of(loaded, SequenceErrors) as losses:
+    with losses_of(loaded) as losses:
         nats, errors = losses.losses_and_errors()
         np.testing.assert_array_equal(nats, losses.measure())
     shares = []

@@ -151,7 +151,6 @@ def test_the_result_that_was_executed_last_is_read(recorded: tuple[Path, list[Ro
     assert results.rows("data-ratio")["accuracy"].gt(0).all(), "neither the older nor the failed one"
     assert len(results.rows("data-ratio", "mini")) == 2
     (found,) = results.studies()
-    assert found == results.execution("data-ratio")
     assert (found.study, found.profile, found.question) == ("data-ratio", "tiny", "How much of the data?")
     assert results.studies("llama2-7b") == []
 

@@ -90,7 +90,8 @@ def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(ho
     with Writer(home, "sparsity") as writer:
         tracker = track(writer, "sparsity on tiny")
         tracker.write("", params={"note": "x" * 7000})
-        tracker.variant("sums/mft 0.1", "mft 0.1", {"sparsity": 0.1}, {"artifact/learn-mask": "abc", "cached": True})
+        tracker.variant("sums/mft 0.1", "mft 0.1", {"sparsity": 0.1})
+        tracker.write("sums/mft 0.1", tags={"artifact/learn-mask": "abc", "cached": True})
         curve = [{"step": step, "loss": 1.0, "tokens": 64} for step in range(1, 151)]
         tracker.log_curve("sums/mft 0.1", curve, sent=[100, 120])
         tracker.log_rows(ROWS)
