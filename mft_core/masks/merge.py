@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -77,7 +76,7 @@ def merge(
         raise ConfigError(f"rewind_to = {rewind_to}: the mask sets weights to zero; leave the model to rewind to out.")
     files = WeightFiles(Path(base))
     earlier = None if rewind_to is None else WeightFiles(Path(rewind_to))
-    removed, rewound = {}, {}
+    removed, put = {}, {}
     for site in mask.config.sites:
         weight = files.tensor(site.name) if site.name in files.pieces else None
         check_base(site, weight)
@@ -85,6 +84,7 @@ def merge(
         cut = ~mask.kept[site.name]
         if keep_removed:
             removed[site.name] = weight[cut]
+        put[site.name] = weight.new_zeros(1).expand(site.zeros)
         if earlier is not None:
             value = earlier.tensor_like(site.name, weight)
             if tensor_digest(value) != site.rewound_sha256:
@@ -92,11 +92,13 @@ def merge(
                     f"rewind_to = {rewind_to}: the mask goes back to other values of {site.name} (sha256 differs); "
                     "give the model that the mask was learned with."
                 )
-            rewound[site.name] = value[cut]
+            put[site.name] = value[cut]
     with whole_or_absent(Path(out)) as target:
-        _rewrite(files, mask, target, report, None if earlier is None else rewound)
+        _rewrite(files, mask, target, report, put)
         if keep_removed:
-            _save_removed(removed, mask, files, target)
+            save_mask(mask, target / KEPT)
+            written = {name: digest_file(target / name) for name in files.files}
+            save_file(removed, target / KEPT / REMOVED, metadata={"merged": json.dumps(written, sort_keys=True)})
     return mask
 
 
@@ -137,55 +139,24 @@ def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Ma
     return mask
 
 
-@dataclass(frozen=True)
-class _Region:
-    """Where a part of a masked matrix lies in a file: `rows` of the matrix of that name."""
-
-    piece: Piece
-    name: str
-    rows: slice
-
-
-def _regions(files: WeightFiles, mask: Mask) -> dict[str, list[_Region]]:
-    """Return what is masked in each file, by the file's name."""
-    regions = defaultdict(list)
+def _rewrite(files: WeightFiles, mask: Mask, target: Path, report: Report, values: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint; masked entries become `values`, by matrix in row-major order."""
+    regions: dict[str, list[tuple[str, Piece, slice]]] = defaultdict(list)
     for site in mask.config.sites:
         for piece, rows in files.rows(site.name):
-            regions[files.file_of[piece.tensor]].append(_Region(piece, site.name, rows))
-    return regions
-
-
-def _rewrite(
-    files: WeightFiles, mask: Mask, target: Path, report: Report, values: Mapping[str, Tensor] | None = None
-) -> None:
-    """Copy a checkpoint; masked entries become zero, or what `values` has of them."""
-    regions = _regions(files, mask)
+            regions[files.file_of[piece.tensor]].append((site.name, piece, rows))
     others = (name for name in parts("model", files.directory) if name not in regions)
     copy_files(files.directory, target, (name for name in others if not files.holds_other_weights(name)))
     for done, name in enumerate(sorted(regions), start=1):
         with safe_open(files.directory / name, framework="pt") as handle:
             metadata = handle.metadata()
             tensors = {tensor: handle.get_tensor(tensor) for tensor in handle.keys()}  # noqa: SIM118 (not a mapping)
-        for region in regions[name]:
-            _fill(region, tensors, mask, values)
+        for matrix, piece, rows in regions[name]:
+            cut = ~mask.kept[matrix]
+            above, inside = int(cut[: rows.start].sum()), cut[rows]
+            piece.of(tensors)[inside] = values[matrix][above : above + int(inside.sum())]
         save_file(tensors, target / name, metadata=metadata)
         report(done, len(regions))
-
-
-def _fill(region: _Region, tensors: dict[str, Tensor], mask: Mask, values: Mapping[str, Tensor] | None) -> None:
-    cut = ~mask.kept[region.name]
-    if values is None:
-        region.piece.of(tensors).masked_fill_(cut[region.rows], 0)
-    else:
-        above = int(cut[: region.rows.start].sum())
-        count = int(cut[region.rows].sum())
-        region.piece.of(tensors)[cut[region.rows]] = values[region.name][above : above + count]
-
-
-def _save_removed(removed: dict[str, Tensor], mask: Mask, files: WeightFiles, target: Path) -> None:
-    save_mask(mask, target / KEPT)
-    written = {name: digest_file(target / name) for name in files.files}
-    save_file(removed, target / KEPT / REMOVED, metadata={"merged": json.dumps(written, sort_keys=True)})
 
 
 def _load_removed(merged: Path, mask: Mask, files: WeightFiles) -> dict[str, Tensor]:

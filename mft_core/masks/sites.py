@@ -25,48 +25,31 @@ _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ATTENTION = r"(?:self_attn|self_attention|attention|attn|attn\.attention)\."
 _MLP = r"(?:(?:mlp|mlp_block|feed_forward|ffn)\.(?:shared_experts?\.)?)?"
 _EXPERTS = r"(?:mlp|feed_forward|block_sparse_moe)\.experts\."
-_ROLES: tuple[tuple[str, SiteClass, dict[str, str]], ...] = (
-    (
-        _ATTENTION,
-        "attention",
-        {
-            "q": "q_proj",
-            "k": "k_proj",
-            "v": "v_proj",
-            "o": "o_proj|out_proj|dense|c_proj",
-            "qkv": "qkv_proj|query_key_value|c_attn|Wqkv",  # fused, and masked as one matrix
-            # latent attention (DeepSeek): down to the latent, up to the heads
-            "q-down": "q_a_proj",
-            "q-up": "q_b_proj",
-            "kv-down": "kv_a_proj_with_mqa",
-            "kv-up": "kv_b_proj",
-        },
-    ),
-    (
-        _MLP,
-        "mlp",
-        {
-            "gate": "gate_proj|w1",
-            "up": "up_proj|fc1|c_fc|dense_h_to_4h|fc_in|w3",
-            "down": "down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2",
-            "gate-up": "gate_up_proj",
-        },
-    ),
-    (
-        _EXPERTS,
-        "mlp",
-        {
-            "expert-gate-up": "gate_up_proj",
-            "expert-gate": "gate_proj",
-            "expert-up": "up_proj",
-            "expert-down": "down_proj",
-        },
-    ),
-)
+_ROLES: dict[str, tuple[SiteClass, str, str]] = {
+    "q": ("attention", _ATTENTION, "q_proj"),
+    "k": ("attention", _ATTENTION, "k_proj"),
+    "v": ("attention", _ATTENTION, "v_proj"),
+    "o": ("attention", _ATTENTION, "o_proj|out_proj|dense|c_proj"),
+    "qkv": ("attention", _ATTENTION, "qkv_proj|query_key_value|c_attn|Wqkv"),  # fused, and masked as one matrix
+    # latent attention (DeepSeek): down to the latent, up to the heads
+    "q-down": ("attention", _ATTENTION, "q_a_proj"),
+    "q-up": ("attention", _ATTENTION, "q_b_proj"),
+    "kv-down": ("attention", _ATTENTION, "kv_a_proj_with_mqa"),
+    "kv-up": ("attention", _ATTENTION, "kv_b_proj"),
+    "gate": ("mlp", _MLP, "gate_proj|w1"),
+    "up": ("mlp", _MLP, "up_proj|fc1|c_fc|dense_h_to_4h|fc_in|w3"),
+    "down": ("mlp", _MLP, "down_proj|fc2|c_proj|dense_4h_to_h|fc_out|w2"),
+    "gate-up": ("mlp", _MLP, "gate_up_proj"),
+    "expert-gate-up": ("mlp", _EXPERTS, "gate_up_proj"),
+    "expert-gate": ("mlp", _EXPERTS, "gate_proj"),
+    "expert-up": ("mlp", _EXPERTS, "up_proj"),
+    "expert-down": ("mlp", _EXPERTS, "down_proj"),
+}
+"""by role: class, the block inside a layer, and the names that matrices have there"""
 _PATTERNS: tuple[tuple[re.Pattern[str], str, SiteClass], ...] = tuple(
-    (re.compile(f"{block}(?:{names})"), role, kind) for block, kind, roles in _ROLES for role, names in roles.items()
+    (re.compile(f"{block}(?:{names})"), role, kind) for role, (kind, block, names) in _ROLES.items()
 )
-_KNOWN = tuple(dict.fromkeys(name for _, _, roles in _ROLES for names in roles.values() for name in names.split("|")))
+_KNOWN = tuple(dict.fromkeys(name for _, _, names in _ROLES.values() for name in names.split("|")))
 
 
 @dataclass(frozen=True)
