@@ -14,7 +14,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -290,7 +289,11 @@ def _rows(source: Path, part: MixturePart) -> Iterator[tuple[str, Conversation]]
         raise ConfigError(
             f"data.mixture: split and config are of hub data sets and folders; {source} is one file: leave them out."
         )
-    for where, row in _parquet_rows(source) if _begins(source) == _PARQUET else _json_rows(source):
+    if _begins(source) == _PARQUET:
+        named = ((f"{source} row {number}", row) for number, row in enumerate(_parquet_rows(source)))
+    else:
+        named = ((f"{source} line {number}", row) for number, row in read_json_lines(source))
+    for where, row in named:
         yield where, parse_row(row, where)
 
 
@@ -302,31 +305,24 @@ def _begins(path: Path) -> bytes:
         return b""  # whoever reads on says what is wrong
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         with pq.ParquetFile(path) as file:
             names = [name for name in ("messages", "tools", *_OTHER_MEANING) if name in file.schema_arrow.names]
             for batch in file.iter_batches(1_000, columns=names if "messages" in names else None):
-                for row in batch.to_pylist():
-                    yield f"{path} row {number}", row
-                    number += 1
+                yield from batch.to_pylist()
+            empty = file.metadata.num_rows == 0
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"data file {path}: damaged ({_reason(error)}); copy or download it again.") from error
-    if not number:
+    if empty:
         raise ConfigError(f"data file {path}: empty; it needs at least one row.")
 
 
 def _reason(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in read_json_lines(path):
-        yield f"{path} line {number}", row
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -339,7 +335,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ConfigError(f"data file {path}: no such file; give the path of a JSONL file, one row per line.")
     found = False
     try:
-        with _opened(path) as handle:
+        with gzip.open(path) if _begins(path)[:2] == _GZIP else path.open("rb") as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     found = True
@@ -350,10 +346,6 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ConfigError(f"data file {path}: cannot be read ({error.strerror}); check its permissions.") from error
     if not found:
         raise ConfigError(f"data file {path}: empty; it needs at least one row.")
-
-
-def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(path, "rb") if _begins(path)[:2] == _GZIP else path.open("rb")
 
 
 def _parse_line(line: bytes, where: str) -> Any:

@@ -5,7 +5,8 @@ directory. A thread samples twice a second (under a hundredth of a core).
 
 - *Memory*: on a GPU the most that torch had allocated there (of this process); else by how much the resident memory of
   this process and its children grew, free memory having been given back to the system before.
-- *Energy*: of the whole devices, see `mft_core.store.energy`; None where nothing can be read.
+- *Energy*: of the whole devices, whoever used them: GPUs that torch uses (NVML, where `nvidia-ml-py` is there) and CPU
+  packages (RAPL, whose files can often be read by root alone); None where nothing can be read.
 
 Both speak of the stage only if no other one ran in this process meanwhile: `alone`. Used by `mft_core.store.artifacts`.
 """
@@ -13,27 +14,81 @@ Both speak of the stage only if no other one ran in this process meanwhile: `alo
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import platform
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 
-from mft_core.store.energy import Counter, cpu_counters, gpu_counters
 from mft_core.store.kept import keep, kept
 
 SAMPLE_SECONDS = 0.5
 KEEP_SECONDS = 10.0
 """a stage that is killed loses the account of at most this long"""
 KEPT = ".usage.json"
+_RAPL = Path("/sys/class/powercap")
 _ACTIVE: set[Meter] = set()
 _LOCK = threading.Lock()
+
+
+class Counter:
+    """Adds up what a counter counts, over its wraps."""
+
+    def __init__(self, read: Callable[[], float], wraps_at: float = float("inf")) -> None:
+        """Take the function that reads the counter, and the value at which it begins again; both in joules."""
+        self._read, self._wraps_at = read, wraps_at
+        self._last = read()
+        self.joules = 0.0
+
+    def sample(self) -> None:
+        """Add what was used since the last sample, at most one wrap ago."""
+        now = self._read()
+        self.joules += now - self._last + (self._wraps_at if now < self._last else 0.0)
+        self._last = now
+
+
+def cpu_counters() -> list[Counter]:
+    """Return a counter for each CPU package that lets itself be read."""
+    found = []
+    for package in sorted(_RAPL.glob("intel-rapl:*")):
+        if package.name.count(":") > 1:  # a part of a package
+            continue
+        try:
+            wraps_at = int((package / "max_energy_range_uj").read_text()) / 1e6
+            found.append(Counter(functools.partial(_microjoules, package / "energy_uj"), wraps_at))
+        except OSError:  # not for us to read
+            continue
+    return found
+
+
+def gpu_counters() -> list[Counter]:
+    """Return a counter for each GPU on which torch has memory; none before it has."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return []
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    pynvml.nvmlInit()
+    used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
+    names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in used]
+    handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
+    return [Counter(functools.partial(_millijoules, pynvml, handle)) for handle in handles]
+
+
+def _microjoules(path: Path) -> float:
+    return int(path.read_text()) / 1e6
+
+
+def _millijoules(nvml: Any, handle: Any) -> float:
+    return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
 
 
 class Meter:
@@ -70,9 +125,7 @@ class Meter:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         with _LOCK:

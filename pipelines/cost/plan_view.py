@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mft_core.stages.flops_and_memory import PROCESS
-from pipelines.cost.predicted import Bill, Run, stages
+from pipelines.cost.predicted import Bill, stages
 from pipelines.graph.lookup import Step
 from pipelines.plan import workload
 from pipelines.search import view
@@ -29,7 +29,16 @@ def as_dict(bill: Bill) -> dict[str, Any]:
         "study": plan.study.name,
         "profile": plan.profile.name,
         "question": plan.study.question,
-        "variants": [{**run.variant.columns, **_run_as_dict(run)} for run in bill.runs],
+        "variants": [
+            {
+                **run.variant.columns,
+                "hours": run.hours,
+                "hours_shared": run.shared,
+                "shared_with": list(run.shared_with),
+                "hours_to_come": run.to_come,
+            }
+            for run in bill.runs
+        ],
         "stages": [
             {
                 "stage": step.node.stage,
@@ -40,7 +49,7 @@ def as_dict(bill: Bill) -> dict[str, Any]:
                 "hours": cost.hours,
                 "hours_measured": cost.measured,
                 "hours_to_come": cost.to_come,
-                "shared_with": _elsewhere(bill, step),
+                "shared_with": charged if (charged := bill.charged[step.node.id]) != plan.study.name else None,
                 "peak_memory_bytes": bill.peak(step.node),
                 "memory_parts_bytes": dict(plan.needs(step.node).memory),
             }
@@ -54,21 +63,6 @@ def as_dict(bill: Bill) -> dict[str, Any]:
         "wall_hours_to_come": bill.wall,
         "device": {"name": bill.device.name, "assumed": _assumed(bill)},
     }
-
-
-def _run_as_dict(run: Run) -> dict[str, Any]:
-    return {
-        "hours": run.hours,
-        "hours_shared": run.shared,
-        "shared_with": list(run.shared_with),
-        "hours_to_come": run.to_come,
-    }
-
-
-def _elsewhere(bill: Bill, step: Step) -> str | None:
-    """Return the earlier study that is charged with the stage, if it is not this one."""
-    study = bill.charged[step.node.id]
-    return None if study == bill.plan.study.name else study
 
 
 def show(bill: Bill) -> None:

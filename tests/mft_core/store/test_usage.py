@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mft_core.store import energy, usage
+from mft_core.store import usage
 from mft_core.store.kept import keep
 from mft_core.store.usage import KEPT, Meter
 
@@ -69,8 +69,8 @@ def test_a_counter_that_wraps_goes_on_counting(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "max_energy_range_uj").write_text("10000000\n")
         (folder / "energy_uj").write_text("9000000\n")
-    monkeypatch.setattr(energy, "_RAPL", tmp_path)
-    (counter,) = energy.cpu_counters()
+    monkeypatch.setattr(usage, "_RAPL", tmp_path)
+    (counter,) = usage.cpu_counters()
     for microjoules in (9_500_000, 250_000, 1_000_000):
         (package / "energy_uj").write_text(f"{microjoules}\n")
         counter.sample()
@@ -78,7 +78,7 @@ def test_a_counter_that_wraps_goes_on_counting(tmp_path, monkeypatch):
 
 
 def test_where_nothing_can_be_read_there_is_no_energy(tmp_path, monkeypatch):
-    monkeypatch.setattr(energy, "_RAPL", tmp_path / "nothing")
+    monkeypatch.setattr(usage, "_RAPL", tmp_path / "nothing")
     with Meter(tmp_path) as meter:
         pass
     assert meter.used["energy_joules"] is None
