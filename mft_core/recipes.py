@@ -67,6 +67,13 @@ class PrepareData(Recipe):
     max_length: int = Field(gt=1, description="tokens; longer examples are cut if they keep an assistant token")
     validation_rows: int = Field(0, ge=0, description="rows held out to choose checkpoints and learning rates")
     seed: int = Field(42, ge=0)
+    overlap: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a benchmark question's words, in runs of 13 that a row has too, from which on the row is "
+        "left out; at 0 one such run is enough",
+    )
 
 
 class Training(Recipe):

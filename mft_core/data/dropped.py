@@ -31,7 +31,8 @@ def told(summary: Mapping[str, Any]) -> str | None:
     rows = sum(summary["rows"])
     counts = {
         "there twice": summary["duplicates_removed"],
-        "a benchmark's question": sum(summary["benchmark_overlaps_removed"].values()),
+        "equal to a benchmark's question": summary["benchmark_overlaps_removed"]["equal_question"],
+        "that hold much of one (data.overlap)": summary["benchmark_overlaps_removed"]["shared_13_words"],
         "too long to keep an answer": summary["too_long"],
     }
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)

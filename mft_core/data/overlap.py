@@ -2,16 +2,17 @@
 
 Three tests against the benchmarks. A user turn that equals a question (after normalising case, width and
 spaces) always counts, and so does a text that holds a whole question of eight words or more, however many
-rows do. Longer texts also count when they share 13 consecutive words with a question, the collision rule
-of Brown et al. 2020 ("Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C; 8 is the least
+rows do. Longer texts also count when they share runs of 13 consecutive words with a question, the collision
+rule of Brown et al. 2020 ("Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C; 8 is the least
 length of theirs), which also passes over 13-grams found in more than ten training documents: those are
-phrasing that tasks share, not copied items.
+phrasing that tasks share, not copied items. Where rows and benchmark come from the same templates, one such run
+says little: the share of the question's words that these runs must make up tells a copied item from another one.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Cleaned:
     equal_questions: int
     """rows with a user turn that is a benchmark's question"""
     shared_ngrams: int
-    """further rows that hold a benchmark's question, or share 13 consecutive words with one"""
+    """further rows that hold a benchmark's question, or share runs of 13 words with one"""
 
 
 def normalise(text: str) -> str:
@@ -75,39 +76,55 @@ def question_of(row: object) -> str | None:
     return texts[name] if name else None
 
 
-def clean(rows: Sequence[Conversation], questions: Iterable[str]) -> Cleaned:
+def has_runs(questions: Iterable[str]) -> bool:
+    """Whether any question is long enough to share a run of 13 words with a row."""
+    return any(len(_words(normalise(question))) >= NGRAM_WORDS for question in questions)
+
+
+def clean(rows: Sequence[Conversation], questions: Iterable[str], share: float = 0.0) -> Cleaned:
     """Find the rows that repeat an earlier row or overlap with a benchmark.
 
     Args:
         rows: the sampled mixture, in order; of equal conversations the first stays.
         questions: the benchmarks' questions; may be empty.
+        share: of a question's words, that shared runs of 13 words must make up for a row to go; 0: one run is enough.
     """
-    known = {normalise(question) for question in questions}
+    known = sorted({normalise(question) for question in questions})
     wholes = _by_beginning(known)
-    grams_of_questions = {gram for question in known for gram in _ngrams(_words(question), NGRAM_WORDS)}
+    places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for number, question in enumerate(known):
+        for start, gram in enumerate(_ngrams(_words(question), NGRAM_WORDS)):
+            places[gram].append((number, start))
+    lengths = [len(_words(question)) for question in known]
     first_place: dict[Conversation, int] = {}
     for index, row in enumerate(rows):
         first_place.setdefault(row, index)
     distinct = list(first_place.values())
 
+    asked = set(known)
     collisions: dict[int, set[str]] = {}
     equal: set[int] = set()
     copied: set[int] = set()
     for index in distinct:
         users = [normalise(message.content) for message in rows[index] if message.role == "user"]
-        if known.intersection(users):
+        if asked.intersection(users):
             equal.add(index)
         elif wholes:
             texts = [_words(normalise(message.content)) for message in rows[index]]
-            shared = grams_of_questions.intersection(gram for text in texts for gram in _ngrams(text, NGRAM_WORDS))
+            shared = places.keys() & {gram for text in texts for gram in _ngrams(text, NGRAM_WORDS)}
             if any(_holds(text, wholes) for text in texts):
                 copied.add(index)
             elif shared:
                 collisions[index] = shared
     frequency = Counter(gram for shared in collisions.values() for gram in shared)
-    copied |= {
-        index for index, shared in collisions.items() if any(frequency[gram] <= COMMON_NGRAM_ROWS for gram in shared)
-    }
+    for index, shared in collisions.items():
+        covered: dict[int, set[int]] = defaultdict(set)
+        for gram in shared:
+            if frequency[gram] <= COMMON_NGRAM_ROWS:
+                for number, start in places[gram]:
+                    covered[number].update(range(start, start + NGRAM_WORDS))
+        if any(len(words) >= share * lengths[number] for number, words in covered.items()):
+            copied.add(index)
     return Cleaned(
         kept=[index for index in distinct if index not in equal and index not in copied],
         duplicates=len(rows) - len(distinct),

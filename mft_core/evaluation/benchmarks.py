@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, TemplateError
 
-from mft_core.data.overlap import question_of
+from mft_core.data.overlap import question_of, read_questions
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError, unknown
 from mft_core.names import inside
@@ -222,6 +222,17 @@ def definitions(folder: Path, name: str) -> list[Definition]:
         Definition(folder, task, config, tuple(dict.fromkeys([*files, *_modules(folder, config)])))
         for task, config, files in index.expand(name)
     ]
+
+
+def questions(task: str, benchmark: Path) -> list[str]:
+    """Return what is asked by a task of a folder; or, without a task, by the items of a file.
+
+    Raises:
+        ConfigError: an item that shows no question.
+    """
+    if not task:
+        return read_questions(benchmark)
+    return [prompt for one in definitions(benchmark, task) for prompt in one.prompts()]
 
 
 class _Member(NamedTuple):

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from mft_core.data.assistant_tokens import encode
 from mft_core.data.chat_template import load_tokenizer
 from mft_core.data.dropped import check_dropped
-from mft_core.data.overlap import clean, normalise, read_questions
+from mft_core.data.overlap import clean, normalise
 from mft_core.data.rows import Conversation, load_rows, sample
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
-from mft_core.evaluation.benchmarks import definitions
+from mft_core.evaluation.benchmarks import questions
 from mft_core.recipes import PrepareData
 from mft_core.stage import Progress, StageContext
 
@@ -57,9 +57,9 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
         question
         for name in sorted(inputs)
         if name.startswith("benchmark-")
-        for question in questions(name, inputs[name])
+        for question in questions((*name.split("-", 2), "")[2], inputs[name])
     ]
-    cleaned = clean(rows, asked)
+    cleaned = clean(rows, asked, recipe.overlap)
     if not cleaned.kept:
         raise ConfigError(
             f"mixture: all {len(rows)} rows are benchmark questions; valid: data apart from the benchmarks."
@@ -103,17 +103,6 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     )
     context.log.info("prepare-data: %s", json.dumps(report))
     return report
-
-
-def questions(name: str, benchmark: Path) -> list[str]:
-    """Return what one benchmark asks; `name` is that of the stage's input.
-
-    Raises:
-        ConfigError: an item that shows no question.
-    """
-    if benchmark.is_file():
-        return read_questions(benchmark)
-    return [prompt for one in definitions(benchmark, name.split("-", 2)[2]) for prompt in one.prompts()]
 
 
 def _prompt(conversation: Conversation) -> str:

@@ -119,6 +119,11 @@ class ArtifactStore:
                     "set MFT_HOME to a directory that you can write to."
                 ) from error
 
+    @property
+    def models(self) -> Path:
+        """Where models lie that were fetched for a profile."""
+        return self.home / "models"
+
     def directory(self, stage: str, key: str) -> Path:
         """Return where the artifact lies or would lie."""
         return self.home / "artifacts" / stage / key

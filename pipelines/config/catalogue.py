@@ -18,12 +18,15 @@ from pydantic import Field, ValidationError, model_validator
 from mft_core.errors import ConfigError, explain, unknown
 from mft_core.methods import MethodName, TrainedMethodName
 from mft_core.recipes import Recipe, Runtime
+from mft_core.store.artifacts import ArtifactStore
 from mft_core.yaml_files import read_yaml
 from pipelines.config.setup import Label, Layers
 
 _HERE = Path(__file__).resolve().parents[1]
 _PATH_KEYS = {"path", "chat_template"}
 _FILES = (".jsonl", ".json", ".gz", ".parquet", ".jinja")
+FETCHED = "$MFT_HOME/models/"
+"""how a profile's path begins where `mft fetch` has put the model"""
 Model = TypeVar("Model", bound=Recipe)
 FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
 
@@ -232,6 +235,8 @@ def anchored(layer: Any, folder: Path) -> Any:
 
 
 def _anchor(text: str, folder: Path) -> str:
+    if text.startswith(FETCHED):
+        return str(ArtifactStore.from_environment().models / text.removeprefix(FETCHED))
     path = Path(text).expanduser()
     local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in _FILES
     return str((folder / path).resolve()) if local or path.is_absolute() else text

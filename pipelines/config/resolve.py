@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mft_core.cache_key import digest
-from mft_core.data.overlap import question_of
+from mft_core.data.overlap import has_runs, question_of
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
-from mft_core.evaluation.benchmarks import Definition, definitions
+from mft_core.evaluation.benchmarks import Definition, definitions, questions
 from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
 from mft_core.methods import uses
+from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
 from pipelines.config.catalogue import FOLDERS
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
@@ -47,6 +48,7 @@ class Resolver:
         self._model = functools.cache(functools.partial(resolved_model, unpinned=unpinned))
         self._rows = functools.cache(functools.partial(rows, unpinned=unpinned))
         self._items = functools.cache(benchmark_items)
+        self._asks_long = functools.cache(_asks_long)
         self._benchmark = functools.cache(benchmark)
 
     def resolve(self, setup: Setup) -> Resolved:
@@ -64,7 +66,8 @@ class Resolver:
             chosen = format_layers(parse_layers(setup.mask.layers, len(found.geometry.layers)))
             mask = setup.mask.model_copy(update={"layers": chosen})
             setup = setup.model_copy(update={"mask": mask})
-        return Resolved(setup, found, mixed, tuple(held_out[name] for name in sorted(held_out)), benchmarks)
+        kept_out = tuple(held_out[name] for name in sorted(held_out))
+        return Resolved(setup, found, mixed, kept_out, any(self._asks_long(*one) for one in kept_out), benchmarks)
 
 
 def resolved_model(spec: ModelSpec, unpinned: bool = False) -> ResolvedModel:
@@ -92,8 +95,13 @@ def model(spec: ModelSpec) -> Source:
 
 def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"], unpinned: bool = False) -> Source:
     """Return the base model, or its tokenizer: the same place, but only that one's files count."""
-    if Path(spec.path).is_absolute():
-        return local_checkpoint(kind, Path(spec.path))
+    path = Path(spec.path)
+    if path.parent == ArtifactStore.from_environment().models and not path.is_dir():
+        raise ConfigError(
+            f"model = {path}: not there yet. Fetch it once, while there is a network: mft fetch {path.name}"
+        )
+    if path.is_absolute():
+        return local_checkpoint(kind, path)
     return pinned(spec.path, _commit(spec.path, spec.revision, "model", unpinned), kind)
 
 
@@ -157,6 +165,10 @@ def benchmark_items(spec: BenchmarkSpec) -> tuple[str, Source]:
         local_file(path, f"benchmarks.{spec.name}.path")
     names = {name for one in found for name in (*one.files, *_names(one, one.split))}
     return spec.task, local_files(Path(spec.path or ""), sorted(names))
+
+
+def _asks_long(task: str, items: Source) -> bool:
+    return has_runs(questions(task, Path(items.location)))
 
 
 def _is_bare(one: Definition, items: Path) -> bool:

@@ -80,6 +80,13 @@ class DataSpec(Recipe):
     max_length: int = Field(gt=1, description="tokens")
     validation_rows: int = Field(0, ge=0)
     seed: int = Field(42, ge=0)
+    overlap: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="a row is left out where runs of 13 words that it shares with a benchmark's question make up this "
+        "share of the question; 0: where there is one such run; equal questions always go",
+    )
 
 
 class MaskSpec(Recipe):
@@ -222,5 +229,7 @@ class Resolved:
     """of all data that the method uses"""
     held_out: tuple[tuple[str, Source], ...]
     """what is kept out of these rows, each once, ordered by content: files of items, or a task and its folder"""
+    long_questions: bool
+    """whether any question of these is so long that `DataSpec.overlap` makes a difference"""
     benchmarks: Mapping[str, Source]
     """by name: the folder of a local benchmark, or lm-eval itself"""

@@ -150,6 +150,7 @@ def _data(resolved: Resolved, spec: DataSpec, fraction: float, domain: str) -> N
         max_length=spec.max_length,
         validation_rows=spec.validation_rows,
         seed=spec.seed,
+        overlap=spec.overlap if resolved.long_questions else 0.0,
     )
     inputs: dict[str, Source | Edge] = {"tokenizer": resolved.model.tokenizer, **_template(resolved)}
     inputs |= {f"source-{i}": resolved.rows[source] for i, source in enumerate(spec.mixture)}

@@ -87,7 +87,6 @@ def checks(plan: Plan, store: ArtifactStore, looks: Looks) -> Iterator[tuple[str
         yield "layers and trainings", partial(_check_models, plan.asked)
     if prepared := [node for node in nodes if node.stage == "prepare-data"]:  # else nothing heavy is imported
         yield "end of turn", partial(_check_end_of_turn, prepared)
-        yield "held-out items", partial(_check_held_out, prepared)
         yield "training rows", partial(_check_data, plan, prepared, looks)
     tried: set[tuple[Any, ...]] = set()
     for node in nodes:
@@ -239,16 +238,6 @@ def _check_end_of_turn(nodes: Iterable[Node]) -> None:
         assert isinstance(tokenizer, Source)
         found = template.local_path() if isinstance(template, Source) else None
         check_end_of_turn(load_tokenizer(tokenizer.local_path(), found))
-
-
-def _check_held_out(nodes: Iterable[Node]) -> None:
-    """Refuse benchmarks whose questions cannot be told, so that they could not be kept out of the training rows."""
-    from mft_core.stages.prepare_data import questions
-
-    given = [item for node in nodes for item in node.inputs.items() if item[0].startswith("benchmark-")]
-    for name, source in {(*name.split("-", 2)[2:], source): (name, source) for name, source in given}.values():
-        assert isinstance(source, Source)
-        questions(name, source.local_path())
 
 
 def _check_benchmark(node: Node, tried: set[tuple[Any, ...]]) -> None:

@@ -42,7 +42,7 @@ GOLDEN = {
     "predict-layers": "0c12cdd830e00a9bb25ddf66e71bb2de1438ea51b75e921a04027ca85f078134",
 }
 GOLDEN_DEFAULTS = {
-    "prepare-data": "d08638e6bfb1239529b7e59206fee76caec6d72893de307691b738ba73895f31",
+    "prepare-data": "4182137f08ec7d01faaab7067bc479ab7ebd3381f7fd8d7b67b6f60c1b019cb3",
     "fine-tune": "7767a6fb0b75507c85e563cc75c2ce6ffc0b6e68f3018531307a3aa9e5f40726",
     "learn-mask": "17743c0690ef74206ddd88f67beee58be6d9df29469186a1d3260fc9fe5284ec",
     "evaluate": "a0047e21ab74cabd812b9e07b8f09384a6568c20ffaedac17acdd4e28575c3e5",

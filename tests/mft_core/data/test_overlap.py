@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mft_core.data.overlap import COMMON_NGRAM_ROWS, clean, normalise, question_of, read_questions
+from mft_core.data.overlap import COMMON_NGRAM_ROWS, clean, has_runs, normalise, question_of, read_questions
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
 
@@ -86,3 +86,30 @@ def test_an_instruction_is_a_question_together_with_its_input():
     assert question_of({"instruction": "Sum up.", "input": " "}) == "Sum up."
     assert question_of({"question": "Which?", "input": "A text."}) == "Which?"
     assert question_of({"ticket": "x"}) is None
+
+
+def test_with_a_share_set_one_shared_run_of_words_is_not_enough_but_most_of_a_question_is():
+    words = LONG.split()
+    thirteen, most = " ".join(words[2:15]), " ".join(["Once", *words[1:]])
+    rows = [row(thirteen), row(most), row(LONG), row(f"So: {LONG} Right?")]
+    cleaned = clean(rows, [LONG], share=0.8)
+    assert cleaned.kept == [0]
+    assert (cleaned.equal_questions, cleaned.shared_ngrams) == (1, 2)
+    assert clean(rows, [LONG], share=0.0).kept == []
+    assert clean(rows[:1], [LONG], share=13 / len(words)).kept == []
+    assert clean(rows[:1], [LONG], share=14 / len(words)).kept == [0]
+
+
+def test_a_templated_corpus_is_not_eaten_by_items_of_its_own_templates_with_other_numbers():
+    story = "{} has {} sheep on the farm by the river, buys {} more at the market, then sells {} on Monday to {}."
+    rows = [row(story.format(f"Name{i}", i, 2 * i, 3 * i, f"Buyer{i}")) for i in range(100, 108)]
+    item = story.format("Name1000", 7, 9, 11, "Buyer1000")
+    copied = item.replace("on Monday", "on Tuesday")
+    assert clean(rows, [item], share=0.8).kept == list(range(8))
+    assert clean([*rows, row(item), row(copied)], [item], share=0.8).kept == list(range(8))
+
+
+def test_only_questions_of_thirteen_words_can_share_a_run():
+    words = LONG.split()
+    assert has_runs(["1 + 1", " ".join(words[:13])])
+    assert not has_runs(["1 + 1", " ".join(words[:12])])

@@ -1,5 +1,6 @@
 """Studies expand into chains that share what they have in common, without computing anything."""
 
+import json
 import subprocess
 import sys
 
@@ -200,3 +201,19 @@ def test_a_planning_looks_at_a_model_once_for_all_variants_and_the_next_planning
         assert all(len(plan.variants) == 7 for plan in plans)
         assert sorted(looked) == ["model", "tokenizer"]
         looked.clear()
+
+
+def test_the_rule_for_overlap_is_part_of_the_data_only_where_a_question_is_long_enough_for_it(tmp_path):
+    write_profile(tmp_path)
+    write_study(tmp_path, [{"method": "fft"}])
+
+    def rule(*overrides):
+        (found,) = {step.node.recipe for step in plan(tmp_path, overrides).steps if step.node.stage == "prepare-data"}
+        return found.overlap
+
+    assert rule() == rule("data.overlap=0.3") == 0.0, "no question has 13 words: the keys are those of before"
+    items = tmp_path / "benchmarks" / "sums.jsonl"
+    items.write_text(items.read_text() + json.dumps({"question": "what is " + "1 + " * 6 + "1", "answer": "7"}) + "\n")
+    assert rule() == 0.8
+    assert rule("data.overlap=0.3") == 0.3
+    assert rule("data.overlap=0") == 0.0
