@@ -32,6 +32,7 @@ app.add_typer(model_app, name="model")
 
 StudyName = Annotated[str, typer.Argument(help="name of a shipped study, or a YAML file")]
 ProfileName = Annotated[str, typer.Option("--profile", help="name of a shipped profile, or a YAML file")]
+Budget = Annotated[str | None, typer.Option("--budget", help="the profile's size for less time, e.g. small; else full")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, e.g. mask.sparsity=0.2")]
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, instead of the study's own, e.g. 0,1,2")]
 Rerun = Annotated[list[str] | None, typer.Option("--rerun", help="compute this stage again even where cached")]
@@ -78,6 +79,7 @@ def _told(error: BaseException) -> str:
 def plan(
     study: StudyName,
     profile: ProfileName = "tiny",
+    budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
     as_json: AsJson = False,
@@ -87,6 +89,7 @@ def plan(
     from pipelines.cost.plan_view import as_dict, show, show_together
     from pipelines.cost.predicted import bills
 
+    profile = _sized(profile, budget)
     priced = bills(*_plans(study, profile, overrides, seeds, unpinned=True), on)
     if as_json:
         found = [as_dict(bill) for bill in priced]
@@ -101,6 +104,7 @@ def plan(
 def run(
     study: StudyName,
     profile: ProfileName = "tiny",
+    budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
     rerun: Rerun = None,
@@ -111,6 +115,7 @@ def run(
     from pipelines.report.asked import Asked
     from tasks.mlflow import client
 
+    profile = _sized(profile, budget)
     plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
     given = plans, store, load_study(study), Asked(study, profile, overrides or [], _seeds(seeds)), rerun or []
 
@@ -131,6 +136,7 @@ def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="e.g. learn-mask")],
     study: StudyName,
     profile: ProfileName = "tiny",
+    budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
     rerun: Rerun = None,
@@ -140,6 +146,7 @@ def stage(
     from mft_core.stages import get_stage
 
     get_stage(name)
+    profile = _sized(profile, budget)
     plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
     given = name, plans, store, study, rerun or []
 
@@ -158,6 +165,7 @@ def stage(
 def report(
     study: StudyName,
     profile: ProfileName = "tiny",
+    budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
     as_json: AsJson = False,
@@ -173,12 +181,21 @@ def report(
     from pipelines.report.asked import Asked
     from pipelines.report.command import write
 
-    reports, page = write(Asked(study, profile, overrides or [], _seeds(seeds)), out, sync)
+    reports, page = write(Asked(study, _sized(profile, budget), overrides or [], _seeds(seeds)), out, sync)
     if as_json:
         print(json.dumps([row for found in reports for row in found.rows], indent=2))
         return
     print("\n\n".join(found.table for found in reports))
     print(f"report: {page}")
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="the model of a shipped profile, e.g. smollm2-135m")]) -> None:
+    """Fetch the model of a profile once; afterwards nothing of it needs a network."""
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.commands.fetch import fetch as fetched
+
+    print(fetched(name, ArtifactStore.from_environment()))
 
 
 @app.command()
@@ -205,6 +222,12 @@ def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
             print(f"{'ok     ' if finding.ok else 'MISSING'}  {finding.what}: {finding.detail}")
     if not all(finding.ok for finding in findings):
         sys.exit(1)
+
+
+def _sized(profile: str, budget: str | None) -> str:
+    """Return the profile of that size: `full` is the profile itself, another one stands beside it as PROFILE-BUDGET."""
+    suffix = Path(profile).suffix if profile.endswith((".yaml", ".yml")) else ""
+    return profile if budget in (None, "full") else f"{profile.removesuffix(suffix)}-{budget}{suffix}"
 
 
 def _plans(
