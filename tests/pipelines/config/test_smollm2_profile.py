@@ -1,5 +1,7 @@
 """The profile smollm2-135m: what is held out is held out, answers are read fairly, and the small size is small."""
 
+import gzip
+import importlib.util
 import itertools
 import json
 import re
@@ -20,12 +22,16 @@ from pipelines.config.compose import setups
 from pipelines.config.setup import DataSpec
 
 FOLDER = FOLDERS["profile"] / "smollm2-135m"
-ROWS = FOLDER / "data" / "math.jsonl.gz"
+PARTS = ("math_short", "math_long")
 BENCHMARKS = ("math_numbers", "math_templates", "gsm8k_sample")
 
 
 def items(name: str) -> list[dict]:
     return [json.loads(line) for line in (FOLDER / "benchmarks" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def rows(name: str) -> list:
+    return load_rows(FOLDER / "data" / f"{name}.jsonl.gz", MixturePart())
 
 
 def shapes(questions: list[str]) -> set[frozenset[tuple[str, str]]]:
@@ -35,17 +41,60 @@ def shapes(questions: list[str]) -> set[frozenset[tuple[str, str]]]:
 
 
 def test_no_row_is_trained_on_a_template_that_is_held_out_or_that_a_gsm8k_item_was_made_into():
-    trained = shapes([row[0].content for row in load_rows(ROWS, MixturePart())])
+    trained = shapes([row[0].content for part in PARTS for row in rows(part)])
     for question in (item["question"] for name in BENCHMARKS[1:] for item in items(name)):
         (shape,) = shapes([question])
         assert max(len(shape & other) / len(shape) for other in trained) < 0.6, question
 
 
 def test_the_rule_for_overlap_leaves_a_corpus_whole_of_whose_templates_items_are_asked():
-    rows = load_rows(ROWS, MixturePart())
-    questions = [text for name in BENCHMARKS for text in read_questions(FOLDER / "benchmarks" / f"{name}.jsonl")]
-    assert len(rows) == 6200
-    assert len(clean(rows, questions, DataSpec.model_fields["overlap"].default).kept) > 6100
+    asked = [text for name in BENCHMARKS for text in read_questions(FOLDER / "benchmarks" / f"{name}.jsonl")]
+    for part, count in zip(PARTS, (3600, 2600), strict=True):
+        assert len(rows(part)) == count
+        assert len(clean(rows(part), asked, DataSpec.model_fields["overlap"].default).kept) >= count - 20
+
+
+def test_no_function_is_trained_on_that_is_asked_for_and_each_names_its_source_and_licence():
+    with gzip.open(FOLDER / "data" / "coding.jsonl.gz", "rt") as lines:
+        trained = [json.loads(line) for line in lines]
+    assert {row["licence"] for row in trained} == {"MIT", "BSD-3-Clause"}
+    assert not {item["name"] for item in items("docstring_to_code")} & {row["source"].split()[-1] for row in trained}
+
+
+def test_every_answer_that_is_trained_on_follows_its_instructions_and_no_topic_of_an_item_is_among_them():
+    asked = " ".join(row[0].content for row in rows("instruction")).lower()
+    for topic in ("the moon", "markets", "clocks", "bees"):
+        assert topic not in asked
+        assert any(topic in item["question"] for item in items("instructions"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "good", "bad"),
+    [
+        (["sentences", 2], "One. Two!", "One, two."),
+        (["words", 2, 3], "a b c", "a b c d"),
+        (["keyword", "sea", 2], "Sea, the sea.", "The sea, overseas."),
+        (["title_case"], "A Big Day", "A big Day"),
+        (["bullets", 2], "* one\n* two", "* one, * two"),
+        (["end", "That is all."], 'So. That is all."', "That is all. So."),
+        (["first", "bees"], "Bees fly.", "The bees fly."),
+        (["numbers", 2], "12 and 1,300", "12"),
+        (["repeats", 1], "one two", "one One"),
+        (["alphabet"], "Yes, zebras are big", "Yes, all"),
+        (["three_vowels"], "Nine red hens", "Nine red hens hop up"),
+        (["nested", 5], "([{([x])}])", "([{x}])[(x)]"),
+        (["stairs"], "a\n b\n  c", "a\n b\n c"),
+        (["counts", ["door", 1], ["lamp", 2]], "A lamp, a door, a lamp", "a lamp, a door"),
+    ],
+)
+def test_a_rule_tells_an_answer_that_follows_it_from_one_that_does_not(rule, good, bad):
+    path = FOLDER / "benchmarks" / "following.py"
+    spec = importlib.util.spec_from_file_location("following", path)
+    following = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(following)
+    assert following.score({"rules": [rule]}, [good]) == {"followed": 1.0}
+    assert following.score({"rules": [rule]}, [bad]) == {"followed": 0.0}
+    assert following.score({"rules": [rule]}, [" "]) == {"followed": 0.0}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -79,8 +128,8 @@ def test_both_sizes_compose_with_the_studies_and_the_small_one_is_smaller(study)
     assert len(full) == len(small)
     for one, other in zip(full, small, strict=True):
         assert other.mask.training.epochs < one.mask.training.epochs
-        assert sum(bench.limit or 0 for bench in other.benchmarks) == 234
-        assert other.data.mixture[0].rows == 900
+        assert sum(bench.limit or len(items(bench.task.removeprefix("smollm2_"))) for bench in other.benchmarks) <= 258
+        assert other.data.mixture[0].rows <= 1500
         assert other.model == one.model
 
 
