@@ -61,7 +61,7 @@ def test_no_function_is_trained_on_that_is_asked_for_and_each_names_its_source_a
     assert not {item["name"] for item in items("docstring_to_code")} & {row["source"].split()[-1] for row in trained}
 
 
-def test_every_answer_that_is_trained_on_follows_its_instructions_and_no_topic_of_an_item_is_among_them():
+def test_no_instruction_is_trained_on_about_a_topic_that_is_held_out():
     asked = " ".join(row[0].content for row in rows("instruction")).lower()
     for topic in ("the moon", "markets", "clocks", "bees"):
         assert topic not in asked
