@@ -7,7 +7,9 @@
     $MFT_HOME/locks/<key>                             held with flock while the key is computed
 
 A stage writes into a temporary directory; payload and manifest are fsynced, then the directory is renamed into place.
-flock is released by the kernel when its holder dies, so a killed run never blocks the next. Inputs are checked against
+flock is released by the kernel when its holder dies, so a killed run never blocks the next. Where `MFT_STORE` names a
+store that machines share (`mft_core.store.shared`), what is finished goes there before it gets its name here, and what
+is there counts as there; its payload is fetched when somebody reads it. Inputs are checked against
 their digests before and after the stage has read them, so that a key never stands for other content. Used by `tasks`
 and by anyone who wants a cached stage without Prefect.
 """
@@ -32,6 +34,7 @@ from mft_core.recipes import Recipe, Runtime
 from mft_core.stage import Progress, Stage, StageContext
 from mft_core.store import manifests, provenance
 from mft_core.store.manifests import MANIFEST
+from mft_core.store.shared import SharedStore
 from mft_core.store.usage import Meter, compare
 
 _RERUN = ".rerun"
@@ -65,8 +68,8 @@ class ArtifactRef(BaseModel):
         return self.model_copy(update={"part": part})
 
     def local_path(self, store: ArtifactStore) -> Path:
-        """Return where the payload (or its part) lies."""
-        return store.directory(self.stage, self.key) / self.part
+        """Return where the payload (or its part) lies, fetched if only the shared store has it."""
+        return store.fetched(self.stage, self.key) / self.part
 
     def problem(self, store: ArtifactStore) -> str | None:
         """Say why the artifact is no longer what the digest names, or None if it is."""
@@ -86,16 +89,26 @@ class Built:
 
 
 class ArtifactStore:
-    """The artifacts under one `MFT_HOME`."""
+    """The artifacts under one `MFT_HOME`, and those of the store that it shares with other machines, if any."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, shared: str | None = None) -> None:
+        """Open the store; nothing is read or written yet.
+
+        Args:
+            home: where this machine's artifacts and resumable state lie.
+            shared: a URL of fsspec.
+
+        Raises:
+            ConfigError: the URL cannot be understood here.
+        """
         self.home = home.absolute()
+        self.shared = SharedStore(shared) if shared else None
         self._verified: dict[Path, tuple[int, int, int]] = {}
 
     @classmethod
     def from_environment(cls) -> ArtifactStore:
-        """Open the store at `$MFT_HOME`, by default `.mft` in the working directory."""
-        return cls(Path(os.environ.get("MFT_HOME") or ".mft"))
+        """Open the store at `$MFT_HOME`, by default `.mft` in the working directory, and at `$MFT_STORE` if set."""
+        return cls(Path(os.environ.get("MFT_HOME") or ".mft"), os.environ.get("MFT_STORE"))
 
     def check_writable(self) -> None:
         """Raise a ConfigError when nothing can be written under the home, or in a folder of it that is there.
@@ -118,6 +131,8 @@ class ArtifactStore:
                     f"MFT_HOME = {self.home}: not writable ({which}{error.strerror}); "
                     "set MFT_HOME to a directory that you can write to."
                 ) from error
+        if self.shared:
+            self.shared.check_writable()
 
     @property
     def models(self) -> Path:
@@ -125,8 +140,21 @@ class ArtifactStore:
         return self.home / "models"
 
     def directory(self, stage: str, key: str) -> Path:
-        """Return where the artifact lies or would lie."""
+        """Return where the artifact lies or would lie on this machine."""
         return self.home / "artifacts" / stage / key
+
+    def fetched(self, stage: str, key: str) -> Path:
+        """Return where the artifact lies on this machine, fetched from the shared store if it did not.
+
+        Raises:
+            StageError: what the shared store holds is damaged, or gone.
+        """
+        final = self.directory(stage, key)
+        if self.shared and self._own_damage(stage, key):
+            with self.lock(key):
+                if self._own_damage(stage, key):  # no other process has done it meanwhile
+                    self.shared.pull(stage, key, final, logging.getLogger("mft"))
+        return final
 
     def work(self, key: str) -> Path:
         """Return the directory of the key's resumable state."""
@@ -138,7 +166,8 @@ class ArtifactStore:
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return the manifest without looking at the payload, or None when there is no readable one."""
-        return manifests.read(self.directory(stage, key))
+        own = manifests.read(self.directory(stage, key))
+        return own or (self.shared.manifest(stage, key) if self.shared else None)
 
     def find(self, stage: str, key: str) -> ArtifactRef | None:
         """Return the artifact if it is there and whole, else None."""
@@ -147,12 +176,23 @@ class ArtifactStore:
     def damage(self, stage: str, key: str) -> str | None:
         """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
 
-        Whole is what has every file of the manifest, and no other.
+        Whole is what has every file of the manifest, and no other. What the shared store has is whole unless its
+        manifest is not: files are verified when they are fetched.
         """
+        problem = self._own_damage(stage, key)
+        if problem is None or self.shared is None or self.shared.manifest(stage, key) is None:
+            return problem
+        if problem != "missing":
+            with self.lock(key):
+                if self._own_damage(stage, key):  # no other process has fetched it again meanwhile
+                    manifests.discard(self.directory(stage, key))
+        return None
+
+    def _own_damage(self, stage: str, key: str) -> str | None:
         directory = self.directory(stage, key)
         if not directory.exists():
             return "missing"
-        manifest = self.manifest(stage, key)
+        manifest = manifests.read(directory)
         if manifest is None:
             return f"{MANIFEST}: missing or unreadable"
         if manifests.broken_seal(manifest, stage, key):
@@ -207,7 +247,8 @@ class ArtifactStore:
         """
         log = log or logging.getLogger("mft")
         key = self.key(stage, recipe, inputs)
-        with self.lock(key, log):
+        held = self.shared.lease(key, log) if self.shared else contextlib.nullcontext()
+        with self.lock(key, log), held:
             problem = "rerun asked for" if force else self.damage(stage.name, key)
             if problem is None:
                 manifest = self.manifest(stage.name, key)
@@ -217,7 +258,7 @@ class ArtifactStore:
                 log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
             if force:
                 self._begin_rerun(key)
-            return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {})
+            return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {}, force)
 
     def _compute(
         self,
@@ -229,6 +270,7 @@ class ArtifactStore:
         report: Callable[[Progress], None],
         log: logging.Logger,
         notes: Mapping[str, Any],
+        force: bool,
     ) -> Built:
         final = self.directory(stage.name, key)
         temporary = final.parent / f".incomplete-{key}"
@@ -260,7 +302,12 @@ class ArtifactStore:
         }
         compare(notes.get("promised"), meter.used, f"{stage.name} {key[:12]}", log)
         manifest = manifests.seal(content)
-        manifests.commit(temporary, final, manifest)
+        if self.shared and not self.shared.push(stage.name, key, temporary, manifest, replace=force):
+            log.info("another machine has finished %s %s meanwhile: its artifact is taken", stage.name, key)
+            self.shared.pull(stage.name, key, final, log)
+            manifest = self.manifest(stage.name, key) or manifest
+        else:
+            manifests.commit(temporary, final, manifest)
         log.info("finished %s %s", stage.name, key)
         shutil.rmtree(work, ignore_errors=True)
         return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), True, manifest)

@@ -72,12 +72,12 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
         _fsync(path)
     _fsync(temporary)
     if final.exists():
-        _discard(final)
+        discard(final)
     temporary.rename(final)
     _fsync(final.parent)
 
 
-def _discard(directory: Path) -> None:
+def discard(directory: Path) -> None:
     """Remove a damaged artifact (or a file in its place) in one step: never leave a part under its own name."""
     doomed = directory.parent / f".discarded-{directory.name}"
     _remove(doomed)
@@ -106,14 +106,19 @@ def read(directory: Path) -> dict[str, Any] | None:
         loaded = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+    return of_right_shape(loaded)
+
+
+def of_right_shape(loaded: Any) -> dict[str, Any] | None:
+    """Return what was read if it has the fields of a manifest, and names only files within its artifact; else None."""
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(name), kind) for name, kind in _FIELDS.items()):
         return None
-    return loaded if all(_is_entry(directory, name, entry) for name, entry in loaded["files"].items()) else None
+    return loaded if all(_is_entry(name, entry) for name, entry in loaded["files"].items()) else None
 
 
-def _is_entry(directory: Path, name: str, entry: Any) -> bool:
+def _is_entry(name: str, entry: Any) -> bool:
     try:
-        inside(directory, name, MANIFEST)
+        inside(Path(), name, MANIFEST)
     except ConfigError:
         return False
     return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)

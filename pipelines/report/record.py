@@ -135,7 +135,7 @@ class Recorder:
             self._tracker.write(key, metrics=numbers, tags=tags)
             self._tracker.log_data(key, self._data(item, report))
             if item.trained and self._owners[item.trained.id] == key:
-                self._send_curve(key, self._store.directory(item.trained.stage, training["key"]))
+                self._send_curve(key, self._store.fetched(item.trained.stage, training["key"]))
         if self._plan.search:
             self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
@@ -181,7 +181,7 @@ class Recorder:
             self._tracker.write(trial.name, tags={f"artifact.{trial.node.stage}": manifest["key"],
                                                 "trial_state": search.state(trial)})  # fmt: skip
             self.trial_ended(trial, trial.loss)
-            self._send_curve(trial.name, self._store.directory(trial.node.stage, manifest["key"]))
+            self._send_curve(trial.name, self._store.fetched(trial.node.stage, manifest["key"]))
 
     def _send_curve(self, key: str, directory: Path) -> None:
         """Send what has not been seen live of a curve."""

@@ -1,0 +1,45 @@
+"""A machine that shares a store: run as `python -m tests.support.shared_builder HOME URL RUNS KEY…`.
+
+It builds each key (a file of 200 kB, in about 0.3 s), and appends a line to RUNS whenever it has computed one. Its
+leases beat fast, so that tests need not wait for a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from mft_core.recipes import Evaluate, Runtime
+from mft_core.stage import Stage
+from mft_core.store import shared
+from mft_core.store.artifacts import ArtifactStore
+
+SECONDS = 0.3
+
+
+def writes(runs: Path) -> Stage:
+    """Return a stage that writes what its recipe names, and says so in the file of runs."""
+
+    def run(recipe, inputs, out, context):
+        (out / "numbers.txt").write_text(f"{recipe.task}\n" * 20_000)
+        time.sleep(SECONDS)
+        with runs.open("a") as lines:
+            lines.write(f"{recipe.task} {os.getpid()}\n")
+        return {}
+
+    return Stage("evaluate", 1, Evaluate, heavy=False, needs=lambda *_: 1 / 0, load=lambda: run)
+
+
+def main() -> None:
+    home, url, runs, *keys = sys.argv[1:]
+    shared.BEAT_SECONDS, shared.LOST_SECONDS = 0.2, 1.5
+    store, stage = ArtifactStore(Path(home), url), writes(Path(runs))
+    for key in keys:
+        store.build(stage, Evaluate(task=key), {}, Runtime())
+    print("built", flush=True)
+
+
+if __name__ == "__main__":
+    main()
