@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import socket
@@ -210,4 +209,4 @@ def test_twenty_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_pat
     assert set(after) == set(keys)
     assert len(after) - len(keys) <= 20  # a kill between the end of the work and its manifest costs that work once
     assert before  # the kills did not all come too early
-    assert not [name for name in os.listdir(tmp_path / "last" / "artifacts" / "evaluate") if name.startswith(".")]
+    assert not list(tmp_path.glob("reader/artifacts/evaluate/.*"))
