@@ -27,7 +27,6 @@ from mft_core.training.activations import recompute_activations
 from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData, train
 from mft_core.training.lora import LoraTuner
-from pipelines.commands import doctor
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.cost.plan_view import as_dict, show
 from pipelines.cost.predicted import bills
@@ -245,20 +244,6 @@ def test_a_plan_says_the_peak_of_every_stage_before_it_runs(mini_plan, tmp_path,
     rows = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(tuple(peaks))]
     assert len(rows) >= len(peaks)
     assert all(" GB " in row for row in rows)
-
-
-@pytest.mark.parametrize(("available", "ok"), [(64 * 10**9, True), (600 * 10**6, False)])
-def test_the_doctor_says_whether_the_heaviest_stage_fits(available, ok, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "_device", lambda setup: ("cpu", available))
-    loaded = load_profile(str(write_profile(tmp_path)))
-    setup, store = doctor._setups(loaded)[0], ArtifactStore(tmp_path / "home")
-    found = {finding.what: finding for finding in doctor._space(setup, doctor.Size(10**6, "told"), store)}
-    assert found["memory of cpu"].ok is ok
-    for stage in ("fine-tuning", "mask learning", "evaluation"):
-        assert stage in found["memory of cpu"].detail
-    halves = doctor._space(setup, doctor.Size(10**6, "told"), store, Runtime(processes=2, heavy_slots=2))
-    needed = {finding.what: finding.detail for finding in halves}["memory of cpu"]
-    assert needed.split(" GB needed")[0] > "2."  # four processes of 0.6 GB
 
 
 SMOLLM2 = {
