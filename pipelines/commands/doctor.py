@@ -8,7 +8,6 @@ becomes a finding that says so. Called by `mft doctor`.
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +39,6 @@ def examine(profile: str) -> list[Finding]:
     study = study_of(loaded)
     domains = [setup for setup, _ in setups(study, loaded, {})]
     findings = [
-        _python(),
         _packages(),
         *doctor_hub.model_and_data(domains),
         *_planned(study, loaded, store),
@@ -55,11 +53,6 @@ def study_of(profile: Profile) -> Study:
     """Return the study that is planned: a mask in each domain."""
     variants = tuple(VariantSpec.model_validate({"method": "mft", "domain": domain}) for domain in profile.domains)
     return Study(name="doctor", question="What is missing?", variants=variants, seeds=(0,))
-
-
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", sys.version_info >= (3, 11), f"{version}; 3.11 or newer is needed")
 
 
 def _packages() -> Finding:

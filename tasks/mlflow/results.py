@@ -154,7 +154,7 @@ def curves(study: str, profile: str = "tiny") -> pd.DataFrame:
         nested = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
         order = ["attributes.start_time ASC"]
         variants = client.search_runs([parent.info.experiment_id], nested, max_results=ALL_RUNS, order_by=order)
-        settings = _settings(variants)
+        settings = [name for name in _read(parent, "rows").columns if "." in name]
         return pd.DataFrame([row for run in variants for row in _curve(client, run, settings)]).convert_dtypes()
 
     return _ask(read)
@@ -236,25 +236,6 @@ def _read(run: Any, name: str) -> pd.DataFrame:
     return pd.DataFrame(
         [{name: _value(name, value) if name in mixed else value for name, value in row.items()} for row in found]
     ).convert_dtypes()
-
-
-def _settings(variants: Sequence[Any]) -> list[str]:
-    """Return the params that hold what the study varies besides the columns of every study.
-
-    They are setup keys (`mask.fraction`) that differ within a method, by value or by being there. (`training.*` says
-    again what a variant's training was; the runs over all seeds have only what their seeds share.)
-    """
-    found: dict[str, dict[str, set[str | None]]] = {}
-    single = [run.data.params for run in variants if _seed(run.data.params) != "all"]
-    names = dict.fromkeys(name for params in single for name in params if "." in name)
-    for name in names:
-        for params in single:
-            found.setdefault(name, {}).setdefault(params["method"], set()).add(params.get(name))
-    return [
-        name
-        for name, values in found.items()
-        if not name.startswith("training.") and any(len(of_method) > 1 for of_method in values.values())
-    ]
 
 
 def _seed(params: dict[str, str]) -> str | None:

@@ -63,7 +63,6 @@ def test_a_complete_machine_gets_a_clean_bill_and_exit_code_0(tmp_path, monkeypa
     assert exit_.value.code == 0, out
     assert "MISSING" not in out
     for what in (
-        "Python",
         "packages",
         "MFT_HOME",
         "model",
