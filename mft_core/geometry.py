@@ -29,6 +29,10 @@ _LEFT_OUT = {
 _OF_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+?)(?:\.weight)?$")
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+MOST_ROWS = 128
+"""sequences decoded together at most where the runtime says nothing: more are hardly faster"""
+ROOM = {"cpu": 8e9, "cuda": 32e9}
+"""bytes that they may take together beside the weights: half of what is free, where that is less"""
 _Layers = tuple[tuple["Matrix", ...], ...]
 
 
@@ -159,6 +163,29 @@ def read_geometry(config: Mapping[str, Any], checkpoint: Path | None = None) -> 
         experts=passed,
         plain_logits=not any(config.get(name) for name in _OF_LOGITS),
     )
+
+
+def layer_bytes(geometry: Geometry, number: int) -> int:
+    """Return the bytes per token of what one layer has in hand at a time, forwards or (gradients) backwards."""
+    return number * (3 * geometry.inner + 4 * geometry.hidden)
+
+
+def of_a_sequence(geometry: Geometry, number: int, longest: float, prompt: float) -> tuple[float, float]:
+    """Return the bytes of keys and values, and of activations, of a sequence that is decoded.
+
+    Args:
+        number: bytes of a number.
+        longest: tokens of prompt and answer.
+        prompt: tokens that are passed through the model at one time, the last of which has logits.
+    """
+    cached = 2 * number * geometry.keys * len(geometry.layers) * longest
+    return cached, prompt * (layer_bytes(geometry, number) + number * prompt) + (number + 4) * geometry.vocabulary
+
+
+def decoded_together(sequences: float, each: float, room: float) -> int:
+    """Return how many sequences of so many bytes are decoded at a time, in batches of about one size."""
+    most = min(MOST_ROWS, max(1, int(room // each)))
+    return max(1, math.ceil(sequences / max(1, math.ceil(sequences / most))))
 
 
 def _number(config: Mapping[str, Any], *names: str, default: int = 0) -> int:

@@ -215,7 +215,9 @@ class Runtime(BaseModel):
         None, gt=0, description="CPU threads of each process of a heavy stage; null lets torch choose"
     )
     micro_batch_tokens: int = Field(8_192, gt=0, description="padded tokens of one forward pass in training")
-    eval_batch_size: int = Field(400, gt=0, description="sequences decoded together")
+    eval_batch_size: int | None = Field(
+        None, gt=0, description="sequences decoded together; null: as many as are fast and fit into memory"
+    )
     heavy_slots: int = Field(1, gt=0, description="heavy stages at one time per device")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     processes: int = Field(1, gt=0, description="training processes on this machine, which share each step's sequences")

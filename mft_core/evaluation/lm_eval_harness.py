@@ -283,12 +283,9 @@ def _load_model(
     report: Callable[[Progress], None],
     chat_template: Path | None,
 ) -> LM:
-    """Load the checkpoint as lm-eval's Hugging Face model, made to report its progress in place of lm-eval's bars."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from mft_core.compute import PROCESS_WIDE
-    from mft_core.data.chat_template import chat_prompt, end_of_turn, read_tokenizer, stop_tokens
+    """Load the checkpoint into the recipe's engine."""
+    from mft_core.data.chat_template import end_of_turn, read_tokenizer
+    from mft_core.evaluation.engine_hf import HuggingFace
 
     tokenizer = read_tokenizer(path, chat_template)
     if recipe.apply_chat_template and not tokenizer.chat_template:
@@ -296,50 +293,8 @@ def _load_model(
             "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
             "(model.chat_template), or set apply_chat_template to false for this benchmark."
         )
-
-    chats = recipe.apply_chat_template
-    end = end_of_turn(tokenizer) if chats else None
-
-    class ReportingModel(HFLM):
-        answered = 0
-        asked = 0
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return chat_prompt(tokenizer, chat_history, answer_begins=not add_generation_prompt)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            self.asked += len(requests)
-            if end and end.token is None:
-                for request in requests:
-                    until = request.args[1].get("until") or []
-                    request.args[1]["until"] = [*([until] if isinstance(until, str) else until), end.text]
-            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
-            return answers
-
-        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            tokens: torch.Tensor = super()._model_generate(context, *args, **kwargs)
-            self.answered += len(context)
-            report(Progress(self.answered, self.asked, "item"))
-            return tokens
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-            return answers
-
-    with PROCESS_WIDE:
-        model = ReportingModel(
-            pretrained=str(path),
-            trust_remote_code=False,
-            tokenizer=tokenizer,
-            device=_device(runtime),
-            dtype=recipe.precision,
-            batch_size=runtime.eval_batch_size,
-            # the template says what a conversation begins with, here as in training
-            add_bos_token=False if chats else None,
-        )
-    if end and end.token is not None:
-        model.model.generation_config.eos_token_id = stop_tokens(model.model.generation_config.eos_token_id, end.token)
-    return model
+    end = end_of_turn(tokenizer) if recipe.apply_chat_template else None
+    return HuggingFace(recipe, path, runtime, _device(runtime), tokenizer, end, report)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mft_core.geometry import Geometry, Matrix
+from mft_core.geometry import ROOM, Geometry, Matrix, decoded_together, layer_bytes, of_a_sequence
 from mft_core.layers import parse_layers
 from mft_core.methods import SELECTORS
 from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, PredictLayers, Training
@@ -129,17 +129,18 @@ def learn_mask(recipe: LearnMask, facts: Facts) -> Needs:
 
 def evaluate(recipe: Evaluate, facts: Facts) -> Needs:
     """Prompts are read, and answers decoded in batches, each until its longest answer ends."""
-    geometry, number, rows = facts.geometry, NUMBER[recipe.precision], facts.runtime.eval_batch_size
+    geometry, number = facts.geometry, NUMBER[recipe.precision]
     layers, decoded, stored = len(geometry.layers), facts.items * facts.answer, number * geometry.weights
+    prompt = EXAMPLE * (1 + (recipe.num_fewshot or 0))
+    longest = min(prompt + ANSWER, geometry.context or math.inf)
+    cached, working = of_a_sequence(geometry, number, longest, min(prompt, longest))
+    fitting = decoded_together(facts.items, cached + working, ROOM["cpu" if facts.cpu else "cuda"])
+    rows = facts.runtime.eval_batch_size or fitting
     steps, length = math.ceil(facts.items / rows) * facts.answer, facts.prompt + facts.answer / 2
     head = 2 * geometry.vocabulary * geometry.hidden  # of a prompt, the last token alone has logits
     read = facts.items * facts.prompt * (forward(geometry, facts.prompt) - head)
-    cached = 2 * number * geometry.keys * layers
-    prompt = EXAMPLE * (1 + (recipe.num_fewshot or 0))
-    longest = min(prompt + ANSWER, geometry.context or math.inf)
-    working = min(prompt, longest) * _working(geometry, number) + (number + 4) * geometry.vocabulary
-    memory = {"weights": stored, "keys and values": rows * longest * cached, "activations": rows * working}
-    flops, moved = read + decoded * forward(geometry, length), steps * stored + decoded * cached * length
+    memory = {"weights": stored, "keys and values": rows * cached, "activations": rows * working}
+    flops, moved = read + decoded * forward(geometry, length), steps * stored + decoded * cached * length / longest
     return _needs(memory, flops, moved, stored / _DISK + _LAUNCH * steps * layers, recipe.precision)
 
 
@@ -249,16 +250,11 @@ def _activations(facts: Facts, batch_size: int, kept: Sequence[int], number: int
     tokens = min(max(facts.runtime.micro_batch_tokens, longest), own)
     logits = tokens * geometry.vocabulary
     loss = 12 * (min(logits, MOST_LOGITS) if geometry.plain_logits else logits)
-    working = tokens * _working(geometry, number)
+    working = tokens * layer_bytes(geometry, number)
     if facts.runtime.gradient_checkpointing:
         inputs = tokens * residual * geometry.hidden * len(kept)
         return inputs + max(loss, tokens * max(kept, default=0) + working)
     return tokens * sum(kept) + max(loss, working)
-
-
-def _working(geometry: Geometry, number: int) -> int:
-    """Return the bytes per token of what one layer has in hand at a time, forwards or (gradients) backwards."""
-    return number * (3 * geometry.inner + 4 * geometry.hidden)
 
 
 def _masked(facts: Facts) -> int:

@@ -15,11 +15,14 @@ import yaml
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation import lm_eval_harness as evaluation
 from mft_core.evaluation.benchmarks import read_items
+from mft_core.evaluation.engine_hf import HuggingFace
 from mft_core.evaluation.lm_eval_harness import Evaluation, check_task, evaluate
+from mft_core.geometry import decoded_together, of_a_sequence
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stage import Progress, StageContext
 from mft_core.stages import get_stage
 from tests.mft_core.training.test_threads import free_for_others
+from tests.pipelines.cost.test_predicted import LLAMA2_7B
 from tests.support.tiny import make_tokenizer, save_checkpoint
 
 QUESTIONS = [f"What is {left} plus {right}?" for left in range(6) for right in (3, 50, 700, 12_000)]
@@ -108,6 +111,71 @@ def test_the_summary_names_the_score_of_always_giving_the_commonest_answer(resul
 def test_the_batch_size_changes_no_outcome_in_float32(model: Path, benchmark: Path, result: Evaluation):
     small = evaluate(RECIPE, model, benchmark, Runtime(eval_batch_size=5))
     assert small == result
+
+
+def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record the sequences of every pass through the model."""
+    from transformers import LlamaForCausalLM
+
+    passes, original = [], LlamaForCausalLM.forward
+
+    def counting(self, input_ids, **options):
+        passes.append(len(input_ids))
+        return original(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counting)
+    return passes
+
+
+def test_answers_that_end_early_leave_the_batch_and_are_those_of_stock_lm_eval(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from lm_eval.models.huggingface import HFLM
+
+    settings = {"until": [*"xqeo", "</s>"], "max_gen_toks": 40, "do_sample": False}
+    folder = write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS), generation_kwargs=settings)
+    passes = counted_passes(monkeypatch)
+    shrinking = evaluate(RECIPE, model, folder, Runtime(eval_batch_size=24))
+    ours, passes[:] = sum(passes), []
+    monkeypatch.setattr(HuggingFace, "_model_generate", HFLM._model_generate)
+    stock = evaluate(RECIPE, model, folder, Runtime(eval_batch_size=24))
+    assert shrinking == stock
+    assert len({len(row["response"]) for row in stock.items}) > 5
+    assert ours < 0.8 * sum(passes)
+
+
+def test_a_batch_too_large_for_the_device_is_halved(
+    model: Path, benchmark: Path, result: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import LlamaForCausalLM
+
+    passes, original = counted_passes(monkeypatch), LlamaForCausalLM.forward
+
+    def small(self, input_ids, **options):
+        if len(input_ids) > 6:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", small)
+    assert evaluate(RECIPE, model, benchmark) == result
+    assert max(passes) == 6
+
+
+def test_the_batch_size_follows_the_memory_that_is_free(
+    model: Path, benchmark: Path, result: Evaluation, monkeypatch: pytest.MonkeyPatch
+):
+    passes = counted_passes(monkeypatch)
+    monkeypatch.setattr("mft_core.evaluation.engine_hf._free", lambda device: 2_000_000)
+    assert evaluate(RECIPE, model, benchmark) == result
+    assert 0 < max(passes) < len(QUESTIONS)
+
+
+@pytest.mark.parametrize(("free", "rows"), [(80e9, 40), (24e9, 12), (3e9, 1)])
+def test_a_7b_model_is_asked_by_as_many_sequences_as_fit(free: float, rows: int):
+    of_one = sum(of_a_sequence(LLAMA2_7B, 2, 1_400, 1_150))
+    found = decoded_together(1_319, of_one, free / 2)
+    assert found == pytest.approx(rows, rel=0.2)
+    assert found == 1 or found * of_one <= free / 2
 
 
 def test_a_local_task_needs_no_network_and_writes_nothing_outside(
