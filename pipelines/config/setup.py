@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mft_core.geometry import Geometry
 from mft_core.methods import METHODS, MethodName, uses
-from mft_core.recipes import Lora, MixturePart, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
+from mft_core.recipes import Engine, Lora, MixturePart, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
 from mft_core.store.sources import Source
 
 OF_ANOTHER_DOMAIN = ("mask", "continued")
@@ -146,6 +146,8 @@ class Setup(Recipe):
     seed: int = Field(0, ge=0, description="of the treatment: initial scores, random selection, order of its data")
     model: ModelSpec
     precision: Literal["float32", "bfloat16"] = "float32"
+    engine: Engine = Field("hf", description="what answers the benchmarks' prompts, one for a study")
+    engine_version: str | None = Field(None, description="what the server of engine 'openai' is, for the key")
     data: DataSpec
     fine_tune: Training
     continued: ContinuedSpec
@@ -155,6 +157,11 @@ class Setup(Recipe):
     held_out: tuple[BenchmarkSpec, ...] = Field(
         (), description="benchmarks whose items are kept out of the training data, besides one's own"
     )
+
+    @property
+    def answered_by(self) -> str:
+        """The engine with its version, for people."""
+        return " ".join(filter(None, (self.engine, self.engine_version)))
 
     @model_validator(mode="after")
     def _benchmarks_are_told_apart(self) -> Setup:

@@ -240,7 +240,8 @@ def _rewound(resolved: Resolved) -> dict[str, Source | Edge]:
 
 def _evaluation(resolved: Resolved, bench: BenchmarkSpec, model: Source | Edge, variant_name: str) -> Node:
     asked = bench.model_dump(exclude={"name", "path"}, exclude_defaults=True)
-    recipe = Evaluate(**asked, precision=resolved.setup.precision)
+    setup = resolved.setup
+    recipe = Evaluate(**asked, precision=setup.precision, engine=setup.engine, engine_version=setup.engine_version)
     inputs: dict[str, Source | Edge] = {"model": model}
     inputs["benchmark" if bench.path else "harness"] = resolved.benchmarks[bench.name]
     if isinstance(model, Source):  # checkpoints that a stage has made carry the template

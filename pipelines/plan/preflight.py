@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft_core.errors import ConfigError
+from mft_core.evaluation import vllm_server
 from mft_core.methods import METHODS, uses
 from mft_core.recipes import Evaluate, MixturePart, PrepareData, Runtime
 from mft_core.stages import get_stage
@@ -88,6 +91,7 @@ def checks(plan: Plan, store: ArtifactStore, looks: Looks) -> Iterator[tuple[str
     if prepared := [node for node in nodes if node.stage == "prepare-data"]:  # else nothing heavy is imported
         yield "end of turn", partial(_check_end_of_turn, prepared)
         yield "training rows", partial(_check_data, plan, prepared, looks)
+    yield "engine", partial(_check_engine, nodes, plan.runtime)
     tried: set[tuple[Any, ...]] = set()
     for node in nodes:
         if isinstance(node.recipe, Evaluate):
@@ -238,6 +242,26 @@ def _check_end_of_turn(nodes: Iterable[Node]) -> None:
         assert isinstance(tokenizer, Source)
         found = template.local_path() if isinstance(template, Source) else None
         check_end_of_turn(load_tokenizer(tokenizer.local_path(), found))
+
+
+def _check_engine(nodes: Iterable[Node], runtime: Runtime) -> None:
+    """Refuse an engine that is not there."""
+    engines = {node.recipe.engine for node in nodes if isinstance(node.recipe, Evaluate)}
+    if "vllm" in engines:
+        vllm_server.check()
+    if "openai" in engines:
+        url = runtime.engine_url
+        if not (url or "").startswith(("http://", "https://")):
+            raise ConfigError(
+                f"engine = openai: runtime.engine_url = {url}; give the server's address, e.g. "
+                "--set runtime.engine_url=http://127.0.0.1:8000/v1."
+            )
+        try:
+            urllib.request.urlopen(f"{url}/models", timeout=10).close()
+        except urllib.error.HTTPError:
+            pass  # it answers; what it lets be seen of its models is its own affair
+        except OSError as error:
+            raise ConfigError(f"engine = openai: no server answers at runtime.engine_url = {url} ({error}).") from error
 
 
 def _check_benchmark(node: Node, tried: set[tuple[Any, ...]]) -> None:

@@ -225,6 +225,7 @@ def _settings(item: Variant) -> dict[str, Any]:
     setup = item.setup
     recipe = item.trained.recipe if item.trained else None
     found: dict[str, Any] = {"backbone": setup.backbone, "data_fraction": setup.data.fraction}
+    found["engine"] = setup.answered_by
     if isinstance(recipe, FineTune | LearnMask) and recipe.training:
         found |= {f"training.{name}": value for name, value in recipe.training.model_dump().items()}
     if isinstance(recipe, FineTune) and recipe.lora:

@@ -182,6 +182,7 @@ def settings(report: Report, asked: Asked) -> str:
         f"- seeds: {', '.join(map(str, seeds)) or 'none'}",
         f"- domains: {', '.join(dict.fromkeys(text(item.setup.domain) for item in plan.variants))}",
         f"- benchmarks: {', '.join(_benchmarks(report))}",
+        f"- engine: {', '.join(dict.fromkeys(text(item.setup.answered_by) for item in plan.variants))}",
     ]
     by_method: dict[str, list[dict[str, Any]]] = {}
     for item in plan.variants:

@@ -289,3 +289,25 @@ def test_a_study_that_is_made_of_itself_is_refused(tmp_path, monkeypatch):
     (tmp_path / "b.yaml").write_text("question: q\nstudies: [main, a.yaml]\n")
     with pytest.raises(ConfigError, match=r"a\.yaml: studies: the study is made of itself; name others"):
         load_studies("a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["engine=vllm"], ["engine = vllm", "MFT_VLLM", "make vllm"]),
+        (["engine=openai"], ["engine = openai", "runtime.engine_url = None"]),
+        (["engine=openai", "runtime.engine_url=http://127.0.0.1:9/v1"], ["no server answers", "127.0.0.1:9"]),
+        (["engine=vlm"], ["engine", "'vlm'", "'hf', 'vllm' or 'openai'"]),
+    ],
+)
+def test_an_engine_that_is_not_there_is_refused(mft, folder, tmp_path, monkeypatch, settings, words):
+    monkeypatch.setenv("MFT_VLLM", str(tmp_path / "nowhere"))
+    given = [word for setting in settings for word in ("--set", setting)]
+    done = mft("run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml", *given, home=tmp_path / "home")
+    refused(done, tmp_path / "home", *words)
+
+
+def test_a_study_of_two_engines_is_refused(mft, folder, tmp_path):
+    study = write_study(tmp_path, [{"method": "fft", "grid": {"engine": ["hf", "openai"]}}])
+    done = mft("run", study, "--profile", folder / "mini.yaml", home=tmp_path / "home")
+    refused(done, tmp_path / "home", "hf, openai", "no fair comparison")

@@ -1,0 +1,153 @@
+"""vLLM as a program of its own: found, asked for its version, started for a checkpoint and kept for its next benchmark.
+
+Its pins exclude ours, so it lives in an environment of its own: `MFT_VLLM`, or on PATH; `make vllm` makes one. A
+process has one server at a time, reached on the loopback with a key that only this process has. It ends when another
+checkpoint is asked for, when nobody has asked for a while, and with this process, however that ends
+(`mft_core.processes`). Used by `mft_core.evaluation.lm_eval_harness`, and by planning for the version; without torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mft_core.errors import ConfigError, StageError
+from mft_core.processes import Child, Family
+
+IDLE_SECONDS = 60.0
+"""after the last evaluation: the next benchmark of a checkpoint follows at once, other stages need the memory"""
+START_SECONDS = 900.0
+_ADVICE = "`make vllm` installs it into .venv-vllm; name that directory in MFT_VLLM, or have `vllm` on PATH."
+
+
+def find() -> Path | None:
+    """Return vLLM's program, or None where there is none."""
+    given = os.environ.get("MFT_VLLM")
+    if given is None:
+        given = shutil.which("vllm")
+    path = Path(given or "/nowhere")
+    path = path / "bin" / "vllm" if path.is_dir() else path
+    return path.absolute() if path.is_file() else None
+
+
+def version() -> str | None:
+    """Return the version of the vLLM that is there, from its files; None where there is none."""
+    program = find()
+    if program is None:
+        return None
+    packages = program.resolve().parent.parent.glob("lib/python*/site-packages/vllm*-*.dist-info")
+    found = [each.name.removesuffix(".dist-info").split("-")[1] for each in packages if each.name.startswith("vllm")]
+    return max(found, default="unknown")
+
+
+def check() -> None:
+    """Raise a ConfigError where there is no vLLM."""
+    if find() is None:
+        given = os.environ.get("MFT_VLLM")
+        where = f"MFT_VLLM = {given}: no such program" if given else "there is none here"
+        raise ConfigError(f"engine = vllm: {where}. {_ADVICE}")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running vLLM."""
+
+    serves: tuple[Path, str, bool]
+    url: str
+    key: str
+    family: Family
+    folder: tempfile.TemporaryDirectory[str]
+
+    def end(self) -> None:
+        """Stop it."""
+        self.family.stop()
+        self.folder.cleanup()
+
+
+_lock = threading.RLock()
+_server: Server | None = None
+_timer: threading.Timer | None = None
+
+
+@contextlib.contextmanager
+def serving(model: Path, precision: str, cpu: bool) -> Iterator[Server]:
+    """Have a server of a checkpoint, for oneself.
+
+    Raises:
+        ConfigError: there is no vLLM.
+        StageError: it does not start.
+    """
+    global _server, _timer
+    with _lock:
+        if _timer:
+            _timer.cancel()
+        wanted = model, precision, cpu
+        if _server is None or _server.serves != wanted or _server.family.children[0].how_it_ended():
+            close()
+            _server = _start(*wanted)
+        try:
+            yield _server
+        finally:
+            _timer = threading.Timer(IDLE_SECONDS, close)
+            _timer.daemon = True
+            _timer.start()
+
+
+@atexit.register
+def close() -> None:
+    """End the server, if there is one."""
+    global _server
+    with _lock:
+        if _server:
+            _server.end()
+        _server = None
+
+
+def _start(model: Path, precision: str, cpu: bool) -> Server:
+    check()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # on a CPU the share is of the main memory, where others live too, and there is nothing to compile graphs for
+    place = ["--gpu-memory-utilization", "0.3", "--enforce-eager"] if cpu else ["--gpu-memory-utilization", "0.8"]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    command = [str(find()), "serve", str(model), *address, "--dtype", precision, *place]
+    key = secrets.token_urlsafe()
+    environment = {
+        "VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",  # ours is not for its environment
+        **({"VLLM_TARGET_DEVICE": "cpu"} if cpu else {}),  # else it asks the name of its package
+    }  # fmt: skip
+    folder = tempfile.TemporaryDirectory(prefix="mft-vllm-")
+    family = Family()
+    server = Server((model, precision, cpu), f"http://127.0.0.1:{port}/v1", key, family, folder)
+    try:
+        child = family.start("vLLM", command, Path(folder.name) / "vllm.log", environment)
+        _wait(child, f"http://127.0.0.1:{port}/health")
+    except BaseException:
+        server.end()
+        raise
+    return server
+
+
+def _wait(child: Child, address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if ending := child.how_it_ended():
+            raise StageError(f"engine = vllm: {ending}")
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(address, timeout=5):
+            return
+        time.sleep(0.5)
+    raise StageError(f"engine = vllm: not ready after {START_SECONDS:.0f} s; its log ends:\n{child.tail()}")
