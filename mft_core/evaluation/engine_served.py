@@ -19,7 +19,7 @@ from tqdm.asyncio import tqdm_asyncio
 from transformers import PreTrainedTokenizerBase
 
 from mft_core.checkpoints.files import read_config
-from mft_core.data.assistant_tokens import EndOfTurn
+from mft_core.data.chat_template import EndOfTurn
 from mft_core.errors import StageError
 from mft_core.evaluation.prompting import Prompting
 from mft_core.recipes import Evaluate, Runtime
