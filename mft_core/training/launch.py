@@ -1,32 +1,31 @@
 """Training stages in several processes of this machine (`Runtime.processes`), called as if they were one function.
 
-`spread` is put around a stage's function: where several processes are asked for and the recipe trains, the call starts
-a worker (`mft_core.stages.worker`) for each, tells the caller's `report` and `log` what the first one tells, and
-returns its summary or raises its error. All processes run the stage's own function; `mft_core.training.loop` shares
-the work. Everything of a call lies in `work/processes`: the job, the file at which the processes meet (no port that
-another program could take), and what each has printed.
+`spread` is put around a stage's function: where several processes are asked for and the recipe trains, torch's elastic
+launcher starts them (`mft_core.stages.worker`) and ends all when one fails; the caller's `report` and `log` are told
+what the first one tells, and the call returns its summary or raises its error. All processes run the stage's own
+function; `mft_core.training.loop` shares the work. What each has printed lies in `work/processes`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 import queue
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mft_core import compute
 from mft_core.errors import ConfigError, StageError
@@ -35,29 +34,35 @@ from mft_core.recipes import FineTune, LearnMask, Recipe, Runtime
 from mft_core.stage import Progress, StageContext, StageFunction
 from mft_core.training import parallel
 
-MEETING, STOP = "meeting", "stop"
-_SECONDS_TO_REPORT = 10.0
-"""seconds between the first process that fails and the end of all, in which the others may say why they do"""
-_COMMAND = (
-    sys.executable,
-    "-P",
-    "-m",
-    "mft_core.stages.worker",
-)  # -P: not what happens to lie in the working directory
-_ERRORS = {"ConfigError": ConfigError, "StageError": StageError}
-_SAID, _DIED, _BROKE = range(3)
-"""how a process fails, in the order in which it explains the others: it says why, it dies, it meets a surprise"""
+_CODE = "import sys; sys.path.insert(0, sys.argv[1]); from mft_core.stages import worker; worker.main(sys.argv[2])"
+"""of a process; `python -m` would look for this package in the working directory, or need it installed"""
+_SECONDS_TO_END = 10
+"""for a process that is told to, when another has failed"""
+SAID, DIED, BROKE, ENDED = range(4)
+"""how a process fails, in the order in which it explains the others: it says why, it dies, it meets a surprise, or it
+has told why or is ended by the launcher"""
+TOLD = 3
+"""exit code of a process that has told why it ends"""
 
 
-class Job(BaseModel):
+@dataclass(frozen=True)
+class Job:
     """What the processes are to do together: one call of a stage."""
 
     stage: str
-    recipe: dict[str, Any]
-    inputs: dict[str, Path]
+    recipe: Recipe
+    inputs: Mapping[str, Path]
     out: Path
     work: Path
     runtime: Runtime
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process did not finish; sent by itself, or seen from outside."""
+
+    kind: int
+    error: Exception
 
 
 def trains(recipe: Recipe) -> bool:
@@ -106,158 +111,118 @@ def spread(stage: str, run: StageFunction) -> StageFunction:
         check(recipe, context.runtime)
         if context.runtime.processes == 1 or not trains(recipe) or parallel.processes() > 1:
             return run(recipe, inputs, out, context)
-        job = Job(
-            stage=stage,
-            recipe=recipe.model_dump(mode="json"),
-            inputs={name: path.absolute() for name, path in inputs.items()},
-            out=out.absolute(),
-            work=context.work.absolute(),
-            runtime=context.runtime,
-        )
-        return _Team(job, context).run()
+        return _Team(stage, recipe, inputs, out, context).run()
 
     return run_spread
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """A process, our end of the line to it, and where its output goes."""
-
-    process: subprocess.Popen[bytes]
-    line: socket.socket
-    output: Path
-
-    def how_it_ended(self) -> str:
-        """Say how it ended and what it printed last."""
-        code = self.process.wait()
-        how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"
-        last = "\n".join(self.output.read_text(errors="replace").splitlines()[-15:])
-        return f"{how}; its output {self.output} ends:\n{last}"
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why a process did not finish."""
-
-    kind: int
-    error: Exception
-
-
 class _Team:
-    """The workers of one call; `run` starts them, and none is left when it returns or raises."""
+    """The processes of one call; `run` starts them, and none is left when it returns or raises."""
 
-    def __init__(self, job: Job, context: StageContext) -> None:
-        self._job, self._context = job, context
-        self._size = context.runtime.processes
-        self._folder = job.work / "processes"
-        self._messages: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = queue.SimpleQueue()
-        self._workers: list[_Worker] = []
-        self._finished: set[int] = set()
-        self._failures: list[_Failure] = []
+    def __init__(
+        self, stage: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, context: StageContext
+    ) -> None:
+        self._context, self._size = context, context.runtime.processes
+        runtime = context.runtime
+        if runtime.threads is None and "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            runtime = runtime.model_copy(update={"threads": max(1, cores // self._size)})
+        paths = {name: path.absolute() for name, path in inputs.items()}
+        self._job = Job(stage, recipe, paths, out.absolute(), context.work.absolute(), runtime)
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lines: list[Connection] = []
+        self._failures: list[Failure] = []
         self._summary: dict[str, Any] = {}
         self._asked: BaseException | None = None
 
     def run(self) -> dict[str, Any]:
         """Return the summary of the first process, or raise what the stage raised or whoever it reported to."""
-        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
-        self._folder.mkdir(parents=True)
-        (self._folder / "job.json").write_text(self._job.model_dump_json(), encoding="utf-8")
-        try:
-            for rank in range(self._size):
-                self._workers.append(self._start(rank))
-            self._listen()
-        finally:
-            for worker in self._workers:
-                worker.process.kill()
-                worker.process.wait()
-                worker.line.close()
+        with Listener(backlog=self._size) as listener:
+            launching = threading.Thread(target=self._launch, args=(listener,))
+            launching.start()
+            try:
+                for line, message in iter(self._messages.get, None):
+                    self._handle(line, message)
+            finally:
+                for line in self._lines:
+                    line.close()  # of a process that is still there: it ends
+                launching.join()
         if self._asked is not None:
             raise self._asked
         if self._failures:
             raise min(self._failures, key=lambda failure: failure.kind).error
         return self._summary
 
-    def _start(self, rank: int) -> _Worker:
-        ours, theirs = socket.socketpair()
-        output = self._folder / f"{rank}.log"
-        with theirs, output.open("wb") as sink:
-            process = subprocess.Popen(
-                [*_COMMAND, self._folder / "job.json", str(rank), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment(rank)},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C in the terminal is handled by the parent
-            )
-        threading.Thread(target=self._read, args=(rank, ours), daemon=True).start()
-        return _Worker(process, ours, output)
+    def _launch(self, listener: Listener) -> None:
+        """Start the processes, and wait until all have ended and all that they told is passed on."""
+        readers = [threading.Thread(target=self._read, args=(listener,)) for _ in range(self._size)]
+        for reader in readers:
+            reader.start()
+        try:
+            self._run_all(listener.address)
+        except Exception as error:  # of the launcher itself
+            self._failures.append(Failure(BROKE, error))
+        for reader in readers:
+            while reader.is_alive():
+                with contextlib.suppress(OSError), Client(listener.address):
+                    pass  # in place of a process that died before it called
+                reader.join(0.1)
+        self._messages.put(None)
 
-    def _environment(self, rank: int) -> dict[str, str]:
-        """Return what torchrun would set, as far as it is looked at, and where this package lies."""
-        package = str(Path(__file__).parents[2])
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = self._context.runtime.threads or max(1, cores // self._size)
-        return {
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self._size),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads),
-        }
+    def _run_all(self, address: str) -> None:
+        folder = self._job.work / "processes"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir(parents=True)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=self._size,
+            run_id=self._job.stage,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            shutdown_timeout=_SECONDS_TO_END,
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=Std.ALL),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-P", "-c", _CODE, Path(__file__).parents[2], address)
+        except ChildFailedError as error:
+            self._failures += [self._how(rank, ended) for rank, ended in sorted(error.failures.items())]
 
-    def _read(self, rank: int, line: socket.socket) -> None:
-        """Put a worker's messages into the queue, and None at its end."""
-        with contextlib.suppress(OSError), line.makefile(encoding="utf-8") as messages:
-            for message in messages:
-                self._messages.put((rank, json.loads(message)))
-        self._messages.put((rank, None))
+    def _read(self, listener: Listener) -> None:
+        """Give one process its job and pass on what it tells, until it ends."""
+        with contextlib.suppress(EOFError, OSError):
+            line = listener.accept()
+            self._lines.append(line)
+            line.send(self._job)
+            while True:
+                self._messages.put((line, line.recv()))
 
-    def _listen(self) -> None:
-        """Handle messages until all workers have ended, or one has failed and the others had time to report."""
-        running = set(range(self._size))
-        deadline = None
-        while running:
-            try:
-                rank, message = self._messages.get(timeout=deadline and max(0, deadline - time.monotonic()))
-            except queue.Empty:
-                return
-            if message is not None:
-                self._handle(rank, message)
-                continue
-            running.discard(rank)
-            if rank not in self._finished:
-                text = f"process {rank} of {self._size} {self._workers[rank].how_it_ended()}"
-                self._failures.append(_Failure(_DIED, StageError(text)))
-            if deadline is None and self._failures:
-                deadline = time.monotonic() + _SECONDS_TO_REPORT
-
-    def _handle(self, rank: int, message: dict[str, Any]) -> None:
-        kind = message.pop("kind")
-        if kind == "progress":
-            self._report(rank, Progress(**message))
-        elif kind == "log":
-            self._context.log.log(message["level"], "%s", message["text"])
+    def _handle(self, line: Connection, message: Any) -> None:
+        if isinstance(message, Progress):
+            self._report(line, message)
+        elif isinstance(message, logging.LogRecord):
+            self._context.log.handle(message)
+        elif isinstance(message, Failure):
+            self._failures.append(message)
         else:
-            self._finished.add(rank)
-            if kind == "failed":
-                self._failures.append(self._failure(rank, message))
-            elif rank == 0:
-                self._summary = message["summary"]
+            self._summary = message
 
-    def _report(self, rank: int, progress: Progress) -> None:
-        """Tell the caller; what it raises stops the workers, who save their state first, and is raised in the end."""
-        answer = "go"
+    def _report(self, line: Connection, progress: Progress) -> None:
+        """Tell the caller; what it raises stops the process, which saves its state first, and is raised in the end."""
         try:
             self._context.report(progress)
         except BaseException as error:
-            self._asked, answer = error, STOP
-        with contextlib.suppress(OSError):  # it has died, which its next message says
-            self._workers[rank].line.sendall(f"{answer}\n".encode())
+            self._asked = error
+        with contextlib.suppress(OSError):  # it has died, which the launcher says
+            line.send(self._asked is not None)
 
-    def _failure(self, rank: int, message: dict[str, Any]) -> _Failure:
-        if message["error"]:
-            return _Failure(_SAID, _ERRORS.get(message["error"], StageError)(message["text"]))
-        text = f"process {rank} of {self._size}: {message['text']}"
-        self._context.log.error("%s\n%s", text, message["trace"])
-        return _Failure(_BROKE, StageError(text))
+    def _how(self, rank: int, ended: ProcessFailure) -> Failure:
+        """Say how a process ended."""
+        code = ended.exitcode
+        how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"
+        (output,) = (self._job.work / "processes").glob(f"*/attempt_0/{rank}/stderr.log")
+        last = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
+        text = f"process {rank} of {self._size} {how}; its output {output} ends:\n{last}"
+        return Failure(ENDED if code in (TOLD, -signal.SIGTERM) else DIED, StageError(text))

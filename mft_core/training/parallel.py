@@ -1,8 +1,8 @@
 """The processes that share one training, as `torch.distributed` knows them; where no group is initialised there is one.
 
-The group is torchrun's, or made by `mft_core.stages.worker` for the stages; nothing here makes one. With one process
-every function returns at once, so that the training loop reads the same for one and for many. All numbers travel as
-tensors on the training's device: NCCL moves no others.
+The group is joined by `mft_core.stages.worker` for the stages, or by a script under torchrun; nothing here makes one.
+With one process every function returns at once, so that the training loop reads the same for one and for many. All
+numbers travel as tensors on the training's device: NCCL moves no others.
 """
 
 from __future__ import annotations

@@ -54,10 +54,10 @@ def workers(root: Path) -> list[psutil.Process]:
     """Return the living workers of the runs under `root`, by rank."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            command = process.cmdline()
-            if "mft_core.stages.worker" in command and any(part.startswith(str(root)) for part in command):
-                found[int(command[-2])] = process
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("TORCHELASTIC_ERROR_FILE", "").startswith(f"{root}/"):
+                found[int(environment["RANK"])] = process
     return [found[rank] for rank in sorted(found)]
 
 
@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_ends_the_stage_with_its_output_named(tmp_path:
         if progress.step == 3:
             workers(tmp_path)[1].kill()
 
-    with pytest.raises(StageError, match=r"process 1 of 2 was killed \(SIGKILL.*its output .*1\.log ends:"):
+    with pytest.raises(StageError, match=r"process 1 of 2 was killed \(SIGKILL.*its output .*1/stderr\.log ends:"):
         run_stage(mask_recipe(epochs=40), tmp_path, kill)
     assert not workers(tmp_path)
 
