@@ -1,9 +1,9 @@
 """Where heavy work runs (device and CPU threads), and whose turn it is to use what torch has only once per process.
 
-Stages may run in several threads of one process (heavy ones beside each other have processes of their own, see
-`tasks.workers`, but light ones do not wait for them). torch's default dtype and random generators belong to the
-process: loading a model changes the one, dropout and sampling draw from the others, so each does it under
-`PROCESS_WIDE`. Everything else names its dtype and brings its own generator.
+Light stages run in several threads of one process (a heavy one has a worker process to itself, see `tasks.job`).
+torch's default dtype and random generators belong to the process: loading a model changes the one, dropout and sampling
+draw from the others, so each does it under `PROCESS_WIDE`. Everything else names its dtype and brings its own
+generator.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def settle(runtime: Runtime) -> torch.device:
     torch.set_num_threads(runtime.threads or _DEFAULT_THREADS)  # whatever an earlier stage of this process had set
     device = find_device(runtime)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device(
-            "cuda", int(os.environ["LOCAL_RANK"])
-        )  # set by torchrun, and by `mft_core.training.launch`
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # set by torch's launcher
         torch.cuda.set_device(device)
     return device
 

@@ -226,6 +226,18 @@ class Runtime(BaseModel):
         None, description="of the OpenAI-compatible server of engine 'openai', e.g. http://127.0.0.1:8000/v1"
     )
     heavy_slots: int = Field(1, gt=0, description="heavy stages at one time per device")
+    devices: str = Field(
+        "auto",
+        pattern=r"^(auto|\d+(,\d+)*)$",
+        coerce_numbers_to_str=True,
+        description="CUDA devices of this machine that heavy stages share, by number, e.g. '0,1,2'; 'auto': all",
+    )
+    cluster: str | None = Field(
+        None,
+        min_length=1,
+        description="Dask scheduler whose workers compute heavy stages, e.g. 'tcp://head:8786', or a YAML file that "
+        "says how Dask makes a cluster; null: workers on this machine",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     processes: int = Field(1, gt=0, description="training processes on this machine, which share each step's sequences")
     shard: bool = Field(
@@ -240,6 +252,13 @@ class Runtime(BaseModel):
         description="share of a mixture's rows that may be too long for data.max_length, and so dropped",
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two resumable states")
+
+    @property
+    def at_once(self) -> int:
+        """Heavy stages at one time, as far as the settings say: of devices 'auto' and of a cluster, those of one."""
+        return self.heavy_slots * (
+            1 if self.devices == "auto" else max(1, len(self.devices.split(",")) // self.processes)
+        )
 
 
 class Anatomy(Recipe):

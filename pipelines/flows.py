@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,17 +40,16 @@ from pipelines.run.logs import log_to, warn
 from pipelines.run.search import run_search
 from tasks.mlflow.tracking import Writer
 from tasks.stage_task import StageCall, Workplace
-from tasks.workers import Workers
 
 _BEFORE_SEARCH = ("prepare-data", "fine-tune")
 """stages that every trial of a search starts from"""
-_WORKERS = 8
-"""threads that wait for or do work; heavy stages take turns by themselves (`runtime.heavy_slots`)"""
+_THREADS = 64
+"""that wait for work: at most so many workers of a cluster are kept busy by one run"""
 R = TypeVar("R")
 
 
 def _runner() -> Any:
-    return ThreadPoolTaskRunner(max_workers=_WORKERS)
+    return ThreadPoolTaskRunner(max_workers=_THREADS)
 
 
 @flow(name="mft-ablation", flow_run_name="{study} on {profile}", task_runner=_runner(), persist_result=False)
@@ -126,11 +124,9 @@ def run_study(
             for recorder in recorders:
                 recorder.progress(call, progress)
 
-        place = workplace(plans, store, display, record)
+        place = stack.enter_context(workplace(plans, store, display, record))
         done: set[str] = set()
         if any(plan.search for plan in plans):
-            if place.runtime.heavy_slots > 1:  # the same processes for all rounds
-                place = replace(place, workers=stack.enter_context(Workers(store.home / "logs", display.say)))
             done = _search(plans, place, recorders, display, rerun)
             studies = [plan.study for plan in plans]  # planned again with what was found
             plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds)
@@ -217,8 +213,12 @@ def run_stage(
 ) -> list[dict[str, str]]:
     """Run one stage of planned studies, and what it needs; `study` is what the user called them."""
     wanted = _up_to(stage, plans)
-    with _logged(store, f"{Path(study).stem}-{stage}"), Display(len(wanted)) as display:
-        outcomes = run_nodes(wanted, workplace(plans, store, display), display, rerun)
+    with (
+        _logged(store, f"{Path(study).stem}-{stage}"),
+        Display(len(wanted)) as display,
+        workplace(plans, store, display) as place,
+    ):
+        outcomes = run_nodes(wanted, place, display, rerun)
     return [
         {"label": done.node.label, "directory": str(done.artifact.local_path(store))}
         for done in outcomes.values()

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,8 +24,10 @@ from mft_core.stage import Progress
 from mft_core.stages import STAGES, get_stage
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.sources import Source
-from tasks.device import device_slot
-from tasks.workers import Job, Workers
+from tasks.cluster import Cluster
+
+_LIGHT = threading.BoundedSemaphore(8)
+"""light stages at one time: a flow has a thread for every stage that a large cluster could compute"""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class Workplace:
 
     store: ArtifactStore
     runtime: Runtime
+    cluster: Cluster
+    """computes heavy stages"""
     report: Callable[[StageCall, Progress], None] = lambda call, progress: None
     notes: Mapping[str, Any] = field(default_factory=dict)
     """provenance of the flow run, e.g. its MLflow run id"""
     promised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """by node id, what the plan says that a stage takes; kept in its provenance, from which the next plan learns"""
-    workers: Workers | None = None
-    """processes for heavy stages, where several may run at one time"""
+    """by node id, what the plan says that a stage takes which is to be computed; kept in its provenance, from which the
+    next plan learns"""
 
     @property
     def results(self) -> Path:
@@ -124,44 +128,26 @@ def run_stage(label: str, call: StageCall, made: dict[str, Made], place: Workpla
         found = place.store.find(stage.name, key)
         if found:
             return Made(artifact=found.model_dump(), computed=False)
-    ref = _build(call, inputs, place, log)
+    ref = _build(call, inputs, key, place, log)
     return Made(artifact=ref.model_dump(), computed=True)
 
 
 def _build(
-    call: StageCall, inputs: Mapping[str, Source | ArtifactRef], place: Workplace, log: logging.Logger
+    call: StageCall, inputs: dict[str, Source | ArtifactRef], key: str, place: Workplace, log: logging.Logger
 ) -> ArtifactRef:
-    """Compute the artifact, here or in a process of the pool."""
-    stage = get_stage(call.stage)
-    place = replace(place, notes={**place.notes, "promised": place.promised.get(call.node)})
+    """Compute the artifact: a heavy one on the cluster, a light one here."""
+    stage, runtime = get_stage(call.stage), place.runtime
+    notes = {**place.notes, "promised": place.promised.get(call.node)}
 
     def report(progress: Progress) -> None:
         place.report(call, progress)
 
     if stage.heavy:
-        with device_slot(place.store.home, place.runtime.device, place.runtime.heavy_slots):
-            if place.workers is not None:
-                job = Job(place.store.home, stage.name, call.recipe, inputs, place.runtime, call.rerun, place.notes)
-                return place.workers.build(job, report, log)
-            return _here(call, inputs, place, report, log)
-    return _here(call, inputs, place, report, log)
+        from tasks.job import Job  # imports Dask
 
-
-def _here(
-    call: StageCall,
-    inputs: Mapping[str, Source | ArtifactRef],
-    place: Workplace,
-    report: Callable[[Progress], None],
-    log: logging.Logger,
-) -> ArtifactRef:
-    """Build the artifact in this process."""
-    return place.store.build(
-        get_stage(call.stage),
-        call.recipe,
-        inputs,
-        place.runtime,
-        report=report,
-        log=log,
-        force=call.rerun,
-        notes=place.notes,
-    ).ref
+        job = Job(place.store.home, stage.name, call.recipe, inputs, runtime, call.rerun, notes)
+        return place.cluster.build(job, call.label, key, report, log)
+    with _LIGHT:
+        return place.store.build(
+            stage, call.recipe, inputs, runtime, report=report, log=log, force=call.rerun, notes=notes
+        ).ref

@@ -12,8 +12,11 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from datetime import timedelta
+from logging.handlers import QueueHandler
 from multiprocessing.connection import Client
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -32,11 +35,10 @@ class AskedToStop(Exception):  # noqa: N818  not an error: it was asked for
     """Whoever the caller told of our progress asked it to stop."""
 
 
-class Caller(logging.Handler):
-    """The line to the caller, whose log our records belong into."""
+class Caller:
+    """The line to the caller."""
 
     def __init__(self, address: str) -> None:
-        super().__init__()
         self._line = Client(address)
         self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._sending = threading.Lock()
@@ -64,11 +66,6 @@ class Caller(logging.Handler):
         if self._answers.get():
             raise AskedToStop
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send a record as it would be shown."""
-        record.msg, record.args, record.exc_info = self.format(record), None, None
-        self.tell(record)
-
 
 def _work(caller: Caller, rank: int) -> dict[str, Any]:
     """Join the group, run the stage and return its summary."""
@@ -76,7 +73,8 @@ def _work(caller: Caller, rank: int) -> dict[str, Any]:
     log = logging.getLogger("mft")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.addHandler(caller if rank == 0 else logging.StreamHandler())  # the first one speaks for all
+    to_caller = QueueHandler(SimpleNamespace(put_nowait=caller.tell))
+    log.addHandler(to_caller if rank == 0 else logging.StreamHandler())  # the first one speaks for all
     device = compute.settle(job.runtime)
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE, device_id=device if on_gpu else None)
@@ -101,9 +99,7 @@ def main(address: str) -> NoReturn:
         caller.tell(Failure(SAID, error))
     except BaseException as error:
         text = f"process {rank} of {caller.job.runtime.processes}: {type(error).__name__}: {error}"
-        log = logging.getLogger("mft")
-        caller.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, text, (), sys.exc_info()))
-        caller.tell(Failure(BROKE, StageError(text)))
+        caller.tell(Failure(BROKE, StageError(text), traceback.format_exc()))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a group that lost a member would wait for it in its destructor

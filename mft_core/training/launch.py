@@ -63,6 +63,7 @@ class Failure:
 
     kind: int
     error: Exception
+    trace: str = ""
 
 
 def trains(recipe: Recipe) -> bool:
@@ -206,6 +207,8 @@ class _Team:
             self._context.log.handle(message)
         elif isinstance(message, Failure):
             self._failures.append(message)
+            if message.trace:
+                self._context.log.error("%s\n%s", message.error, message.trace)
         else:
             self._summary = message
 

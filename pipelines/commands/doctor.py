@@ -100,7 +100,7 @@ def _planned(study: Study, profile: Profile, store: ArtifactStore) -> list[Findi
     findings = _memory(plan)
     local = all(item.resolved.model.source.revision is None for item in plan.variants)
     for what, check in checks(plan, store, {}):
-        if local or what in ("MFT_HOME", "disk", "processes", "device"):
+        if local or what in ("MFT_HOME", "disk", "processes", "device", "devices"):
             disk = f"{_gigabytes(plan.disk_needed)} needed under {store.home}"
             findings.append(attempt(what, check, disk if what == "disk" else "as a run needs it"))
     return findings

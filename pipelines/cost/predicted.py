@@ -204,7 +204,7 @@ class Bill:
         for step in (*self.plan.steps, *self.answers):
             before = [given.node.id for given in step.node.inputs.values() if isinstance(given, Edge)]
             ends[step.node.id] = self.costs[step.node.id].to_come + max((ends.get(key, 0) for key in before), default=0)
-        return max(self.to_come / self.plan.runtime.heavy_slots, *ends.values())
+        return max(self.to_come / self.plan.runtime.at_once, *ends.values())
 
 
 def bills(plans: Sequence[Plan], store: ArtifactStore, on: str | None = None) -> list[Bill]:

@@ -167,7 +167,7 @@ def make_plan(
     resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
     missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
-    needed = disk_needed((needs_of(node, resolved, runtime, {}) for node in missing), runtime.heavy_slots)
+    needed = disk_needed((needs_of(node, resolved, runtime, {}) for node in missing), runtime.at_once)
     return Plan(study, profile, runtime, variants, steps, resolved, needed, search)
 
 

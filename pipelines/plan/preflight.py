@@ -27,6 +27,7 @@ from pipelines.config.catalogue import Profile, Study
 from pipelines.config.setup import ModelSpec, Resolved, trainings
 from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan, check_disk, make_plans
+from tasks.cluster import described, devices
 
 if TYPE_CHECKING:
     from mft_core.data.rows import Look
@@ -75,11 +76,12 @@ def checks(plan: Plan, store: ArtifactStore, looks: Looks) -> Iterator[tuple[str
     yield "disk", partial(check_disk, plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
-    yield "processes", partial(_check_processes, nodes, plan.runtime)
-    if any(get_stage(stage).heavy for stage in stages):
+    if any(get_stage(stage).heavy for stage in stages) and described(plan.runtime) is None:
         from mft_core import compute
 
         yield "device", partial(compute.find_device, plan.runtime)
+        yield "devices", partial(devices, plan.runtime)
+        yield "processes", partial(_check_processes, nodes, plan.runtime)
     if stages - {"compare"}:
         for spec in dict.fromkeys(resolved.setup.model for resolved in plan.asked):
             asked = [resolved for resolved in plan.asked if resolved.setup.model == spec]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prefect.futures import PrefectFuture, wait
@@ -20,6 +20,7 @@ from prefect.utilities.annotations import quote
 from mft_core.data import dropped
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.stage import Progress
+from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.sources import Source
 from pipelines.cost.predicted import promises
@@ -28,8 +29,8 @@ from pipelines.plan.plan import Plan
 from pipelines.run import interrupt
 from pipelines.run.display import Display
 from pipelines.servers.services import end_if_lost
+from tasks.cluster import Cluster
 from tasks.stage_task import Made, StageCall, Workplace, run_stage
-from tasks.workers import Workers
 
 log = logging.getLogger("mft")
 
@@ -72,22 +73,22 @@ def run_nodes(
     Raises:
         ConfigError, StageError: after everything that could run has run; the first names all failures.
     """
+    nodes = list(nodes)
+    if any(node.id in place.promised and get_stage(node.stage).heavy for node in nodes):
+        place.cluster.begin()
     futures: dict[str, PrefectFuture[Made]] = {}
     by_future: dict[PrefectFuture[Made], Node] = {}
     stage_task = run_stage.with_options(result_storage=place.results)
-    with contextlib.ExitStack() as stack:
-        if place.runtime.heavy_slots > 1 and place.workers is None:
-            place = replace(place, workers=stack.enter_context(Workers(place.store.home / "logs", display.say)))
-        for node in nodes:
-            made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
-            call = call_of(node, node.stage in rerun and node.id not in done)
-            # Prefect hands the task the artifacts in place of the futures; in the rest it need not look for any
-            future = stage_task.submit(node.label, quote(call), made, quote(place))  # type: ignore[call-overload]
-            if node.id not in done:
-                future.add_done_callback(functools.partial(_announce, display, node))
-            futures[node.id] = future
-            by_future[future] = node
-        wait(list(futures.values()))
+    for node in nodes:
+        made = {name: futures[given.node.id] for name, given in node.inputs.items() if isinstance(given, Edge)}
+        call = call_of(node, node.stage in rerun and node.id not in done)
+        # Prefect hands the task the artifacts in place of the futures; in the rest it need not look for any
+        future = stage_task.submit(node.label, quote(call), made, quote(place))  # type: ignore[call-overload]
+        if node.id not in done:
+            future.add_done_callback(functools.partial(_announce, display, node))
+        futures[node.id] = future
+        by_future[future] = node
+    wait(list(futures.values()))
     end_if_lost()
     outcomes: dict[str, Outcome] = {}
     failures: list[tuple[Node, Any]] = []
@@ -140,13 +141,14 @@ def _raise(failures: Sequence[tuple[Node, Any]]) -> None:
     raise StageError(lines) from failures[0][1]
 
 
+@contextlib.contextmanager
 def workplace(
     plans: Sequence[Plan],
     store: ArtifactStore,
     display: Display,
     record: Callable[[StageCall, Progress], None] = lambda call, progress: None,
-) -> Workplace:
-    """Build what the tasks of this flow run share: progress goes to the display and to `record`."""
+) -> Iterator[Workplace]:
+    """Give what the tasks of this flow run share: progress goes to the display and to `record`."""
 
     def report(call: StageCall, progress: Progress) -> None:
         interrupt.check()
@@ -156,4 +158,6 @@ def workplace(
     promised = {key: told for plan in plans for key, told in promises(plan).items()}
     run_id = getattr(flow_run, "id", None)
     notes = {"prefect_flow_run": run_id}
-    return Workplace(store=store, runtime=plans[0].runtime, report=report, notes=notes, promised=promised)
+    runtime = plans[0].runtime
+    with contextlib.closing(Cluster(store.home, runtime, display.say)) as cluster:
+        yield Workplace(store, runtime, cluster, report, notes, promised)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from tests.support.mini import write_profile, write_study
 VARIANTS = [{"method": "fft"}, {"method": "mft"}, {"method": "magnitude"}]
 KINDS: dict[str, Callable[[list[str]], bool]] = {
     "mft": lambda words: "pipelines.cli" in words,
-    "worker": lambda words: "tasks.worker" in words,
-    "training process": lambda words: "mft_core.stages.worker" in words,
+    "worker": lambda words: "--multiprocessing-fork" in words,
+    "training process": lambda words: any("mft_core.stages import worker" in word for word in words),
     "MLflow writer": lambda words: "tasks.mlflow.writer" in words,
     "Prefect server": lambda words: "prefect" in words and "server" in words,
 }
@@ -65,21 +65,23 @@ class Study:
         self.folder = folder
         self.settings = [word for setting in settings for word in ("--set", setting)]
 
-    def start(self, home: Path) -> subprocess.Popen[str]:
+    def start(self, home: Path, environment: Mapping[str, str] = {}) -> subprocess.Popen[str]:
         """Start `mft run` in a session of its own."""
         words = [self.folder / "mini-study.yaml", "--profile", self.folder / "mini.yaml", "--json", *self.settings]
         elsewhere = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")  # which another test of this process may have set
         own = {name: value for name, value in os.environ.items() if name not in elsewhere}
-        environment = {**own, "OMP_NUM_THREADS": "1", "MFT_HOME": str(home)}
+        environment = {**own, **environment, "OMP_NUM_THREADS": "1", "MFT_HOME": str(home)}
         environment.pop("PREFECT_API_URL", None)
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", "run", *map(str, words)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, home: Path, seconds: float = 280) -> tuple[int, list[dict[str, Any]], str]:
+    def run(
+        self, home: Path, seconds: float = 280, environment: Mapping[str, str] = {}
+    ) -> tuple[int, list[dict[str, Any]], str]:
         """Run it to its end; returns exit code, rows (without what may differ between runs) and stderr."""
-        process = self.start(home)
+        process = self.start(home, environment)
         out, err = process.communicate(timeout=seconds)
         rows = json.loads(out) if process.returncode == 0 else []
         return process.returncode, [{k: v for k, v in r.items() if k not in ("cached", "seconds")} for r in rows], err

@@ -95,6 +95,12 @@ def test_a_device_that_is_not_there_is_refused(profile, device):
     assert f"device = {device}" in refused(profile, f"runtime.device={device}")
 
 
+def test_a_cluster_and_devices_that_are_not_there_are_refused(profile):
+    assert "runtime.cluster = nowhere.yaml: no such file" in refused(profile, "runtime.cluster=nowhere.yaml")
+    assert "runtime.devices = 77: torch sees" in refused(profile, "runtime.devices=77")
+    check(profile, "runtime.cluster=tcp://head:8786", "runtime.device=cuda:77")  # which its workers may have
+
+
 def break_weights(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
 

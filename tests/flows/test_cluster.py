@@ -1,0 +1,172 @@
+"""A study on a Dask cluster of other processes gives the rows of this machine alone, whatever of it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.support.faults import Study, digests, processes, wait_until_gone
+from tests.support.slurm import slurm
+
+ROOT = Path(__file__).parents[2]
+Finished = tuple[dict[str, str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return the digests and rows of the study on this machine alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, rows, err = Study(folder, "runtime.checkpoint_seconds=0").run(folder / "home")
+    assert code == 0, err
+    return digests(folder / "home"), rows
+
+
+class Dask:
+    """A scheduler, and workers that each have a working directory of their own."""
+
+    def __init__(self, folder: Path, workers: int = 2) -> None:
+        folder.mkdir()
+        file = folder / "scheduler.json"
+        self.scheduler = self._start(
+            folder / "scheduler", "dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+            "--no-dashboard", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file),
+        )  # fmt: skip
+        while not file.exists():
+            assert self.scheduler.poll() is None
+            time.sleep(0.05)
+        self.address: str = json.loads(file.read_text())["address"]
+        self.nannies = [
+            self._start(
+                folder / f"worker-{number}", "dask_worker", self.address, "--nthreads", "1", "--resources", "cpu=1",
+                "--memory-limit", "0", "--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0",
+            )
+            for number in range(workers)
+        ]  # fmt: skip
+
+    def _start(self, folder: Path, module: str, *words: str) -> subprocess.Popen[bytes]:
+        folder.mkdir()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with (folder / "output").open("wb") as output:
+            command = [sys.executable, "-m", f"distributed.cli.{module}", *words]
+            return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
+
+    def stop(self) -> None:
+        """Kill all of it."""
+        started = [self.scheduler, *self.nannies]
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
+            process.wait()
+
+    def kill_a_worker_at_work(self) -> None:
+        """Kill the process of a worker, not what starts it again."""
+        for child in psutil.Process(self.nannies[0].pid).children(recursive=True):
+            if "--multiprocessing-fork" in child.cmdline():
+                child.kill()
+
+
+@pytest.fixture
+def dask(tmp_path: Path) -> Iterator[Dask]:
+    started = Dask(tmp_path / "dask")
+    yield started
+    started.stop()
+
+
+def finished_once(home: Path) -> bool:
+    """Say whether no stage was computed twice."""
+    logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
+    done = [line.split("finished ")[1] for line in logs.splitlines() if "finished " in line]
+    return len(done) == len(set(done)) > 0
+
+
+@pytest.mark.slow
+def test_two_workers_with_directories_of_their_own_give_the_rows_of_one_machine_and_survive_a_kill(
+    alone: Finished, dask: Dask, tmp_path: Path
+) -> None:
+    study, home = Study(tmp_path, "runtime.checkpoint_seconds=0", f"runtime.cluster={dask.address}"), tmp_path / "home"
+    process = study.start(home)
+    while not list(home.glob("work/*/state-before.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    dask.kill_a_worker_at_work()
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    code, rows, err = study.run(home)
+    assert (code, rows) == (0, alone[1]), err
+    assert digests(home) == alone[0]
+    assert finished_once(home)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_killed_is_told_and_the_same_command_goes_on_with_another(
+    alone: Finished, dask: Dask, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    process = Study(tmp_path, "runtime.checkpoint_seconds=0", f"runtime.cluster={dask.address}").start(home)
+    while not list(home.glob("work/*/state-before.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    dask.scheduler.send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 1, err
+    assert "scheduler" in err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    for nanny in dask.nannies:
+        nanny.wait(timeout=60)  # nobody is left to work for
+    code, rows, err = Study(tmp_path, "runtime.checkpoint_seconds=0").run(home)
+    assert (code, rows) == (0, alone[1]), err
+    assert digests(home) == alone[0]
+    assert finished_once(home)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_the_cluster_free_for_the_next(alone: Finished, dask: Dask, tmp_path: Path) -> None:
+    study, home = Study(tmp_path, "runtime.checkpoint_seconds=0", f"runtime.cluster={dask.address}"), tmp_path / "home"
+    process = study.start(home)
+    while not list(home.glob("work/*/state-before.pt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert wait_until_gone(home, 30) == []
+    code, rows, err = study.run(home)
+    assert (code, rows) == (0, alone[1]), err
+    assert digests(home) == alone[0]
+    assert finished_once(home)
+
+
+@pytest.mark.slow
+def test_slurm_starts_the_workers_that_a_file_describes(alone: Finished, tmp_path: Path) -> None:
+    with slurm(tmp_path / "slurm", (16817, 16818)) as configuration:
+        kwargs = {
+            "n_workers": 2, "cores": 1, "memory": "2GB", "interface": "lo",
+            "worker_extra_args": ["--resources", "cpu=1"],
+            "job_script_prologue": [f"export PYTHONPATH={ROOT}", "export OMP_NUM_THREADS=1"],
+            "log_directory": str(tmp_path / "jobs"), "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
+        }  # fmt: skip
+        file = tmp_path / "slurm.yaml"
+        file.write_text(yaml.safe_dump({"class": "dask_jobqueue.SLURMCluster", "kwargs": kwargs}))
+        study = Study(tmp_path, "runtime.checkpoint_seconds=0", f"runtime.cluster={file}")
+        environment = {"SLURM_CONF": str(configuration)}
+        code, rows, err = study.run(tmp_path / "home", environment=environment)
+        assert (code, rows) == (0, alone[1]), err
+        assert digests(tmp_path / "home") == alone[0]
+        assert finished_once(tmp_path / "home")
+        jobs = ["squeue", "-h", "-t", "pending,running"]
+        assert not subprocess.run(jobs, env={**os.environ, **environment}, capture_output=True, text=True).stdout
+    assert processes(tmp_path / "home") == []
