@@ -36,9 +36,11 @@ _ONE = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to build: all that a worker needs besides the home that it shares with the sender."""
+    """One artifact to build: all that a worker needs besides the home or the store that it shares with the sender."""
 
     home: Path
+    shared: str | None
+    """URL of the shared store; with one, a worker's own `$MFT_HOME` is its copy, and need not be the sender's"""
     stage: str
     recipe: Recipe
     inputs: Mapping[str, Source | ArtifactRef]
@@ -80,12 +82,13 @@ def _wanted(worker: Worker, key: Any) -> bool:
 
 
 def _build(job: Job, report: Callable[[Progress], None], tell: Callable[[object], None]) -> ArtifactRef:
-    if not job.home.is_dir():
+    home = Path(os.environ.get("MFT_HOME") or job.home) if job.shared else job.home
+    if not (job.shared or home.is_dir()):
         raise StageError(
-            f"MFT_HOME = {job.home}: there is no such directory on {platform.node()}, where a worker of the cluster "
-            "runs; all machines need the same one under the same path."
+            f"MFT_HOME = {home}: there is no such directory on {platform.node()}, where a worker of the cluster runs; "
+            "all machines need the same one under the same path, or an MFT_STORE that they share."
         )
-    stage, store = get_stage(job.stage), ArtifactStore(job.home)
+    stage, store = get_stage(job.stage), ArtifactStore(home, job.shared)
     log, handler = logging.getLogger("mft"), QueueHandler(SimpleNamespace(put_nowait=tell))
     log.setLevel(logging.INFO)
     log.propagate = False

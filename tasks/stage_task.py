@@ -145,7 +145,8 @@ def _build(
     if stage.heavy:
         from tasks.job import Job  # imports Dask
 
-        job = Job(place.store.home, stage.name, call.recipe, inputs, runtime, call.rerun, notes)
+        url = place.store.shared.url if place.store.shared else None
+        job = Job(place.store.home, url, stage.name, call.recipe, inputs, runtime, call.rerun, notes)
         return place.cluster.build(job, call.label, key, report, log)
     with _LIGHT:
         return place.store.build(

@@ -62,7 +62,7 @@ def build(cluster: Cluster, job: Job, report: Callable[[Progress], None] = lambd
 def job(home: Path, inputs: dict[str, Any], layers: str = "1-2", **training: Any) -> Job:
     recipe = LearnMask(sparsity=0.3, layers=layers, score_init="normal", training=make_recipe(**training))
     home.mkdir(exist_ok=True)
-    return Job(home, "learn-mask", recipe, inputs, RUNTIME, force=False, notes={"note": "kept"})
+    return Job(home, None, "learn-mask", recipe, inputs, RUNTIME, force=False, notes={"note": "kept"})
 
 
 def processes(cluster: Cluster) -> list[psutil.Process]:

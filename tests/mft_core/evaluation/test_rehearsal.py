@@ -127,7 +127,8 @@ def test_a_prompt_that_training_does_not_know_is_refused(model: Path, tmp_path: 
 
 
 def loaded(checkpoint: Path) -> Any:
-    return lm_eval_harness._load_model(RECIPE, checkpoint, Runtime(device="cpu"), lambda progress: None, None)
+    with lm_eval_harness._engine(RECIPE, checkpoint, Runtime(device="cpu"), lambda progress: None, None) as engine:
+        return engine
 
 
 def test_evaluation_asks_with_the_tokens_of_the_training(chatml: Path):
