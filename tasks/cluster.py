@@ -62,10 +62,8 @@ class ClusterFile(BaseModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> ClusterFile:
-        if (self.address is None) == (self.made_by is None):
-            raise ValueError("a cluster file has either 'address' or 'class'")
-        if self.address and self.kwargs:
-            raise ValueError("'kwargs' go with 'class'")
+        if (self.address is None) == (self.made_by is None) or (self.address and self.kwargs):
+            raise ValueError("a cluster file has either 'address', or 'class' and its 'kwargs'")
         return self
 
 

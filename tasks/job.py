@@ -68,17 +68,13 @@ def work(job: Job, topic: str) -> ArtifactRef:
 
     def report(progress: Progress) -> None:
         tell(progress)
-        if not _wanted(worker, key):
+        task = worker.state.tasks.get(key)
+        if task is None or task.state != "executing" or worker.status.name != "running":
             raise NotWanted
 
     with _ONE:
         tell(f"{worker.address} on {platform.node()}")  # has begun
         return _build(job, report, tell)
-
-
-def _wanted(worker: Worker, key: Any) -> bool:
-    task = worker.state.tasks.get(key)
-    return task is not None and task.state == "executing" and worker.status.name == "running"
 
 
 def _build(job: Job, report: Callable[[Progress], None], tell: Callable[[object], None]) -> ArtifactRef:

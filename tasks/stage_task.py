@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -138,10 +139,7 @@ def _build(
     """Compute the artifact: a heavy one on the cluster, a light one here."""
     stage, runtime = get_stage(call.stage), place.runtime
     notes = {**place.notes, "promised": place.promised.get(call.node)}
-
-    def report(progress: Progress) -> None:
-        place.report(call, progress)
-
+    report = partial(place.report, call)
     if stage.heavy:
         from tasks.job import Job  # imports Dask
 

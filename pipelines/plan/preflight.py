@@ -76,12 +76,15 @@ def checks(plan: Plan, store: ArtifactStore, looks: Looks) -> Iterator[tuple[str
     yield "disk", partial(check_disk, plan, store.home)
     nodes = [step.node for step in plan.to_compute]
     stages = {node.stage for node in nodes}
-    if any(get_stage(stage).heavy for stage in stages) and described(plan.runtime) is None:
-        from mft_core import compute
+    if any(get_stage(stage).heavy for stage in stages):
+        if plan.runtime.cluster:
+            yield "cluster", partial(described, plan.runtime)
+        else:
+            from mft_core import compute
 
-        yield "device", partial(compute.find_device, plan.runtime)
-        yield "devices", partial(devices, plan.runtime)
-        yield "processes", partial(_check_processes, nodes, plan.runtime)
+            yield "device", partial(compute.find_device, plan.runtime)
+            yield "devices", partial(devices, plan.runtime)
+            yield "processes", partial(_check_processes, nodes, plan.runtime)
     if stages - {"compare"}:
         for spec in dict.fromkeys(resolved.setup.model for resolved in plan.asked):
             asked = [resolved for resolved in plan.asked if resolved.setup.model == spec]

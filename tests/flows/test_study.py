@@ -105,9 +105,13 @@ def test_the_merged_checkpoint_has_the_exact_zeros_and_loads_without_this_projec
         assert (zeros, changed) == (expected, expected), name
 
 
-def test_a_second_run_executes_no_stage_and_gives_the_same_answer(folder, first):
+def test_a_second_run_executes_no_stage_makes_no_cluster_and_gives_the_same_answer(folder, first, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     rows, err = run(folder)
     assert computed(err) == []
+    imported = {line.split("|")[-1].strip() for line in err.splitlines() if line.startswith("import time:")}
+    assert "pipelines.flows" in imported
+    assert not {"dask", "distributed", "torch", "transformers"} & imported
     assert results(rows) == results(first[0])
     assert all(row["cached"] for row in rows)
 

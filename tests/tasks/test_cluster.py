@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -221,6 +222,18 @@ def test_a_worker_whose_parent_is_killed_ends(inputs, tmp_path: Path) -> None:
     assert soon(lambda: all(gone(pid) for pid in workers)), f"workers {workers} of a killed process are still there"
 
 
+def test_a_worker_with_a_home_of_its_own_finishes_in_the_store_that_machines_share(
+    inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFT_HOME", str(tmp_path / "theirs"))
+    shared = f"file://{tmp_path}/shared"
+    with closing(Cluster(tmp_path, RUNTIME, print)) as cluster:
+        ref = build(cluster, dataclasses.replace(job(tmp_path / "ours", inputs), shared=shared))
+    assert (tmp_path / "theirs/artifacts/learn-mask" / ref.key).is_dir()
+    assert not list((tmp_path / "ours").glob("artifacts/learn-mask/*"))
+    assert ArtifactStore(tmp_path / "ours", shared).find("learn-mask", ref.key) == ref
+
+
 @pytest.fixture
 def six(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give this process six CUDA devices, in name."""
@@ -273,9 +286,9 @@ def test_devices_that_cannot_be_shared_so_are_refused(settings: dict[str, Any], 
     ("text", "message"),
     [
         (None, r"no such file; valid: a scheduler's address \(tcp://host:8786\), or a YAML file"),
-        ("kwargs: {n_workers: 2}", "either 'address' or 'class'"),
-        ("{address: 'tcp://a:1', class: dask_jobqueue.PBSCluster}", "either 'address' or 'class'"),
-        ("{address: 'tcp://a:1', kwargs: {n_workers: 2}}", "go with 'class'"),
+        ("kwargs: {n_workers: 2}", "either 'address', or 'class'"),
+        ("{address: 'tcp://a:1', class: dask_jobqueue.PBSCluster}", "either 'address', or 'class'"),
+        ("{address: 'tcp://a:1', kwargs: {n_workers: 2}}", "either 'address', or 'class'"),
         ("{class: dask_jobqeue.PBSCluster}", "dask_jobqeue.PBSCluster: there is no such package here"),
         ("{class: dask_jobqueue.PBSCluster, kwarg: {}}", "unknown key 'kwarg'.* Did you mean 'kwargs'"),
     ],
