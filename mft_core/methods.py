@@ -44,6 +44,11 @@ class Method:
     rewinds: bool = False
     """masked entries go back to the base model's values, instead of to zero"""
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether it cannot be had where nothing is known but the fine-tuned model."""
+        return self.rewinds or (self.starts_from == "base" and self.name != "fft")
+
 
 _DATA = frozenset({"data", "fine_tune"})
 _LORA = _DATA | {"lora"}
@@ -52,6 +57,7 @@ _LEARNED = frozenset({"local", "global", "global-threshold"})
 _ROWS = (
     Method("base", "base", "reference", frozenset(), seeded=False, starts_from="base"),
     Method("fft", "FFT", "reference", _DATA, seeded=False, starts_from="base"),
+    Method("existing", "existing", "treatment", _DATA | {"existing"}, seeded=False, color="#117733", marker="X"),
     Method("continued-fft", "continued FFT", "treatment", _DATA | {"continued"}, color="#CC79A7", marker=">"),
     Method("lora", "LoRA", "treatment", _LORA, starts_from="base", marker="h"),  # `fine_tune` is what it stands beside
     Method("continued-lora", "LoRA on FFT", "treatment", _LORA, color="#9A9A9A", marker="p"),

@@ -179,6 +179,10 @@ class LearnMask(MaskSettings):
         return self
 
 
+class MergeAdapter(Recipe):
+    """Recipe of the stage `merge-adapter`: an adapter of `peft` added to the weights of its base; nothing to choose."""
+
+
 class MergeMask(Recipe):
     """Recipe of the stage `merge-mask`: W ⊙ M written as an ordinary checkpoint; nothing to choose."""
 
@@ -204,6 +208,8 @@ class Compare(Recipe):
 
     question: str
     variants: tuple[dict[str, str | int | float | None], ...] = Field(description="columns that name each row")
+    notes: tuple[str, ...] = Field((), description="what a reader must know of the models; stands above the table")
+    contest: tuple[str, ...] = Field((), description="methods of whose variants the one that looks best is judged")
     bootstrap: int = Field(10_000, gt=0, description="resamples")
     confidence: float = Field(0.95, gt=0, lt=1)
     seed: int = Field(0, ge=0)

@@ -235,6 +235,20 @@ def questions(task: str, benchmark: Path) -> list[str]:
     return [prompt for one in definitions(benchmark, task) for prompt in one.prompts()]
 
 
+def tasks_in(folder: Path) -> list[str]:
+    """Return the names of all single tasks that a folder defines.
+
+    Raises:
+        ConfigError: it defines none.
+    """
+    index = _read_folder(folder)
+    found = [name for name, (config, _) in index.known.items() if "group" not in config]
+    if not found:
+        error = f"benchmark folder {folder}: no task there; lm-eval's definitions are files *.yaml."
+        raise ConfigError("\n".join([error, *index.broken]))
+    return found
+
+
 class _Member(NamedTuple):
     task: str
     config: dict[str, Any]

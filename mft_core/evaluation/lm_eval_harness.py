@@ -24,7 +24,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 _MEANS = ("mean", "nanmean")
+_USUAL = ("exact_match", "acc_norm", "acc", "pass@1")
+"""metrics of which the first that a task has is its usual one"""
 
 
 def evaluate(
@@ -121,16 +123,21 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
             check_scoring(recipe.metric, recipe.filter, one.task, one.config)
             one.check_items()
         return
-    index = _task_manager().task_index
-    if recipe.task not in index:
-        raise ConfigError(
-            f"unknown lm-eval task '{recipe.task}'.{did_you_mean(recipe.task, index)} "
-            f"`lm-eval ls tasks` lists the {len(index):,} tasks and groups; for a task of your own give its folder."
-        )
-    for leaf in task_leaves(recipe.task, index):
+    check_known(recipe.task)
+    for leaf in task_leaves(recipe.task, _task_manager().task_index):
         if leaf.cfg.get("unsafe_code"):
             _refuse_unconfirmed_code(recipe.task)
         check_scoring(recipe.metric, recipe.filter, leaf.name, leaf.cfg)
+
+
+def check_known(task: str) -> None:
+    """Raise a ConfigError if lm-eval has no task or group of that name."""
+    index = _task_manager().task_index
+    if task not in index:
+        raise ConfigError(
+            f"unknown lm-eval task '{task}'.{did_you_mean(task, index)} "
+            f"`lm-eval ls tasks` lists the {len(index):,} tasks and groups; for a task of your own give its folder."
+        )
 
 
 def task_leaves(task: str, index: Mapping[str, Any]) -> list[Any]:
@@ -172,6 +179,30 @@ def check_scoring(metric: str, filter_name: str | None, task: str, config: Mappi
                 f"metric '{metric}' of task '{task}' is no share of the items (aggregation: {aggregation}): models are "
                 f"compared item by item, in %. Valid: {', '.join(means) or 'none of this task'}."
             )
+
+
+def usual_metric(task: str, folder: Path | None) -> str:
+    """Return the metric by which a task's answers are usually said to be right.
+
+    Args:
+        folder: of a local-file task; None for lm-eval's own.
+
+    Raises:
+        ConfigError: no such task, or none of its metrics is a share of the items.
+    """
+    if folder is not None:
+        named = [(one.task, one.config) for one in definitions(folder, task)]
+    else:
+        check_known(task)
+        named = [(leaf.name, leaf.cfg) for leaf in task_leaves(task, _task_manager().task_index)]
+    name, config = named[0]
+    entries = config.get("metric_list") or _default_metrics(config.get("output_type") or "generate_until")
+    metrics = [getattr(entry["metric"], "name", str(entry["metric"])) for entry in entries]
+    for metric in (*(usual for usual in _USUAL if usual in metrics), *metrics):
+        with suppress(ConfigError):
+            check_scoring(metric, None, name, config)
+            return metric
+    raise ConfigError(f"task '{task}': none of its metrics ({', '.join(metrics) or 'none'}) is a share of the items.")
 
 
 def _default_metrics(output_type: str) -> list[dict[str, str]]:

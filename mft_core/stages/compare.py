@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from mft_core.statistics import tables
 from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, adjust, compare, pair, verdict
 from mft_core.statistics.power import items_needed
 from mft_core.statistics.seed_noise import SeedNoise
-from mft_core.statistics.winner import Entry, best_of_sweeps
+from mft_core.statistics.winner import CONTEST, Entry, best_of_sweeps
 
 Array = NDArray[np.float64]
 OUTSIDE_THE_QUESTION = {"base"}
@@ -103,10 +103,12 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
         if group.pairs is not None and group.in_question
     ]
     best = best_of_sweeps(entries, recipe.bootstrap, recipe.confidence, recipe.seed)
+    rivals = [_rival(entry) for entry in entries if entry.columns["method"] in recipe.contest]
+    best += best_of_sweeps(rivals, recipe.bootstrap, recipe.confidence, recipe.seed)
     for name, content in (("rows", final), ("winners", best)):
         text = json.dumps(content, indent=1, allow_nan=False)
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    table = tables.markdown(final, recipe.question, recipe.confidence, best)
+    table = tables.markdown(final, recipe.question, recipe.confidence, best, recipe.notes)
     (out / "table.md").write_text(table, encoding="utf-8")
     figures.gains(final, recipe.question, out / "figure.png", recipe.confidence)
     tests = [row["verdict"] for row in final if row["family"] == "study"]
@@ -117,6 +119,11 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
         "worse": worse,
         "indistinguishable": len(tests) - better - worse,
     }
+
+
+def _rival(entry: Entry) -> Entry:
+    """Return an entry of a contest: all its methods are one sweep."""
+    return replace(entry, columns={**entry.columns, "method": CONTEST, "mask": entry.columns["method"]})
 
 
 def _read(directory: Path, described: Mapping[str, Any]) -> tuple[Outcomes, float | None]:

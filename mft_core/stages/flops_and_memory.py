@@ -55,6 +55,12 @@ def compare(recipe: Any, facts: Facts) -> Needs:
     return _needs()
 
 
+def merge_adapter(recipe: Any, facts: Facts) -> Needs:
+    """A model is loaded, its adapter added to it, and the result written."""
+    stored = NUMBER[facts.precision] * facts.geometry.weights
+    return _needs({"weights": stored}, seconds=2 * stored / _DISK, left=stored)
+
+
 def merge_mask(recipe: Any, facts: Facts) -> Needs:
     """A checkpoint is read and written, a file at a time; a fine-tuned one is one file up to 50 GB."""
     stored = NUMBER[facts.precision] * facts.geometry.weights

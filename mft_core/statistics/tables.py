@@ -147,7 +147,13 @@ def _varies(rows: Sequence[Row], key: str) -> bool:
     return len(_values(rows, key)) > 1 or any(len(values) > 1 for values in found.values())
 
 
-def markdown(rows: Sequence[Row], question: str, confidence: float = 0.95, winners: Sequence[Row] = ()) -> str:
+def markdown(
+    rows: Sequence[Row],
+    question: str,
+    confidence: float = 0.95,
+    winners: Sequence[Row] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """Return the page: question, pooled table, how to read it, what it shows, sweeps' winners, power, each seed apart.
 
     Args:
@@ -155,13 +161,20 @@ def markdown(rows: Sequence[Row], question: str, confidence: float = 0.95, winne
         question: the title.
         confidence: of the intervals.
         winners: as the stage `compare` writes them.
+        notes: what is to be known of the models; above the table.
     """
     header, lines = cells(pooled(rows))
     guess = _guessing(rows)
     if guess:
         blank = [""] * (len(header) - 1 - len(guess))
         lines.append(["always the commonest answer", *blank, *guess])
-    parts = [f"## {text(question)}", table(header, lines), _legend(rows, confidence), _conclusion(rows)]
+    parts = [
+        f"## {text(question)}",
+        *(f"*{text(note)}*" for note in notes),
+        table(header, lines),
+        _legend(rows, confidence),
+        _conclusion(rows),
+    ]
     if winners:
         parts += ["### The best of each sweep", table(*_winner_cells(winners)), _WINNERS_LEGEND]
     unclear = _unclear(rows)

@@ -29,6 +29,8 @@ from mft_core.statistics.seed_noise import SeedNoise
 
 MEAN = "mean"
 """the benchmark of the rows about the mean over benchmarks"""
+CONTEST = "any of them"
+"""the method of the rows about a contest between the variants of several methods"""
 
 
 @dataclass(frozen=True)

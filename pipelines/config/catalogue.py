@@ -23,7 +23,7 @@ from mft_core.yaml_files import read_yaml
 from pipelines.config.setup import Label, Layers
 
 _HERE = Path(__file__).resolve().parents[1]
-_PATH_KEYS = {"path", "chat_template"}
+_PATH_KEYS = {"path", "chat_template", "existing"}
 _FILES = (".jsonl", ".json", ".gz", ".parquet", ".jinja")
 FETCHED = "$MFT_HOME/models/"
 """how a profile's path begins where `mft fetch` has put the model"""
@@ -118,6 +118,9 @@ class Study(Recipe):
     benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
     variants: tuple[VariantSpec, ...] = ()
     search: SearchSpec | None = Field(None, description="finds a further variant for each seed")
+    contest: tuple[MethodName, ...] = Field(
+        (), description="methods of whose variants the best, chosen on one half of the items, is judged on the other"
+    )
     analyses: tuple[Analysis, ...] = ()
     figure: Literal["gains", "methods", "matrix"] | None = Field(
         None, description="what the report's main figure shows; null fits it to what varies"

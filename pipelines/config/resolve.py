@@ -11,11 +11,13 @@ import functools
 import json
 import os
 import re
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from mft_core.cache_key import digest
+from mft_core.checkpoints.gguf import dequantised
 from mft_core.data.overlap import has_runs, question_of
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
@@ -23,13 +25,16 @@ from mft_core.evaluation import vllm_server
 from mft_core.evaluation.benchmarks import Definition, definitions, questions
 from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
-from mft_core.methods import uses
+from mft_core.methods import SELECTORS, uses
 from mft_core.store.artifacts import ArtifactStore
-from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, pinned
+from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, parts, pinned
 from pipelines.config.catalogue import FOLDERS
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
 
 _FIELD = re.compile(r"(?:\{\{\s*)?(\w+)(?:\s*\}\})?")
+_REWINDING = {name for name, row in SELECTORS.items() if row.rewinds}
+_ADAPTER = "adapter_config.json"
+MASK_CONFIG, MASK_FILE = "mask_config.json", "mask.safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,7 +63,7 @@ class Resolver:
         Raises:
             ConfigError: a model, data file, benchmark or layer that is not there.
         """
-        found = self._model(setup.model)
+        found = self._model(setup.model, setup.base)
         mixed = {source: self._rows(source) for data in datas(setup) for source in data.mixture}
         local = [bench for bench in (*setup.benchmarks, *setup.held_out) if bench.path and mixed]
         held_out = {(source.digest, task): (task, source) for task, source in map(self._items, local)}
@@ -69,12 +74,54 @@ class Resolver:
             setup = setup.model_copy(update={"mask": mask})
         if setup.engine == "vllm":
             setup = setup.model_copy(update={"engine_version": vllm_server.version()})
+        base = self._base(setup, found)
+        existing = self._existing(setup, found) if uses(setup.method, "existing") else None
         kept_out = tuple(held_out[name] for name in sorted(held_out))
-        return Resolved(setup, found, mixed, kept_out, any(self._asks_long(*one) for one in kept_out), benchmarks)
+        long = any(self._asks_long(*one) for one in kept_out)
+        return Resolved(setup, found, base, existing, mixed, kept_out, long, benchmarks)
+
+    def _base(self, setup: Setup, found: ResolvedModel) -> ResolvedModel | None:
+        """Return what the fine-tuned model is trained from, where that is known."""
+        if setup.fine_tune:
+            return found
+        if found.adapter:
+            return replace(found, adapter=None)
+        if setup.base is None:
+            return None
+        base = self._model(_asked_alike(setup.base, found), None)
+        if base.source.digest == found.source.digest:
+            raise ConfigError(f"base = {setup.base.path}: that is the model itself; name what it was fine-tuned from.")
+        return base
+
+    def _existing(self, setup: Setup, found: ResolvedModel) -> ResolvedModel | Source:
+        """Return a model that is there already, or a mask of the fine-tuned one."""
+        place = Path(setup.existing or "")
+        mask = next((folder for folder in (place / "mask", place) if (folder / MASK_CONFIG).is_file()), None)
+        if mask is None or (place / "config.json").is_file():  # a merged checkpoint may keep its mask
+            return self._model(_asked_alike(ModelSpec(path=str(place)), found), None)
+        if json.loads((mask / MASK_CONFIG).read_text(encoding="utf-8")).get("selector") in _REWINDING:
+            raise ConfigError(
+                f"existing = {place}: the mask sets weights back to those of another model; merge it first "
+                "(mft mask apply BASE MASK OUT --rewind-to MODEL), and give OUT."
+            )
+        return local_files(mask, [MASK_CONFIG, MASK_FILE])
 
 
-def resolved_model(spec: ModelSpec, unpinned: bool = False) -> ResolvedModel:
-    """Return the base model with what its files say of it."""
+def _asked_alike(spec: ModelSpec, model: ResolvedModel) -> ModelSpec:
+    """Give another model the chat template of the fine-tuned one, if it has none of its own in the profile."""
+    own = model.config.parent / "chat_template.jinja"
+    template = model.template.location if model.template else str(own) if own.is_file() else None
+    return spec.model_copy(update={"chat_template": spec.chat_template or template})
+
+
+def resolved_model(spec: ModelSpec, base: ModelSpec | None = None, unpinned: bool = False) -> ResolvedModel:
+    """Return a model with what its files say of it.
+
+    Args:
+        base: of an adapter, in place of the model that it names itself.
+    """
+    if (adapted := _adapted(spec, base)) is not None:
+        return _with_adapter(spec, resolved_model(adapted, unpinned=unpinned))
     found, tokenizer = _checkpoint(spec, "model", unpinned), _checkpoint(spec, "tokenizer", unpinned)
     template = local_file(Path(spec.chat_template), "model.chat_template") if spec.chat_template else None
     try:
@@ -84,7 +131,51 @@ def resolved_model(spec: ModelSpec, unpinned: bool = False) -> ResolvedModel:
         if not (unpinned and shipped):
             raise
         config = shipped[0]
-    return ResolvedModel(found, tokenizer, template, config, geometry(config))
+    content = _read_configuration(config)
+    precision = "float32" if content.get("dtype", content.get("torch_dtype")) in (None, "float32") else "bfloat16"
+    note = dequantised(content)
+    return ResolvedModel(
+        found, None, tokenizer, template, config, geometry(config), precision, (f"{note}.",) if note else ()
+    )
+
+
+def _adapted(spec: ModelSpec, base: ModelSpec | None) -> ModelSpec | None:
+    """Return the model that a saved adapter belongs to; None where the directory holds no adapter, or a whole model."""
+    place = Path(spec.path)
+    weights = [path.name for path in place.glob("*.safetensors")] + [path.name for path in place.glob("*.bin")]
+    if not (place / _ADAPTER).is_file() or any(not name.startswith("adapter_model.") for name in weights):
+        return None
+    if base is not None:
+        return base
+    try:
+        config = json.loads((place / _ADAPTER).read_text(encoding="utf-8"))
+        name, revision = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model = {place}: {_ADAPTER} cannot be read ({error!r}); save the adapter again.") from error
+    if not name:
+        raise ConfigError(f"model = {place}: the adapter does not say which model it belongs to; name it as `base:`.")
+    path = str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ConfigError(
+            f"model = {place}: the adapter belongs to {path}, which is not there; say where it is as `base:`."
+        )
+    return ModelSpec(path=path, revision=revision or "main")
+
+
+def _with_adapter(spec: ModelSpec, base: ResolvedModel) -> ResolvedModel:
+    """Return the model that an adapter makes of its base; its own tokenizer and template win."""
+    place = Path(spec.path)
+    tokens = parts("tokenizer", place)
+    weights = sorted(path.name for path in place.glob("adapter_model.*"))
+    adapter = local_files(place, [_ADAPTER, *weights, *tokens])
+    template = Path(spec.chat_template) if spec.chat_template else place / "chat_template.jinja"
+    return replace(
+        base,
+        adapter=adapter,
+        tokenizer=local_files(place, tokens, "tokenizer") if "tokenizer.json" in tokens else base.tokenizer,
+        template=local_file(template, "model.chat_template") if spec.chat_template or template.is_file() else None,
+        notes=(*base.notes, "The fine-tuned model is an adapter that was merged into its base first."),
+    )
 
 
 def _shipped_for(config: Path) -> object:
@@ -98,6 +189,8 @@ def model(spec: ModelSpec) -> Source:
 
 def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"], unpinned: bool = False) -> Source:
     """Return the base model, or its tokenizer: the same place, but only that one's files count."""
+    if spec.path.endswith(".gguf"):
+        raise ConfigError(f"model = {spec.path}: make a checkpoint of it first: mft model import {spec.path} OUT.")
     path = Path(spec.path)
     if path.parent == ArtifactStore.from_environment().models and not path.is_dir():
         raise ConfigError(
@@ -199,6 +292,7 @@ def geometry(config: Path) -> Geometry:
 
 def configuration_file(spec: ModelSpec) -> Path:
     """Return the local path of the model's config.json; of a hub repository, that file alone is fetched."""
+    spec = _adapted(spec, None) or spec
     local = Path(spec.path) / "config.json"
     if local.is_absolute() and local.is_file():
         return local

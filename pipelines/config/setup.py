@@ -138,7 +138,10 @@ class BenchmarkSpec(Recipe):
 
 
 class Setup(Recipe):
-    """Everything that one variant depends on."""
+    """Everything that one variant depends on.
+
+    `fine_tune` makes of `model` the fine-tuned model that all is compared with; without it `model` is that itself.
+    """
 
     backbone: str
     domain: str
@@ -149,7 +152,11 @@ class Setup(Recipe):
     engine: Engine = Field("hf", description="what answers the benchmarks' prompts, one for a study")
     engine_version: str | None = Field(None, description="what the server of engine 'openai' is, for the key")
     data: DataSpec
-    fine_tune: Training
+    fine_tune: Training | None = Field(None, description="null: the model has been fine-tuned before")
+    base: ModelSpec | None = Field(None, description="without fine_tune: what the model was fine-tuned from")
+    existing: str | None = Field(
+        None, description="of method 'existing': directory of a mask or checkpoint, a hub name"
+    )
     continued: ContinuedSpec
     lora: LoraSpec | None = None
     mask: MaskSpec
@@ -169,6 +176,14 @@ class Setup(Recipe):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"benchmarks.name: {', '.join(twice)} is there twice; give each benchmark its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_tuned_model_has_a_base(self) -> Setup:
+        if self.fine_tune and self.base:
+            raise ValueError("base: `fine_tune` starts from `model`, which is the base; leave out one of the two")
+        if self.method == "existing" and not self.existing:
+            raise ValueError("method 'existing' needs `existing`: the directory of a mask or of a checkpoint")
         return self
 
     @model_validator(mode="after")
@@ -214,15 +229,22 @@ def datas(setup: Setup) -> list[DataSpec]:
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A base model and what its files say of it."""
+    """A model and what its files say of it."""
 
     source: Source
+    """of an adapter: the model that it was trained on"""
+    adapter: Source | None
+    """a saved adapter of `peft`, to be merged first"""
     tokenizer: Source
     template: Source | None
     """the chat template that replaces the tokenizer's own"""
     config: Path
     """its config.json"""
     geometry: Geometry
+    precision: str
+    """'float32', or 'bfloat16' of weights stored in 16 bits"""
+    notes: tuple[str, ...]
+    """what tables say of it"""
 
 
 @dataclass(frozen=True)
@@ -232,6 +254,10 @@ class Resolved:
     setup: Setup
     """the layers of a mask are in canonical form, so that '2,3' and '2-3' are one recipe"""
     model: ResolvedModel
+    base: ResolvedModel | None
+    """what the fine-tuned model was, or is, trained from; None: unknown"""
+    existing: ResolvedModel | Source | None
+    """a model, or a mask of the fine-tuned one"""
     rows: Mapping[SourceSpec, Source]
     """of all data that the method uses"""
     held_out: tuple[tuple[str, Source], ...]
@@ -240,3 +266,8 @@ class Resolved:
     """whether any question of these is so long that `DataSpec.overlap` makes a difference"""
     benchmarks: Mapping[str, Source]
     """by name: the folder of a local benchmark, or lm-eval itself"""
+
+    @property
+    def tuned_precision(self) -> str:
+        """What the fine-tuned model is stored in."""
+        return self.setup.fine_tune.precision if self.setup.fine_tune else self.model.precision

@@ -81,6 +81,8 @@ def show(bill: Bill) -> None:
     for step in bill.answers:
         table.add_row(*_named(step), _gigabytes(bill.peak(step.node)), _hours_of(bill, [step]), _state(step))
     console.print(table)
+    for note in plan.notes:
+        console.print(note, soft_wrap=True)
     every = [*plan.steps, *bill.answers]
     console.print(
         f"{len(plan.variants)} variants, {len(every)} stages: {_counts(Counter(map(_state, every)))}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,12 +20,13 @@ from mft_core.recipes import (
     FineTune,
     LearnMask,
     Lora,
+    MergeAdapter,
     MergeMask,
     PrepareData,
     Training,
 )
 from mft_core.store.sources import Source
-from pipelines.config.setup import BenchmarkSpec, DataSpec, Resolved, Setup
+from pipelines.config.setup import BenchmarkSpec, DataSpec, Resolved, ResolvedModel, Setup
 from pipelines.graph.nodes import Edge, Node, closure
 
 _COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
@@ -49,6 +51,11 @@ class Variant:
     def setup(self) -> Setup:
         """Its settings."""
         return self.resolved.setup
+
+    @property
+    def model(self) -> Source | Edge:
+        """The checkpoint that is evaluated."""
+        return next(iter(self.evaluations.values())).inputs["model"]
 
     @functools.cached_property
     def columns(self) -> dict[str, str | int | float | None]:
@@ -79,32 +86,64 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
         ConfigError: a mask that cannot be.
     """
     setup = resolved.setup
-    details = {key: value for key, value in point.items() if key not in _COLUMNS}
+    details = {key: _shown(key, value) for key, value in point.items() if key not in _COLUMNS}
     names = _short_names({*grid, *point})
     suffix = _suffix(details, names)
     baseline = _baseline(resolved, point, grid) if setup.method not in REFERENCES else None
     method = METHODS[setup.method]
-    if "fine_tune" not in method.sections:
-        model: Source | Edge = resolved.model.source
-        trained = None
-    else:
-        trained = baseline.trained if baseline else _fine_tuned(resolved, _of_fine_tuning(details, names))
-        assert trained is not None
+    of = resolved.model
+    trained = None
+    if baseline:
+        model, trained = baseline.model, baseline.trained
+    elif method.name == "base":
+        of = _base(resolved)
+        model = _whole(of)
+    elif setup.fine_tune:
+        trained = _fine_tuned(resolved, setup.fine_tune, _of_fine_tuning(details, names))
         model = Edge(trained, "model")
-        if "continued" in method.sections:
-            trained = _continued(resolved, model, suffix)
-            model = Edge(trained, "model")
-        elif "lora" in method.sections:
-            trained = _adapted(resolved, model if method.starts_from == "fft" else resolved.model.source, suffix)
-            model = Edge(trained, "model")
-        elif method.selector:
-            trained = _mask(resolved, model, suffix)
-            inputs = {"model": model, "mask": Edge(trained, "mask"), **_rewound(resolved)}
-            merged = Node("merge-mask", MergeMask(), inputs, trained.label.replace("learn-mask", "merge-mask"))
-            model = Edge(merged, "model")
+    else:
+        model = _whole(of)
+    if "continued" in method.sections:
+        trained = _continued(resolved, model, suffix)
+        model = Edge(trained, "model")
+    elif "lora" in method.sections:
+        of = of if method.starts_from == "fft" else _base(resolved)
+        trained = _adapted(resolved, of, model if method.starts_from == "fft" else _whole(of), suffix)
+        model = Edge(trained, "model")
+    elif method.selector:
+        trained = _mask(resolved, model, suffix)
+        model = _merged(model, Edge(trained, "mask"), trained.label.replace("learn-mask", "merge-mask"), resolved)
+    elif "existing" in method.sections:
+        assert resolved.existing is not None  # the setup's validator sees to it
+        trained = None
+        if isinstance(resolved.existing, ResolvedModel):
+            of = resolved.existing
+            model = _whole(of)
+        else:
+            model = _merged(model, resolved.existing, f"merge-mask{suffix}", resolved)
     name = _name(setup) + suffix
-    evaluations = {bench.name: _evaluation(resolved, bench, model, name) for bench in setup.benchmarks}
+    evaluations = {bench.name: _evaluation(resolved, bench, of, model, name) for bench in setup.benchmarks}
     return Variant(resolved, name, trained, evaluations, details, baseline)
+
+
+def _base(resolved: Resolved) -> ResolvedModel:
+    assert resolved.base is not None  # planning leaves out what cannot be had without
+    return resolved.base
+
+
+def _whole(model: ResolvedModel) -> Source | Edge:
+    """Return the model as a checkpoint: an adapter is merged first."""
+    if model.adapter is None:
+        return model.source
+    return Edge(
+        Node("merge-adapter", MergeAdapter(), {"model": model.source, "adapter": model.adapter}, "merge-adapter"),
+        "model",
+    )
+
+
+def _merged(model: Source | Edge, mask: Source | Edge, label: str, resolved: Resolved) -> Edge:
+    inputs = {"model": model, "mask": mask, **_rewound(resolved)}
+    return Edge(Node("merge-mask", MergeMask(), inputs, label), "model")
 
 
 def _baseline(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str]) -> Variant:
@@ -122,6 +161,11 @@ def _short_names(keys: set[str]) -> dict[str, str]:
 
 def _of_fine_tuning(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return _suffix({key: value for key, value in details.items() if key.split(".")[0] in _OF_FINE_TUNING}, names)
+
+
+def _shown(key: str, value: Any) -> Any:
+    """Return a setting as names and tables have it: of a place its last part."""
+    return PurePath(value).name if key == "existing" else value
 
 
 def _suffix(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -152,48 +196,54 @@ def _data(resolved: Resolved, spec: DataSpec, fraction: float, domain: str) -> N
         seed=spec.seed,
         overlap=spec.overlap if resolved.long_questions else 0.0,
     )
-    inputs: dict[str, Source | Edge] = {"tokenizer": resolved.model.tokenizer, **_template(resolved)}
+    inputs: dict[str, Source | Edge] = {"tokenizer": resolved.model.tokenizer}
+    inputs |= _template(resolved.model, resolved.model.source)
     inputs |= {f"source-{i}": resolved.rows[source] for i, source in enumerate(spec.mixture)}
     inputs |= {f"benchmark-{i}{task and '-'}{task}": source for i, (task, source) in enumerate(resolved.held_out)}
     share = f" fraction={fraction:g}" if fraction != 1 else ""
     return Node("prepare-data", recipe, inputs, f"prepare-data {domain}{share}")
 
 
-def _training_data(resolved: Resolved) -> Node:
+def training_data(resolved: Resolved) -> Node:
+    """Return what the fine-tuned model is, or was, trained on: the setup's own data."""
     setup = resolved.setup
     return _data(resolved, setup.data, setup.data.fraction, setup.domain)
 
 
-def _template(resolved: Resolved) -> dict[str, Source | Edge]:
-    return {"chat_template": resolved.model.template} if resolved.model.template else {}
+def _template(model: ResolvedModel, checkpoint: Source | Edge) -> dict[str, Source | Edge]:
+    """Return the template to be given with a checkpoint made of the model; one that was trained here carries it."""
+    while isinstance(checkpoint, Edge):
+        if checkpoint.node.stage == "fine-tune":
+            return {}
+        checkpoint = checkpoint.node.inputs["model"]
+    return {"chat_template": model.template} if model.template else {}
 
 
-def _fine_tuned(resolved: Resolved, suffix: str) -> Node:
-    setup = resolved.setup
-    inputs = {"model": resolved.model.source, "data": Edge(_training_data(resolved)), **_template(resolved)}
-    return Node("fine-tune", FineTune(training=setup.fine_tune), inputs, f"fine-tune {setup.domain}{suffix}")
+def _fine_tuned(resolved: Resolved, training: Training, suffix: str) -> Node:
+    model = _whole(resolved.model)
+    inputs = {"model": model, "data": Edge(training_data(resolved)), **_template(resolved.model, model)}
+    return Node("fine-tune", FineTune(training=training), inputs, f"fine-tune {resolved.setup.domain}{suffix}")
 
 
-def _continued(resolved: Resolved, model: Edge, suffix: str) -> Node:
+def _continued(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     setup, spec = resolved.setup, resolved.setup.continued
     data = spec.data or setup.data
     inputs: dict[str, Source | Edge] = {
         "model": model,
         "data": Edge(_data(resolved, data, data.fraction, spec.domain or setup.domain)),
+        **_template(resolved.model, model),
     }
     recipe = FineTune(training=_seeded(spec.training, setup.seed))
     return Node("fine-tune", recipe, inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}")
 
 
-def _adapted(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
-    """Fine-tune low-rank adapters of a model, the base or a fine-tuned one."""
+def _adapted(resolved: Resolved, of: ResolvedModel, model: Source | Edge, suffix: str) -> Node:
+    """Fine-tune low-rank adapters of a model, the base or a fine-tuned one, which is made of `of`."""
     setup, spec = resolved.setup, resolved.setup.lora
     assert spec is not None  # the setup's validator sees to it
     lora = Lora.model_validate(spec.model_dump(exclude={"training"}))
     recipe = FineTune(training=_seeded(spec.training, setup.seed), lora=lora)
-    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(_training_data(resolved))}
-    if isinstance(model, Source):  # checkpoints that a stage has made carry the template
-        inputs |= _template(resolved)
+    inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(training_data(resolved)), **_template(of, model)}
     return Node("fine-tune", recipe, inputs, f"{setup.method} {setup.domain} seed={setup.seed}{suffix}")
 
 
@@ -202,7 +252,7 @@ def _seeded(training: Training, seed: int) -> Training:
     return training.model_copy(update={"seed": training.seed + seed})
 
 
-def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
+def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     setup = resolved.setup
     selector, mask = METHODS[setup.method].selector, setup.mask
     assert selector is not None  # masks are made for methods that have one
@@ -235,17 +285,17 @@ def _mask(resolved: Resolved, model: Edge, suffix: str) -> Node:
 
 def _rewound(resolved: Resolved) -> dict[str, Source | Edge]:
     """Return the model that masked entries go back to, where the method rewinds."""
-    return {"base": resolved.model.source} if METHODS[resolved.setup.method].rewinds else {}
+    return {"base": _whole(_base(resolved))} if METHODS[resolved.setup.method].rewinds else {}
 
 
-def _evaluation(resolved: Resolved, bench: BenchmarkSpec, model: Source | Edge, variant_name: str) -> Node:
+def _evaluation(
+    resolved: Resolved, bench: BenchmarkSpec, of: ResolvedModel, model: Source | Edge, variant_name: str
+) -> Node:
     asked = bench.model_dump(exclude={"name", "path"}, exclude_defaults=True)
     setup = resolved.setup
     recipe = Evaluate(**asked, precision=setup.precision, engine=setup.engine, engine_version=setup.engine_version)
-    inputs: dict[str, Source | Edge] = {"model": model}
+    inputs: dict[str, Source | Edge] = {"model": model, **_template(of, model)}
     inputs["benchmark" if bench.path else "harness"] = resolved.benchmarks[bench.name]
-    if isinstance(model, Source):  # checkpoints that a stage has made carry the template
-        inputs |= _template(resolved)
     return Node("evaluate", recipe, inputs, f"evaluate {bench.name} of {variant_name}")
 
 

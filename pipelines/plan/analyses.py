@@ -14,7 +14,7 @@ from mft_core.methods import METHODS
 from mft_core.recipes import Anatomy, Landscape, LearnMask, PredictLayers
 from mft_core.store.sources import Source
 from pipelines.graph.nodes import Edge, Node
-from pipelines.graph.variants import Variant
+from pipelines.graph.variants import Variant, training_data
 from pipelines.plan.plan import Plan, comparison_node
 
 Inputs = dict[str, Source | Edge]
@@ -58,8 +58,9 @@ def _by_base(plan: Plan) -> dict[str, list[Variant]]:
     """Return the masked variants by the fine-tuning that they start from, in the study's order."""
     groups: dict[str, list[Variant]] = {}
     for item in plan.variants:
-        if item.baseline and item.baseline.trained and item.trained and isinstance(item.trained.recipe, LearnMask):
-            groups.setdefault(item.baseline.trained.id, []).append(item)
+        if item.baseline and item.trained and isinstance(item.trained.recipe, LearnMask):
+            model = item.baseline.model
+            groups.setdefault(model.node.id if isinstance(model, Edge) else model.digest, []).append(item)
     return groups
 
 
@@ -67,8 +68,7 @@ def _base(masks: Sequence[Variant]) -> tuple[Inputs, str]:
     """Return the fine-tuned model and its data as inputs, and what the base is called."""
     baseline = masks[0].baseline
     assert baseline is not None  # they come from `_by_base`
-    assert baseline.trained is not None
-    return {"model": Edge(baseline.trained, "model"), "data": baseline.trained.inputs["data"]}, baseline.setup.domain
+    return {"model": baseline.model, "data": Edge(training_data(baseline.resolved))}, baseline.setup.domain
 
 
 def _anatomy(plan: Plan) -> Iterator[tuple[str, Node]]:

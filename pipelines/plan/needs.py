@@ -31,7 +31,8 @@ def needs_of(
     of = node
     while of.id not in resolved:
         of = next(given.node for given in of.inputs.values() if isinstance(given, Edge))
-    setup, geometry = resolved[of.id].setup, resolved[of.id].model.geometry
+    owner = resolved[of.id]
+    geometry = owner.model.geometry
     amounts: dict[str, float] = {}
     given = node.inputs.get("data")
     prepares = given.node if isinstance(given, Edge) else node
@@ -39,9 +40,9 @@ def needs_of(
         amounts = workload.sequences(prepares, geometry.vocabulary, manifests.get(prepares.id))
     elif node.stage == "evaluate":
         amounts = workload.items(node, geometry.vocabulary)
-    longest = max((data.max_length for data in datas(setup)), default=0)
+    longest = max((data.max_length for data in datas(owner.setup)), default=0)
     cpu = runtime.device == "cpu" or accelerator_here() is None
-    facts = Facts(geometry, runtime, setup.fine_tune.precision, longest, cpu, mask=_mask(node), **amounts)
+    facts = Facts(geometry, runtime, owner.tuned_precision, longest, cpu, mask=_mask(node), **amounts)
     return STAGES[node.stage].needs(node.recipe, facts)
 
 

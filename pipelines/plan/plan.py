@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.errors import ConfigError
+from mft_core.methods import METHODS
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Needs
 from mft_core.store.artifacts import ArtifactStore
@@ -59,6 +60,17 @@ class Plan:
         """The steps that are not cached."""
         return [step for step in self.steps if step.artifact is None]
 
+    @functools.cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the tables must know of the models."""
+        given = any(item.resolved.setup.fine_tune is None for item in self.variants)
+        left_out = sorted({spec.method for spec in self.study.variants} - {item.setup.method for item in self.variants})
+        return (
+            *dict.fromkeys(note for item in self.variants for note in item.resolved.model.notes),
+            *(("FFT is the fine-tuned model that was given; it was not trained here.",) if given else ()),
+            *((f"Left out, since the profile names no `base`: {', '.join(left_out)}.",) if left_out else ()),
+        )
+
     def needs(self, node: Node) -> Needs:
         """Return what computing a stage of the plan, or one that answers it, needs."""
         return needs_of(node, self.resolved, self.runtime, self._there)
@@ -86,7 +98,9 @@ class Plan:
         ]
         for column, baseline in zip(columns, baselines, strict=True):
             column["baseline"] = position[baseline.id] if baseline else None
-        return Compare(question=self.study.question, variants=tuple(columns)), nodes
+        study = self.study
+        recipe = Compare(question=study.question, variants=tuple(columns), notes=self.notes, contest=study.contest)
+        return recipe, nodes
 
     def _baseline(self, item: Variant, benchmark: str, node: Node) -> Node | None:
         """Return the evaluation that the variant's evaluation on the benchmark is compared with."""
@@ -176,11 +190,20 @@ def _graph(
 ) -> tuple[list[Variant], Search | None]:
     """Return the study's variants and its search, walked as far as the store holds the trials."""
     grid = {key for spec in study.families for key in spec.grid}
-    asked = [variant(resolved, point, grid) for resolved, point in own]
+    possible = [(resolved, point) for resolved, point in own if resolved.base or not _needs_base(resolved)]
+    if not possible:
+        raise ConfigError(
+            f"study {study.name}: all its variants need what the model was fine-tuned from; name it as `base:`."
+        )
+    asked = [variant(resolved, point, grid) for resolved, point in possible]
     if not searched:
         return _distinct(asked, study), None
     search = walk(space_of(study, profile, searched), functools.partial(_known_losses, store))
     return _distinct([*asked, *(trial.variant for trial in search.chosen.values())], study), search
+
+
+def _needs_base(resolved: Resolved) -> bool:
+    return METHODS[resolved.setup.method].needs_base
 
 
 def _known_losses(store: ArtifactStore, trials: Sequence[Trial]) -> list[float | None]:

@@ -184,8 +184,8 @@ def _check_models(asked: Sequence[Resolved]) -> None:
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
             if method.observes == "inputs":
                 wanda.check_inputs(chosen)
-            if method.rewinds and Path(spec.path).is_absolute():
-                WeightFiles(directory).check([site.name for site in chosen])
+            if method.rewinds and resolved.base and Path(resolved.base.source.location).is_absolute():
+                WeightFiles(resolved.base.config.parent).check([site.name for site in chosen])
 
 
 def _check_weights(source: Source) -> None:
@@ -275,7 +275,8 @@ def _check_benchmark(node: Node, tried: set[tuple[Any, ...]]) -> None:
     first = node  # of the chain of models: it has the base model, and the template
     while isinstance(made := first.inputs["model"], Edge):
         first = made.node
-    folder, template = node.inputs.get("benchmark"), first.inputs.get("chat_template")
+    folder = node.inputs.get("benchmark")
+    template = node.inputs.get("chat_template") or first.inputs.get("chat_template")
     key = node.recipe, *(getattr(source, "location", "") for source in (folder, made, template))
     if key not in tried:
         from mft_core.evaluation.rehearsal import rehearse

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mft_core.methods import METHODS
-from tests.support.mini import write_profile, write_study
+from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 IGNORED = {"cached", "seconds"}
@@ -62,7 +62,7 @@ def first(folder):
 
 def test_a_study_answers_with_one_row_per_variant_and_benchmark(first):
     rows, _ = first
-    methods = [name for name in METHODS for _ in range(2 if name == "mft" else 1)]
+    methods = [name for name in PLAIN_METHODS for _ in range(2 if name == "mft" else 1)]
     assert [row["method"] for row in rows] == methods
     expected = {
         "study", "profile", "variant", "method", "domain", "layers", "modules", "sparsity", "seed", "benchmark",

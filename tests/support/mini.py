@@ -11,6 +11,8 @@ import yaml
 from mft_core.methods import METHODS
 from tests.support.tiny import save_checkpoint
 
+PLAIN_METHODS = [name for name in METHODS if name != "existing"]
+"""those that need nothing that the user has made before"""
 TRAINING = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 8, "validations": 2, "keep": "best"}
 
 
@@ -67,7 +69,7 @@ def write_profile(folder: Path, **changes: Any) -> Path:
 
 def write_study(folder: Path, variants: list[dict[str, Any]] | None = None, seeds: tuple[int, ...] = (0,)) -> Path:
     """Write a study of every method and returns its path."""
-    default: list[dict[str, Any]] = [{"method": name} for name in METHODS]
+    default: list[dict[str, Any]] = [{"method": name} for name in PLAIN_METHODS]
     next(item for item in default if item["method"] == "mft")["grid"] = {"mask.sparsity": [0.1, 0.3]}
     path = folder / "mini-study.yaml"
     study = {"question": "Does it run?", "seeds": list(seeds), "variants": variants or default}
