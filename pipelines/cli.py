@@ -132,6 +132,41 @@ def run(
 
 
 @app.command()
+def verdict(
+    checkpoint: Annotated[str, typer.Argument(help="of the fine-tuned model: a directory, or a hub name")],
+    data: Annotated[list[Path], typer.Option(help="training rows with `messages`, JSON lines; may be given again")],
+    benchmark: Annotated[
+        list[str], typer.Option(help="a folder of tasks, or lm-eval's name of one; may be given again")
+    ],
+    base: Annotated[str | None, typer.Option(help="what the checkpoint was fine-tuned from")] = None,
+    budget: Annotated[str, typer.Option(help="time until the answer, e.g. 2h, 90m, 1h30m")] = "2h",
+    out: Annotated[Path | None, typer.Option(help="the profile that is written; by default verdict-NAME.yaml")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find out whether a fine-tuned checkpoint can be made better by removing weights: yes, no, or what it would take.
+
+    Runs the study `verdict` with a profile that is written for you, within the budget; trains nothing but masks, and
+    further training for comparison. The same command goes on where an earlier one stopped.
+    """
+    from pipelines.commands.verdict import asked_for
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    question, store = asked_for(checkpoint, data, benchmark, base, budget, out)
+
+    def planned(flows: Any) -> Any:
+        return flows.with_work(flows.mft_ablation, lambda: flows.run_verdict(question, store))
+
+    found, merged, rows, table, page = _run_flow(store, planned, "verdict", str(question.path), None, None, None)
+    where = f" The merged checkpoint lies in {merged}." if merged and found.word == "better" else ""
+    if as_json:
+        row = {name: found.row[name] for name in ("variant", "n", "gain", "gain_low", "gain_high")} if found.row else {}
+        answer = {"verdict": found.word, "sentence": found.sentence, **row, "checkpoint": merged and str(merged)}
+        print(json.dumps({**answer, "profile": str(question.path), "report": page, "rows": rows}, indent=2))
+        return
+    print(f"\n{table}\nprofile: {question.path}\nreport:  {page}\n\n{found.sentence}{where}")
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(metavar="STAGE", help="e.g. learn-mask")],
     study: StudyName,

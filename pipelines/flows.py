@@ -24,7 +24,9 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.methods import MethodName
 from mft_core.stage import Progress
 from mft_core.stages import STAGES
+from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
+from pipelines.commands.verdict import Question
 from pipelines.config.catalogue import Study, VariantSpec, load_profile, load_studies, load_study
 from pipelines.graph.nodes import Node, closure
 from pipelines.plan.analyses import analysis_nodes, answers
@@ -32,12 +34,14 @@ from pipelines.plan.plan import Plan, comparison_node, make_plans
 from pipelines.plan.preflight import checked_plans
 from pipelines.report.asked import Asked
 from pipelines.report.command import write_index, write_part
-from pipelines.report.record import Recorder
-from pipelines.report.report import Report, read_report
+from pipelines.report.record import Recorder, checkpoint_of
+from pipelines.report.report import Report, find_report, read_report
+from pipelines.report.verdict import Decision, decision
 from pipelines.run.display import Display
 from pipelines.run.execute import Outcome, run_nodes, workplace
 from pipelines.run.logs import log_to, warn
 from pipelines.run.search import run_search
+from pipelines.run.verdict import reached
 from tasks.mlflow.tracking import Writer
 from tasks.stage_task import StageCall, Workplace
 
@@ -145,6 +149,24 @@ def run_study(
     page = write_index(reports, whole, asked, store) if whole.studies else pages[0]
     rows = [row for report in reports for row in report.rows]
     return rows, "\n\n".join(report.table for report in reports), str(page)
+
+
+def run_verdict(
+    question: Question, store: ArtifactStore
+) -> tuple[Decision, Path | None, list[dict[str, Any]], str, str]:
+    """Find out within a budget whether a checkpoint can be made better.
+
+    Returns:
+        the answer, where the merged checkpoint of the best mask lies, and what `run_study` returns.
+    """
+    with _logged(store, "verdict"), Display(0) as display:
+        plan = reached(question, store, display)
+    asked = Asked(plan.study.name, str(question.path), started_by=question.command)
+    rows, table, page = run_study([plan], store, plan.study, asked, [])
+    report = find_report(plan, store)
+    found = decision(report)
+    best = [item for item in plan.variants if found.row and without_seed(item.name) == found.row["variant"]]
+    return found, checkpoint_of(best[0], report, store) if best else None, rows, table, page
 
 
 def _search(

@@ -13,9 +13,10 @@ core is fitted to the profile `tiny` (1.6 M weights, one thread) and within 1.6 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import psutil
 
@@ -103,10 +104,15 @@ class Experience:
     @classmethod
     def of(cls, store: ArtifactStore, device: Device) -> Experience:
         """Read the manifests of a store."""
+        found = (store.home / "artifacts").glob("*/*/manifest.json")
+        return cls.learned((manifests.read(path.parent) or {} for path in found), device)
+
+    @classmethod
+    def learned(cls, known: Iterable[Mapping[str, Any]], device: Device) -> Experience:
+        """Learn from these manifests."""
         ratios: dict[str, list[float]] = {}
         peaks: dict[tuple[str, int], int] = {}
-        for path in (store.home / "artifacts").glob("*/*/manifest.json"):
-            manifest = manifests.read(path.parent) or {}
+        for manifest in known:
             used = manifest.get("provenance", {})
             promised = used.get("promised")
             if promised and used.get("device") == device.name:
@@ -207,16 +213,19 @@ class Bill:
         return max(self.to_come / self.plan.runtime.at_once, *ends.values())
 
 
-def bills(plans: Sequence[Plan], store: ArtifactStore, on: str | None = None) -> list[Bill]:
+def bills(
+    plans: Sequence[Plan], store: ArtifactStore, on: str | None = None, experience: Experience | None = None
+) -> list[Bill]:
     """Price plans of one profile that run one after the other; what two of them need is charged to the first.
 
     Args:
         on: a device of `ON`; None is the one that is here.
+        experience: what to correct the table's rates by; None: what the store has of the device.
     """
     charged: dict[str, str] = {}
     estimates: dict[str, Cost] = {}
     device = device_of(plans[0].runtime, on)
-    experience = Experience.of(store, device)
+    experience = experience or Experience.of(store, device)
     return [_bill(plan, store, device, experience, charged, estimates) for plan in plans]
 
 

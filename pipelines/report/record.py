@@ -129,7 +129,10 @@ class Recorder:
             key = variant_key(item.columns)
             nodes = [node for node in (item.trained, *item.evaluations.values()) if node is not None]
             tags: dict[str, Any] = {f"artifact.{node.stage}": report.manifests[node.id]["key"] for node in nodes}
-            tags |= {"cached": all(node.id in cached for node in nodes), "checkpoint": self._checkpoint(item, report)}
+            tags |= {
+                "cached": all(node.id in cached for node in nodes),
+                "checkpoint": checkpoint_of(item, report, self._store),
+            }
             training = report.manifests[item.trained.id] if item.trained else {"summary": {}}
             numbers = {f"training/{name}": value for name, value in training["summary"].items()}
             self._tracker.write(key, metrics=numbers, tags=tags)
@@ -153,13 +156,6 @@ class Recorder:
         if len(text) > _MOST:
             text = text[:_MOST].rpartition("\n")[0] + "\n\n... the rest: `report/report.html` among the artifacts"
         self._tracker.describe(text)
-
-    def _checkpoint(self, item: Variant, report: Report) -> Path | None:
-        """Return where the weights lie that the variant was evaluated with; None for the base model."""
-        given = next(iter(item.evaluations.values())).inputs["model"]
-        if isinstance(given, Source):
-            return None
-        return self._store.directory(given.node.stage, report.manifests[given.node.id]["key"]) / given.part
 
     def _data(self, item: Variant, report: Report) -> list[DataSet]:
         """Return what the variant was trained and evaluated on."""
@@ -193,6 +189,13 @@ class Recorder:
         if address := self._tracker.link():
             lines += [f"MLflow: [{self._plan.study.name} on {self._plan.profile.name}]({address})"]
         return "\n\n".join(lines)
+
+
+def checkpoint_of(item: Variant, report: Report, store: ArtifactStore) -> Path | None:
+    """Return where the weights lie that the variant was evaluated with; None for a model that was given."""
+    if isinstance(item.model, Source):
+        return None
+    return store.directory(item.model.node.stage, report.manifests[item.model.node.id]["key"]) / item.model.part
 
 
 def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report, pages: Path) -> None:

@@ -3,21 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from mft_core.figures.quantities import Quantity, quantities
 from mft_core.methods import CONTROLS
 from mft_core.statistics.markdown import text
-from mft_core.statistics.tables import method_label
+from mft_core.statistics.tables import method_label, percent
+from mft_core.statistics.winner import CONTEST, MEAN
 from pipelines.report.report import Report
 
 Row = Mapping[str, Any]
+MARGIN = 0.01
+"""the least gain that is worth having: a point"""
+_SIGNIFICANT, _POWER = 1.96, 0.84
+"""standard errors: of a 95% interval, and for 80% power"""
 _NAMED = 6
 """gains that are named one by one; of more, the largest"""
 
 
+@dataclass(frozen=True)
+class Decision:
+    """The answer of a contest: can the fine-tuned model be made better by one of the study's masks?"""
+
+    word: Literal["better", "not better", "undecided"]
+    sentence: str
+    row: Row | None
+    """the variant that looked best, with its gain on the items that had no part in the choice"""
+
+
+def decision(report: Report) -> Decision:
+    """Judge the winner of the study's contest; without a contest (one rival alone was reached), the rival itself."""
+    rivals = [row for row in _tests(report) if row["method"] in report.plan.study.contest]
+    contest = [row for row in report.tables.get("winners", []) if row["method"] == CONTEST]
+    row = next((row for row in reversed(contest) if row["benchmark"] == MEAN), (*contest, *rivals, None)[0])
+    if row is None:
+        return Decision("undecided", "Undecided: there was no time for a single mask; give more time.", None)
+    name, high = _mask_named(row), 100 * row["gain_high"]
+    judged = f"{100 * row['gain']:+.1f} points [{100 * row['gain_low']:+.1f}, {high:+.1f}]"
+    judged += f" on the {row['n']:,} items that had no part in its choice" if contest else f" on {row['n']:,} items"
+    if row["verdict"] == "better":
+        return Decision("better", f"Better: {name} gains {judged}.", row)
+    if row["gain_high"] < MARGIN:
+        largest = f"no gain above {max(high, 0):.1f} points is compatible with these data"
+        return Decision("not better", f"Not better: {largest}; the best of {_count_of(row)}, {name}: {judged}.", row)
+    return Decision(
+        "undecided",
+        f"Undecided: gains up to {high:.1f} points are possible; the best of {_count_of(row)}, {name}: {judged}. "
+        f"To find a gain of {100 * MARGIN:.0f} point takes about {_items_needed(row):,} items beside as many to choose "
+        "on.",
+        row,
+    )
+
+
+def _mask_named(row: Row) -> str:
+    method = method_label(row["mask"] if row["method"] == CONTEST else row["method"])
+    return f"{method}, {percent(row['sparsity'])} of layers {row['layers']}"
+
+
+def _count_of(row: Row) -> str:
+    return f"{row.get('candidates', 1)} masks" if row.get("candidates", 1) > 1 else "one mask"
+
+
+def _items_needed(row: Row) -> int:
+    """Return on how many items a gain of the margin would be found with 80% power, at this spread of differences."""
+    half = max(row["gain_high"] - row["gain_low"], 1 / row["n"]) / 2
+    needed = row["n"] * ((_SIGNIFICANT + _POWER) / _SIGNIFICANT * half / MARGIN) ** 2
+    return int(float(f"{max(needed, row['n']):.2g}"))
+
+
 def sentence(report: Report) -> str:
     """Say in one line what the study shows."""
+    if report.plan.study.contest:
+        return decision(report).sentence
     tests = _tests(report)
     treatments = _treatments(tests)
     if not tests:
@@ -55,7 +113,7 @@ def answer(report: Report) -> str:
             named = "; ".join(_named(row, varied, several) for row in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             parts.append(f"{word.capitalize()} than FFT: {named}{more}.")
-    winners = [row for row in report.tables.get("winners", []) if row["method"] not in CONTROLS]
+    winners = [row for row in report.tables.get("winners", []) if row["method"] not in {*CONTROLS, CONTEST}]
     if winners:
         parts.append(_of_winners(winners))
     parts.append(_rests_on(report))

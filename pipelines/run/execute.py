@@ -126,7 +126,8 @@ def _word(future: PrefectFuture[Made]) -> str:
         return "not run"
     if future.state.is_completed():
         return "cached" if _is_cached(future) else "computed"
-    return "stopped" if interrupt.asked() else "failed"
+    stopped = isinstance(future.result(raise_on_failure=False), interrupt.Interrupted)
+    return "stopped" if stopped or interrupt.asked() else "failed"
 
 
 def _raise(failures: Sequence[tuple[Node, Any]]) -> None:

@@ -1,0 +1,140 @@
+"""The profile that `mft verdict` drafts, and what it refuses before anything is computed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mft_core.errors import ConfigError
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.commands.verdict import asked_for, draft, passes, profile_of, same_question, seconds_of, write
+from pipelines.config.catalogue import load_profile, load_study
+from pipelines.cost.budget import cut, fit
+from pipelines.plan.plan import make_plan
+from tests.support.mini import write_profile
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verdict")
+    write_profile(path)
+    return path
+
+
+@pytest.fixture
+def values(folder):
+    return draft(str(folder / "model"), [folder / "data" / "sums.jsonl"], [str(folder / "benchmarks")], None)
+
+
+def planned(folder, values):
+    return make_plan(load_study("verdict"), profile_of(values, "own"), ArtifactStore(folder / "home"))
+
+
+def test_a_time_is_read_as_people_write_it():
+    assert [seconds_of(text) for text in ("2h", "90m", "1h30m", "150s")] == [7200, 5400, 5400, 150]
+    for text in ("", "2", "2 hours", "1m", "-3h"):
+        with pytest.raises(ConfigError, match="give a time"):
+            seconds_of(text)
+
+
+def test_a_draft_is_a_profile_in_which_nothing_is_fine_tuned_first(folder, values):
+    plan = planned(folder, values)
+    stages = [step.node.label for step in plan.steps if step.node.stage == "fine-tune"]
+    assert [label.split()[0] for label in stages] == ["continue-fft"]
+    assert [item.setup.method for item in plan.variants][:5] == ["fft", "magnitude", "magnitude", "wanda", "wanda"]
+    assert len({item.setup.mask.layers for item in plan.variants if item.setup.method == "mft"}) == 3
+    assert plan.variants[0].evaluations.keys() == {"mini_sums"}
+
+
+def test_the_profile_that_is_written_is_the_one_that_was_planned(folder, values, tmp_path):
+    write(values, tmp_path / "own.yaml", ["rows: 1 of 2"])
+    kept = load_profile(str(tmp_path / "own.yaml"))
+    assert "# rows: 1 of 2" in (tmp_path / "own.yaml").read_text()
+    store = ArtifactStore(folder / "home")
+    ids = [[step.node.id for step in make_plan(load_study("verdict"), profile, store).steps]
+           for profile in (kept, profile_of(values, "own"))]  # fmt: skip
+    assert ids[0] == ids[1]
+    assert same_question(yaml.safe_load((tmp_path / "own.yaml").read_text()), values)
+    other = copy.deepcopy(values)
+    other["defaults"]["benchmarks"] = []
+    assert not same_question(other, values)
+
+
+def price(plan):
+    """Return seconds that grow with the items and the rows of a variant, and twice so where it trains."""
+    found = []
+    for item in plan.variants:
+        limit = item.setup.benchmarks[0].limit or 1_000
+        rows = sum(source.rows or 0 for source in item.setup.data.mixture)
+        found.append(limit + (rows if item.setup.method in ("mft", "continued-fft") else 0))
+    return found
+
+
+def many(values):
+    """Return the draft as of 2,000 rows; nothing looks at them while it is planned."""
+    found = copy.deepcopy(values)
+    found["defaults"]["data"]["mixture"][0]["rows"] = 2_000
+    return found
+
+
+@pytest.mark.parametrize("seconds", [30_000, 20_000, 8_000, 3_000, 700])
+def test_rows_items_and_variants_are_cut_until_the_rest_fits_and_said(folder, values, seconds):
+    found = fit(many(values), {"mini_sums": 1_000}, passes, lambda each: planned(folder, each), price, seconds)
+    assert sum(price(found.plan)[: len(found.variants)]) <= seconds
+    limit = found.values["defaults"]["benchmarks"][0].get("limit", 1_000)
+    assert limit >= 150
+    every = len(planned(folder, values).variants)
+    told = "\n".join(found.told)
+    assert told.count("left out: ") == every - len(found.variants)
+    assert ("items of mini_sums" in told) == (limit < 1_000)
+    names = [item.name for item in found.plan.variants]
+    assert [item.name for item in found.variants] == names[: len(found.variants)]  # dropped from the end
+
+
+def test_what_fits_is_not_cut(folder, values):
+    found = fit(many(values), {"mini_sums": 1_000}, passes, lambda each: planned(folder, each), price, 1e6)
+    assert (found.told, len(found.variants)) == ([], len(found.plan.variants))
+
+
+def test_a_budget_for_which_nothing_can_be_cut_enough_is_refused_with_what_it_takes(folder, values):
+    with pytest.raises(ConfigError, match="take about 450 s here; give more time"):
+        fit(many(values), {"mini_sums": 1_000}, passes, lambda each: planned(folder, each), price, 400)
+
+
+def test_small_data_stay_a_profile_that_plans(folder, values):
+    small = copy.deepcopy(values)
+    for share in (0.0, 1.0):
+        plan = planned(folder, cut(small, {"mini_sums": 30}, passes, share))
+        assert sum(source.rows for source in plan.variants[0].setup.data.mixture) == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"benchmarks": ["./nowhere"]}, "no such folder"),
+        ({"rows": ["nowhere.jsonl"]}, "nowhere.jsonl"),
+        ({"checkpoint": "./nowhere"}, "no such directory"),
+        ({"budget": "soon"}, "give a time"),
+        ({"out": "other.yaml"}, "the profile of another question"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, change, words):
+    monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
+    (tmp_path / "other.yaml").write_text(json.dumps({"defaults": {"model": {"path": "x"}}}))
+    given = {
+        "checkpoint": str(folder / "model"),
+        "rows": [folder / "data" / "sums.jsonl"],
+        "benchmarks": [str(folder / "benchmarks")],
+        "base": None,
+        "budget": "2h",
+        "out": "own.yaml",
+        **change,
+    }
+    given["rows"] = [Path(row) for row in given["rows"]]
+    given["out"] = tmp_path / given["out"]
+    with pytest.raises(ConfigError, match=words):
+        asked_for(**given)
