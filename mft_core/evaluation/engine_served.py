@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 from lm_eval.models import api_models
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from lm_eval.models.utils import resolve_max_length
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text, resolve_max_length
 from tqdm.asyncio import tqdm_asyncio
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,8 @@ from mft_core.evaluation.prompting import Prompting
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stage import Progress
 
+MOST_STOPS = 4
+"""texts at which a server stops, by OpenAI's rules"""
 TOGETHER = 64
 """requests under way where the runtime says nothing: the server makes its own batches of them"""
 
@@ -80,7 +82,8 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
         """Answer prompts."""
         self._expect(requests, self._end.text if self._end else None)
         answers: list[str] = self._asking(super().generate_until, requests)
-        return answers
+        ends = [handle_stop_sequences(request.args[1].get("until"), self.eos_string) for request in requests]
+        return [postprocess_generated_text(*pair, None) for pair in zip(answers, ends, strict=True)]
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = self._asking(super()._loglikelihood_tokens, requests, **kwargs)
@@ -102,6 +105,8 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
 
     def _create_payload(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         payload: dict[str, Any] = super()._create_payload(*args, **kwargs)
+        if "stop" in payload:
+            payload["stop"] = payload["stop"][-MOST_STOPS:]  # answers are cut at the others when they are back
         if self._recipe.engine == "vllm" and self._end and self._end.token is not None and kwargs.get("generate"):
             payload["stop_token_ids"] = [self._end.token]  # the texts of such tokens are left out, and so never seen
         return payload

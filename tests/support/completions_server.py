@@ -38,6 +38,8 @@ async def completions(request: Request, kind: str) -> dict[str, Any]:
     asked = await request.json()
     if not os.path.isdir(asked["model"]):
         raise HTTPException(404, f"no model {asked['model']}")
+    if len(asked.get("stop") or []) > 4:
+        raise HTTPException(400, "at most 4 texts at which to stop")
     prompts = asked["prompt"] if isinstance(asked["prompt"][0], list) else [asked["prompt"]]
     choices = [answer(asked, prompt, scored=kind == "") for prompt in prompts]
     return {"choices": [{"index": index, **choice} for index, choice in enumerate(choices)]}
