@@ -117,3 +117,30 @@ def uses(method: str, key: str) -> bool:
         }
         return looked_at.get(name.split(".")[0], True)
     return section in row.sections | _OF_ALL
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A treatment and what it is compared with, as a study declares them: `mft - magnitude`.
+
+    Each side is a method's name; further words, as they stand in a variant's name (`mft sparsity=0.1`), choose among
+    several variants of it.
+    """
+
+    treatment: tuple[str, ...]
+    control: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Contrast:
+        """Read `treatment - control`.
+
+        Raises:
+            ValueError: it is not of that form.
+        """
+        sides = [tuple(side.split()) for side in text.split(" - ")]
+        if len(sides) != 2 or not all(sides) or sides[0] == sides[1]:
+            raise ValueError(f"contrast '{text}': write treatment - control, such as mft - fft")
+        return cls(sides[0], sides[1])
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.treatment)} - {' '.join(self.control)}"

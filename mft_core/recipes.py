@@ -96,14 +96,17 @@ class Training(Recipe):
     max_grad_norm: float | None = Field(None, gt=0, description="null does not clip")
     precision: Literal["float32", "bfloat16"] = "float32"
     validations: int = Field(0, ge=0, description="evenly spaced measurements of the validation loss")
-    keep: Literal["last", "best"] = Field("last", description="'best' keeps the lowest validation loss")
+    keep: Literal["last", "best", "all"] = Field(
+        "last",
+        description="'best': of the lowest validation loss; 'all': that one, and all validated ones beside",
+    )
     max_steps: int | None = Field(None, gt=0, description="stop after this many steps of the schedule")
     seed: int = Field(42, ge=0)
 
     @model_validator(mode="after")
     def _best_needs_validations(self) -> Training:
-        if self.keep == "best" and self.validations == 0:
-            raise ValueError("keep 'best' needs validations >= 1; set validations, or keep 'last'")
+        if self.keep != "last" and self.validations == 0:
+            raise ValueError(f"keep '{self.keep}' needs validations >= 1; set validations, or keep 'last'")
         return self
 
 
@@ -187,6 +190,13 @@ class MergeMask(Recipe):
     """Recipe of the stage `merge-mask`: W ⊙ M written as an ordinary checkpoint; nothing to choose."""
 
 
+class PickCheckpoint(Recipe):
+    """Recipe of the stage `pick-checkpoint`: one of the states that a training with keep 'all' has left."""
+
+    point: int = Field(gt=0, description="1 is the first validation")
+    of: int = Field(gt=0, description="validations of the training")
+
+
 class Evaluate(Recipe):
     """Recipe of the stage `evaluate`: one benchmark, greedy unless the task says otherwise."""
 
@@ -204,15 +214,21 @@ class Evaluate(Recipe):
 
 
 class Compare(Recipe):
-    """Recipe of the stage `compare`: paired statistics of every variant against its baseline."""
+    """Recipe of the stage `compare`: paired statistics of every variant against its baseline, declared contrasts."""
 
     question: str
+    profile: str = Field("", description="whose earlier studies are the priors")
     variants: tuple[dict[str, str | int | float | None], ...] = Field(description="columns that name each row")
     notes: tuple[str, ...] = Field((), description="what a reader must know of the models; stands above the table")
     contest: tuple[str, ...] = Field((), description="methods of whose variants the one that looks best is judged")
-    bootstrap: int = Field(10_000, gt=0, description="resamples")
+    contrasts: tuple[str, ...] = Field((), description="the primaries, such as 'mft - fft'")
+    margin: float = Field(1.0, gt=0, le=100, description="points below which a gain or loss is not worth having")
     confidence: float = Field(0.95, gt=0, lt=1)
     seed: int = Field(0, ge=0)
+    looks: tuple[int, ...] = Field((), description="numbers of replicates at which the study is declared to be read")
+    priors: dict[str, tuple[float, float]] = Field(
+        default_factory=dict, description="by method: variance of trainings that earlier studies measured, its freedom"
+    )
 
 
 class Runtime(BaseModel):

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ from mft_core.names import printable, without_secrets
 if TYPE_CHECKING:
     from mft_core.store.artifacts import ArtifactStore
     from pipelines.plan.plan import Plan
+    from pipelines.report.asked import Asked
 
 app = typer.Typer(
     help="Can a fine-tuned LLM be made better by removing weights? Where, how much, and is the gain real?",
@@ -35,6 +36,11 @@ ProfileName = Annotated[str, typer.Option("--profile", help="name of a shipped p
 Budget = Annotated[str | None, typer.Option("--budget", help="the profile's size for less time, e.g. small; else full")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, e.g. mask.sparsity=0.2")]
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, instead of the study's own, e.g. 0,1,2")]
+Replicates = Annotated[int | None, typer.Option(min=1, help="fine-tunings, instead of the study's own number")]
+Until = Annotated[
+    Literal["decided"] | None,
+    typer.Option(help="add fine-tunings at 3, 5, 8, 12 (--replicates: the most) till the contrasts are decided"),
+]
 Rerun = Annotated[list[str] | None, typer.Option("--rerun", help="compute this stage again even where cached")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
@@ -82,6 +88,7 @@ def plan(
     budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
+    replicates: Replicates = None,
     as_json: AsJson = False,
     on: Annotated[str | None, typer.Option(help="another device to tell the times of: cpu, h100, a100, …")] = None,
 ) -> None:
@@ -89,8 +96,7 @@ def plan(
     from pipelines.cost.plan_view import as_dict, show, show_together
     from pipelines.cost.predicted import bills
 
-    profile = _sized(profile, budget)
-    priced = bills(*_plans(study, profile, overrides, seeds, unpinned=True), on)
+    priced = bills(*_plans(_asked(study, _sized(profile, budget), overrides, seeds, replicates)), on)
     if as_json:
         found = [as_dict(bill) for bill in priced]
         print(json.dumps(found if len(found) > 1 else found[0], indent=2))
@@ -107,28 +113,44 @@ def run(
     budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
+    replicates: Replicates = None,
+    until: Until = None,
     rerun: Rerun = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
-    from pipelines.config.catalogue import load_study
-    from pipelines.report.asked import Asked
-    from tasks.mlflow import client
+    asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
+    if until is None:
+        rows, table, page = _run_study(asked, rerun)
+    else:
+        from pipelines.report.command import undecided_contrasts
+        from pipelines.report.looks import declared
 
-    profile = _sized(profile, budget)
-    plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
-    given = plans, store, load_study(study), Asked(study, profile, overrides or [], _seeds(seeds)), rerun or []
-
-    def planned(flows: Any) -> Any:
-        client.load()  # takes seconds, in which the Prefect server starts
-        return flows.with_work(flows.mft_ablation, lambda: flows.run_study(*given))
-
-    rows, table, page = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
+        for look in declared(asked):
+            rows, table, page = _run_study(look, rerun)
+            if not (contrasts := undecided_contrasts(look)):
+                break
+            print(f"undecided with {look.replicates} fine-tunings: {', '.join(contrasts)}", file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     print(f"\n{table}")
     print(f"report:          {page}\nbrowse the runs: mft up   (then the MLflow and Prefect UIs)")
+
+
+def _run_study(asked: Asked, rerun: list[str] | None) -> Any:
+    """Run a study; returns its rows, its table and its page."""
+    from pipelines.config.catalogue import load_study
+    from tasks.mlflow import client
+
+    plans, store = _checked_plans(asked, rerun)
+    given = plans, store, load_study(asked.study), asked, rerun or []
+
+    def planned(flows: Any) -> Any:
+        client.load()  # takes seconds, in which the Prefect server starts
+        return flows.with_work(flows.mft_ablation, lambda: flows.run_study(*given))
+
+    return _run_flow(store, planned, asked, rerun)
 
 
 @app.command()
@@ -149,6 +171,7 @@ def verdict(
     further training for comparison. The same command goes on where an earlier one stopped.
     """
     from pipelines.commands.verdict import asked_for
+    from pipelines.report.asked import Asked
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     question, store = asked_for(checkpoint, data, benchmark, base, budget, out)
@@ -156,7 +179,7 @@ def verdict(
     def planned(flows: Any) -> Any:
         return flows.with_work(flows.mft_ablation, lambda: flows.run_verdict(question, store))
 
-    found, merged, rows, table, page = _run_flow(store, planned, "verdict", str(question.path), None, None, None)
+    found, merged, rows, table, page = _run_flow(store, planned, Asked("verdict", str(question.path)), None)
     where = f" The merged checkpoint lies in {merged}." if merged and found.word == "better" else ""
     if as_json:
         row = {name: found.row[name] for name in ("variant", "n", "gain", "gain_low", "gain_high")} if found.row else {}
@@ -174,6 +197,7 @@ def stage(
     budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
+    replicates: Replicates = None,
     rerun: Rerun = None,
     as_json: AsJson = False,
 ) -> None:
@@ -181,14 +205,14 @@ def stage(
     from mft_core.stages import get_stage
 
     get_stage(name)
-    profile = _sized(profile, budget)
-    plans, store = _checked_plans(study, profile, overrides, seeds, rerun)
+    asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
+    plans, store = _checked_plans(asked, rerun)
     given = name, plans, store, study, rerun or []
 
     def planned(flows: Any) -> Any:
         return flows.with_work(flows.STAGE_FLOWS[name], lambda: flows.run_stage(*given))
 
-    made = _run_flow(store, planned, study, profile, overrides, seeds, rerun)
+    made = _run_flow(store, planned, asked, rerun)
     if as_json:
         print(json.dumps(made, indent=2))
         return
@@ -203,6 +227,8 @@ def report(
     budget: Budget = None,
     overrides: Overrides = None,
     seeds: Seeds = None,
+    replicates: Replicates = None,
+    until: Until = None,
     as_json: AsJson = False,
     sync: Annotated[bool, typer.Option("--sync", help="write all numbers to MLflow again")] = False,
     out: Annotated[
@@ -213,15 +239,36 @@ def report(
 
     From its artifacts alone: needs no server and computes nothing.
     """
-    from pipelines.report.asked import Asked
-    from pipelines.report.command import write
+    from pipelines.report.command import write, write_last_look
 
-    reports, page = write(Asked(study, _sized(profile, budget), overrides or [], _seeds(seeds)), out, sync)
+    asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
+    reports, page = (write if until is None else write_last_look)(asked, out, sync)
     if as_json:
-        print(json.dumps([row for found in reports for row in found.rows], indent=2))
+        print(json.dumps([row for found in reports for row in (*found.rows, *found.contrasts)], indent=2))
         return
     print("\n\n".join(found.table for found in reports))
     print(f"report: {page}")
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        Path,
+        typer.Argument(
+            help="the baseline: lm-eval's samples_*.jsonl, a folder of them, an evaluation "
+            "of this project, or JSONL with id and score"
+        ),
+    ],
+    b: Annotated[Path, typer.Argument(help="the other model's, on the same items")],
+    margin: Annotated[float, typer.Option(help="points below which a gain or a loss is not worth having")] = 1.0,
+    cluster: Annotated[str | None, typer.Option(help="field that names items which belong together")] = None,
+    metric: Annotated[str | None, typer.Option(help="such as exact_match, or exact_match,strict-match")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether model B is better than model A, item by item. Exit code: 0 not worse, 1 worse, 3 undecided."""
+    from pipelines.commands.compare import compare as compare_logs
+
+    sys.exit(compare_logs(a, b, margin, metric, cluster, as_json))
 
 
 @app.command()
@@ -265,39 +312,35 @@ def _sized(profile: str, budget: str | None) -> str:
     return profile if budget in (None, "full") else f"{profile.removesuffix(suffix)}-{budget}{suffix}"
 
 
-def _plans(
-    study: str, profile: str, overrides: list[str] | None, seeds: str | None, unpinned: bool = False
-) -> tuple[list[Plan], ArtifactStore]:
+def _asked(study: str, profile: str, overrides: list[str] | None, seeds: str | None, replicates: int | None) -> Asked:
+    from pipelines.report.asked import Asked
+
+    return Asked(study, profile, overrides or [], _seeds(seeds), replicates)
+
+
+def _plans(asked: Asked) -> tuple[list[Plan], ArtifactStore]:
+    """Plan to be looked at, not to be run."""
     from mft_core.store.artifacts import ArtifactStore
     from pipelines.config.catalogue import load_profile, load_studies
     from pipelines.plan.plan import make_plans
 
-    store = ArtifactStore.from_environment()
-    return make_plans(
-        load_studies(study), load_profile(profile), store, overrides or [], _seeds(seeds), unpinned
-    ), store
+    store, studies = ArtifactStore.from_environment(), load_studies(asked.study)
+    settings = asked.overrides, asked.seeds, asked.replicates, asked.looks
+    return make_plans(studies, load_profile(asked.profile), store, *settings, unpinned=True), store
 
 
-def _checked_plans(
-    study: str, profile: str, overrides: list[str] | None, seeds: str | None, rerun: list[str] | None
-) -> tuple[list[Plan], ArtifactStore]:
+def _checked_plans(asked: Asked, rerun: list[str] | None) -> tuple[list[Plan], ArtifactStore]:
     """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
     from pipelines.config.catalogue import load_profile, load_studies
     from pipelines.plan.preflight import checked_plans
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the study runs there is nothing to stop and nothing to say
-    asked = overrides or [], _seeds(seeds), rerun or []
-    return checked_plans(load_studies(study), load_profile(profile), *asked)
+    settings = asked.overrides, asked.seeds, rerun or [], asked.replicates, asked.looks
+    return checked_plans(load_studies(asked.study), load_profile(asked.profile), *settings)
 
 
 def _run_flow(
-    store: ArtifactStore,
-    pick: Callable[[Any], Callable[..., Any]],
-    study: str,
-    profile: str,
-    overrides: list[str] | None,
-    seeds: str | None,
-    rerun: list[str] | None,
+    store: ArtifactStore, pick: Callable[[Any], Callable[..., Any]], asked: Asked, rerun: list[str] | None
 ) -> Any:
     """Call a flow in this process, once a Prefect server is there; it starts while the flows are imported."""
     from pipelines.servers.services import lost_server, use_prefect, wait_for_prefect
@@ -311,9 +354,8 @@ def _run_flow(
     chosen = pick(flows)
     wait_for_prefect()
     interrupt.handle_ctrl_c()
-    given = {"study": study, "profile": profile, "overrides": overrides or [], "seeds": _seeds(seeds)}
     try:
-        return chosen(**given, rerun=rerun or [])
+        return chosen(**asked.parameters, rerun=rerun or [])
     except httpx.HTTPError as error:
         raise StageError(f"{lost_server()} ({error})\nThe same command continues where this one stopped.") from error
 

@@ -33,7 +33,7 @@ from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import Plan, comparison_node, make_plans
 from pipelines.plan.preflight import checked_plans
 from pipelines.report.asked import Asked
-from pipelines.report.command import write_index, write_part
+from pipelines.report.command import check_choices, write_index, write_part
 from pipelines.report.record import Recorder, checkpoint_of
 from pipelines.report.report import Report, find_report, read_report
 from pipelines.report.verdict import Decision, decision
@@ -63,6 +63,7 @@ def mft_ablation(
     overrides: list[str] = [],  # noqa: B006  Prefect shows the default in its UI
     seeds: list[int] | None = None,
     rerun: list[str] = [],  # noqa: B006
+    replicates: int | None = None,
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Run every variant of a study and compare them.
 
@@ -72,12 +73,13 @@ def mft_ablation(
         overrides: `key=value` texts, e.g. `mask.sparsity=0.2`.
         seeds: instead of the study's own.
         rerun: stages that are computed again even where they are cached.
+        replicates: fine-tunings, instead of the study's own number.
 
     Returns:
         the rows of the report, its table in Markdown, and its HTML page.
     """
-    asked = Asked(study, profile, overrides, seeds)
-    planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
+    asked = Asked(study, profile, overrides, seeds, replicates)
+    planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun, replicates)
     return run_study(*planned, load_study(study), asked, rerun)
 
 
@@ -102,7 +104,7 @@ def mft_pipeline(
     words = [f"--param {key}={shlex.quote(json.dumps(value))}" for key, value in params.items()]
     command = " ".join(["prefect deployment run mft-pipeline", *words])
     planned = checked_plans([study], load_profile(profile), overrides, [seed], rerun)
-    return run_study(*planned, study, Asked(name, profile, overrides, [seed], command), rerun)
+    return run_study(*planned, study, Asked(name, profile, overrides, [seed], started_by=command), rerun)
 
 
 def run_study(
@@ -133,7 +135,7 @@ def run_study(
         if any(plan.search for plan in plans):
             done = _search(plans, place, recorders, display, rerun)
             studies = [plan.study for plan in plans]  # planned again with what was found
-            plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds)
+            plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds, asked.replicates)
             for plan, recorder in zip(plans, recorders, strict=True):
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
@@ -147,7 +149,8 @@ def run_study(
         for report, page, recorder in zip(reports, pages, recorders, strict=True):
             _show(report, recorder.links(page))
     page = write_index(reports, whole, asked, store) if whole.studies else pages[0]
-    rows = [row for report in reports for row in report.rows]
+    check_choices(reports)
+    rows = [row for report in reports for row in (*report.rows, *report.contrasts)]
     return rows, "\n\n".join(report.table for report in reports), str(page)
 
 
@@ -223,8 +226,9 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         overrides: list[str] = [],  # noqa: B006
         seeds: list[int] | None = None,
         rerun: list[str] = [],  # noqa: B006
+        replicates: int | None = None,
     ) -> list[dict[str, str]]:
-        planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun)
+        planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun, replicates)
         return run_stage(stage, *planned, study, rerun)
 
     return stage_flow

@@ -55,7 +55,7 @@ def evaluate(
 
 
 def compare(variant: Evaluation, baseline: Evaluation) -> Comparison:
-    """Compare two checkpoints item by item (`mft_core.statistics.comparison`): paired bootstrap, McNemar's exact test.
+    """Compare two checkpoints item by item (`mft_core.statistics.comparison`): paired, McNemar's exact test.
 
     Returns:
         the gain of `variant` over `baseline` as a share (0.01 is a percentage point), its 95% interval and p-value;
@@ -65,7 +65,7 @@ def compare(variant: Evaluation, baseline: Evaluation) -> Comparison:
         StageError: they were not evaluated on the same items in the same prompts, or by different metrics.
     """
     pairs = comparison.pair([_outcomes(baseline, "the baseline")], [_outcomes(variant, "the variant")])
-    return comparison.compare([pairs])
+    return comparison.compare([[pairs]])
 
 
 def _outcomes(evaluation: Evaluation, label: str) -> Outcomes:

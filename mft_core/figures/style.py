@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from mft_core.methods import CONTROLS, METHODS, OTHER, REFERENCES
 from mft_core.statistics.tables import apart, percent, pooled
+from mft_core.statistics.winner import MEAN
 
 Row = Mapping[str, Any]
 Published = Mapping[tuple[str, str], float]
@@ -57,8 +58,9 @@ def title(figure: Figure, question: str) -> None:
 
 
 def drawn(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows whose gain is shown: compared with FFT, and not FFT or base itself."""
-    return [row for row in rows if row["gain"] is not None and row["method"] not in REFERENCES]
+    """Return the rows whose gain is shown: compared with FFT, not FFT or base itself, and on one benchmark."""
+    shown = (row for row in rows if row["gain"] is not None and row["benchmark"] != MEAN)
+    return [row for row in shown if row["method"] not in REFERENCES]
 
 
 def limits(rows: Sequence[Row], published: Published) -> tuple[float, float]:
@@ -132,9 +134,9 @@ def legend(
         for label, style in series.items()
     ]
     grey: dict[str, Any] = {"color": "0.35", "linestyle": "none", "markersize": 6}
-    handles.append(Line2D([], [], color="0.35", linewidth=1.6, label=f"{percent(confidence)} interval (bootstrap)"))
+    handles.append(Line2D([], [], color="0.35", linewidth=1.6, label=f"{percent(confidence)} interval"))
     handles.append(Line2D([], [], marker="o", label="distinguishable from noise", **grey))
-    handles.append(Line2D([], [], marker="o", markerfacecolor="white", label="not distinguishable", **grey))
+    handles.append(Line2D([], [], marker="o", markerfacecolor="white", label="neither", **grey))
     if single_seeds:
         handles.append(Line2D([], [], color="0.35", linestyle="none", marker=".", markersize=5, label="one seed"))
     if published:

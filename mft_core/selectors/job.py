@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,8 @@ class Choice:
     """of the training, where there was one"""
     scope: MaskScope | None = None
     """among which weights the masks were chosen, where it is not the recipe's scope"""
+    checkpoints: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    """by step, the masks at each validation of a training that keeps them all"""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from mft_core import compute
 from mft_core.checkpoints.files import DTYPES, load_model
 from mft_core.masks.masking import MaskTuner
@@ -42,5 +44,11 @@ def choose(job: Job, kind: Callable[..., MaskTuner] = MaskTuner) -> Choice:
         init=recipe.score_init,
         seed=recipe.seed,
     )
-    history = train(tuner, data, training, job.context)
-    return Choice(tuner.masks(), tuner.thresholds(), history)
+    checkpoints: dict[int, dict[str, Tensor]] = {}
+
+    def keep(step: int, snapshot: dict[str, Tensor]) -> None:
+        tuner.restore(snapshot)
+        checkpoints[step] = {name: kept.cpu() for name, kept in tuner.masks().items()}
+
+    history = train(tuner, data, training, job.context, keep)
+    return Choice(tuner.masks(), tuner.thresholds(), history, checkpoints=checkpoints)

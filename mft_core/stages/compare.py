@@ -5,43 +5,57 @@
 it is compared with, or None for a baseline. Further columns are carried over to the rows.
 
 Variants that differ in nothing but the seed are pooled. `rows.json` holds a row for each evaluation and, where there
-are two seeds or more, one with `seed: "all"`. Accuracies and gains are shares, in [0, 1] for right/wrong outcomes.
+are two seeds or more, one with `seed: "all"`; of variants with several benchmarks also one of their mean, `benchmark:
+"mean"`. Accuracies and gains are shares, in [0, 1] for right/wrong outcomes.
 
-The Holm family (`family` of the row) is "study": one test per variant and benchmark, pooled over its seeds. The seeds
-apart are a family of their own, "seed", to be read beside the pooled rows. The pretrained base against the fine-tuned
-model is shown with interval and p-value, but is no part of the question and of no family. The best of each sweep
-(`mft_core.statistics.winner`) stands in `winners.json`; these tests are a third family.
+`replicate` (0 where a variant does not say it) numbers the fine-tunings. A variant of several has a row about them all,
+`replicate: "all"`: with three or more a claim about the recipe (`mft_core.statistics.effects`); with fewer only the
+means, and `why`. `accuracy_sd` is the standard deviation over fine-tunings, of FFT as of all others.
 
-The noise between trainings (`seed_sd` of the pooled rows) is estimated from all variants of the method or, where these
-are too few to tell, from those of the study. `items_for_80_power` is explained in `mft_core.statistics.power`.
+`contrasts.json` holds the contrasts that the study declares, each on the mean over the study's benchmarks (`family`
+"primary") and on each benchmark ("gated"), and `rows.json` the same verdicts where a row is one. Every other gain of a
+variant is "exploratory", with its false-discovery-rate value `p_fdr`. The checkpoint beside the recipe ("checkpoint")
+and single trainings ("training") are families of their own, to be read beside. The pretrained base against the
+fine-tuned model is shown with interval and p-value, but is no part of the question and of no family. The best of each
+sweep (`mft_core.statistics.winner`) stands in `winners.json`; these tests are a further family.
+
+The summary says how much trainings of each method differ (`unit_variance`), for the priors of later studies.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mft_core import figures
 from mft_core.errors import StageError
+from mft_core.methods import Contrast
 from mft_core.recipes import Compare
 from mft_core.stage import Progress, StageContext
 from mft_core.statistics import tables
-from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, adjust, compare, pair, verdict
-from mft_core.statistics.power import items_needed
-from mft_core.statistics.seed_noise import SeedNoise
-from mft_core.statistics.winner import CONTEST, Entry, best_of_sweeps
+from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, compare, pair, require_same_items, strata_of
+from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate, unit_variance
+from mft_core.statistics.verdicts import (
+    Tested,
+    explore,
+    judge_benchmarks,
+    judge_primaries,
+    sentence,
+    verdict,
+)
+from mft_core.statistics.winner import CONTEST, MEAN, Entry, best_of_sweeps
 
-Array = NDArray[np.float64]
 OUTSIDE_THE_QUESTION = {"base"}
-_FIGURES = ("gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses")
-_ENOUGH = 4
-"""degrees of freedom with which the noise between a method's trainings is its own (Student's t: 2.8; with one: 12.7)"""
+_FAMILIES = ("exploratory", "checkpoint", "training")
+_ESTIMATES = ("gain", "gain_low", "gain_high", "p_value", "p_holm", "p_fdr", "p_equivalence", "standard_error",
+              "freedom", "detectable", "verdict", "sentence")  # fmt: skip
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,18 +76,17 @@ class _Group:
         return tables.without_seed(str(self.described["variant"]))
 
     @property
+    def replicate(self) -> int:
+        return int(self.described.get("replicate") or 0)
+
+    @property
     def method(self) -> str:
         return str(self.described["method"])
 
     @property
-    def differences(self) -> Array | None:
-        """Of several trainings."""
-        return self.pairs.differences if self.pairs and len(self.seeds) > 1 else None
-
-    @property
     def columns(self) -> dict[str, Any]:
         """What all seeds and benchmarks of the variant share."""
-        apart = ("seed", "baseline", "benchmark")
+        apart = ("seed", "replicate", "baseline", "benchmark")
         return {key: value for key, value in self.described.items() if key not in apart} | {"variant": self.name}
 
     @property
@@ -82,42 +95,43 @@ class _Group:
 
 
 def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
-    """Compare every evaluation with its baseline; write `rows.json`, `winners.json`, `table.md` and `figure.png`.
+    """Compare every evaluation with its baseline, and test what is declared; write tables, page and figure.
 
     Returns:
-        Counts of the study's tests by verdict: tests, better, worse, indistinguishable.
+        Counts of the study's tests by verdict, and how much the trainings of each method differ.
 
     Raises:
-        StageError: evaluations that do not pair, or two that are described alike.
+        StageError: evaluations that do not pair, two that are described alike, or a contrast that the study lacks.
     """
     groups = _groups(recipe, [_read(inputs[f"eval-{i}"], described) for i, described in enumerate(recipe.variants)])
-    noises = _noises(groups)
-    rows = []
-    for done, (group, noise) in enumerate(zip(groups, noises, strict=True), start=1):
-        rows += _rows(recipe, group, noise)
-        context.report(Progress(done, len(groups), "comparison"))
-    final = _adjusted(rows)
+    variants = _variants(groups)
+    declared = _declared(recipe, variants)
+    drafts: list[tuple[Row, Comparison | None]] = []
+    for done, variant in enumerate(variants, start=1):
+        drafts += _rows(recipe, variant)
+        context.report(Progress(done, len(variants), "comparison"))
+    rows, contrasts = _judged(recipe, drafts, declared), [row for one in declared for row in one.rows(recipe)]
     entries = [
-        Entry(group.columns, str(group.described["benchmark"]), group.outcomes[0].items, group.pairs, noise)
-        for group, noise in zip(groups, noises, strict=True)
-        if group.pairs is not None and group.in_question
+        Entry(variant.columns, name, members[0].outcomes[0].items, strata[0], variant.prior(recipe))
+        for variant in variants
+        if variant.in_question
+        for name, members in variant.benchmarks.items()
+        if (strata := _strata([members]))
     ]
-    best = best_of_sweeps(entries, recipe.bootstrap, recipe.confidence, recipe.seed)
     rivals = [_rival(entry) for entry in entries if entry.columns["method"] in recipe.contest]
-    best += best_of_sweeps(rivals, recipe.bootstrap, recipe.confidence, recipe.seed)
-    for name, content in (("rows", final), ("winners", best)):
+    chosen = recipe.confidence, recipe.seed, recipe.margin / 100
+    best = [*best_of_sweeps(entries, *chosen), *best_of_sweeps(rivals, *chosen)]
+    for name, content in (("rows", rows), ("winners", best), ("contrasts", contrasts)):
         text = json.dumps(content, indent=1, allow_nan=False)
         (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    table = tables.markdown(final, recipe.question, recipe.confidence, best, recipe.notes)
+    table = tables.markdown(rows, recipe.question, recipe.confidence, best, contrasts, recipe.margin, recipe.notes)
     (out / "table.md").write_text(table, encoding="utf-8")
-    figures.gains(final, recipe.question, out / "figure.png", recipe.confidence)
-    tests = [row["verdict"] for row in final if row["family"] == "study"]
-    better, worse = tests.count("better"), tests.count("worse")
+    figures.gains(rows, recipe.question, out / "figure.png", recipe.confidence)
+    words = Counter(row["verdict"] for row in tables.pooled(rows) if row["verdict"] and row["family"])
     return {
-        "tests": len(tests),
-        "better": better,
-        "worse": worse,
-        "indistinguishable": len(tests) - better - worse,
+        "tests": words.total(),
+        **{word: words[word] for word in ("better", "worse", "equivalent", "undecided")},
+        "unit_variance": _measured(variants),
     }
 
 
@@ -167,79 +181,299 @@ def _group(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]]
     return _Group(described, seeds, outcomes, evaluations[members[0]][1], pairs)
 
 
-def _noises(groups: Sequence[_Group]) -> list[SeedNoise | None]:
-    """Estimate for each group the noise between its trainings; None where there is one training."""
-    of_study = _noise(groups)
-    of_method = {method: _noise([group for group in groups if group.method == method])
-                 for method in {group.method for group in groups}}  # fmt: skip
-    found: list[SeedNoise | None] = []
+@dataclass(frozen=True)
+class _Variant:
+    """One variant: for each benchmark its replicates, in order."""
+
+    benchmarks: Mapping[str, Sequence[_Group]]
+
+    @property
+    def first(self) -> _Group:
+        return next(iter(self.benchmarks.values()))[0]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        return self.first.columns
+
+    @property
+    def in_question(self) -> bool:
+        return self.first.in_question
+
+    def prior(self, recipe: Compare) -> UnitVariance | None:
+        return _prior(recipe, self.first.method, len(next(iter(self.benchmarks.values()))))
+
+
+def _prior(recipe: Compare, name: str, replicates: int) -> UnitVariance | None:
+    """Return what earlier studies measured of the trainings that a claim draws: fine-tunings, or seeds of a mask."""
+    key = f"{name} over {'recipe' if replicates >= LEAST_REPLICATES else 'checkpoint'}"
+    return UnitVariance(*recipe.priors[key]) if key in recipe.priors else None
+
+
+def _variants(groups: Sequence[_Group]) -> list[_Variant]:
+    found: dict[str, dict[str, list[_Group]]] = {}
     for group in groups:
-        own = of_method[group.method] if group.differences is not None else None
-        found.append(of_study if own and own.freedom < _ENOUGH else own)
-    return found
+        benchmarks = found.setdefault(json.dumps(group.columns, sort_keys=True), {})
+        benchmarks.setdefault(str(group.described["benchmark"]), []).append(group)
+    return [_Variant(benchmarks) for benchmarks in found.values()]
 
 
-def _noise(groups: Sequence[_Group]) -> SeedNoise | None:
-    variants: dict[str, list[list[Array]]] = {}
-    for group in groups:
-        if group.differences is not None:
-            variants.setdefault(json.dumps(group.columns, sort_keys=True), []).append([group.differences])
-    return SeedNoise.pooled(list(variants.values())) if variants else None
+def _pairs(benchmarks: Sequence[Sequence[_Group]]) -> list[list[Pairs]] | None:
+    """Return for each replicate the pairs on each benchmark; None where some training has no baseline or no peer."""
+    replicates = [[group.pairs for group in each] for each in zip(*benchmarks, strict=False)]
+    found = [[pairs for pairs in each if pairs is not None] for each in replicates]
+    alike = len({len(members) for members in benchmarks}) == 1
+    alike = alike and len({pairs.variant.shape[0] for each in found for pairs in each}) == 1
+    return found if alike and all(len(each) == len(benchmarks) for each in found) else None
 
 
-def _rows(recipe: Compare, group: _Group, noise: SeedNoise | None) -> list[tuple[dict[str, Any], Comparison | None]]:
-    """Return a row for each seed and, of several, one for all."""
-    described = {key: value for key, value in group.described.items() if key != "baseline"}
-    rows = []
-    for index, (seed, outcomes) in enumerate(zip(group.seeds, group.outcomes, strict=True)):
-        of_seed = described | {"seed": seed, "variant": outcomes.label}
-        alone = group.pairs.seed(index) if group.pairs else None
-        rows.append(_row(recipe, group, of_seed, [outcomes], alone, None))
-    if len(group.seeds) > 1:
-        pooled = described | {"seed": "all", "variant": group.name}
-        rows.append(_row(recipe, group, pooled, group.outcomes, group.pairs, noise))
-    return rows
+def _strata(benchmarks: Sequence[Sequence[_Group]]) -> list[Stratum] | None:
+    pairs = _pairs(benchmarks)
+    return strata_of(pairs) if pairs else None
+
+
+def _measured(variants: Sequence[_Variant]) -> dict[str, tuple[float, float]]:
+    """Return by method how much its trainings differ, fine-tunings and seeds, over all of its variants."""
+    found: dict[str, list[UnitVariance]] = {}
+    claims: tuple[Over, ...] = ("recipe", "checkpoint")
+    for variant in variants:
+        strata = _strata(list(variant.benchmarks.values())) if variant.in_question else None
+        for over in claims:
+            if strata and (one := unit_variance(strata, over)):
+                found.setdefault(f"{variant.first.method} over {over}", []).append(one)
+    pooled = {name: UnitVariance.pooled(measured) for name, measured in found.items()}
+    return {name: (one.relative, one.freedom) for name, one in pooled.items() if one}
+
+
+def _rows(recipe: Compare, variant: _Variant) -> Iterator[tuple[Row, Comparison | None]]:
+    """Yield the rows of a variant: single trainings, seeds together, all replicates; each benchmark, and their mean."""
+    every = list(variant.benchmarks.items())
+    replicated = len(every[0][1]) > 1
+    enough = len(every[0][1]) >= LEAST_REPLICATES
+    for _, members in every:
+        for group in members:
+            family = "training" if group.replicate else "checkpoint" if enough else "exploratory"
+            several = len(group.seeds) > 1
+            for index in range(len(group.seeds)):
+                yield _row(recipe, [[group]], "training" if several else family, index)
+            if several:
+                yield _row(recipe, [[group]], family)
+        if replicated:
+            yield _row(recipe, [members], "exploratory" if enough else None)
+    if len(every) > 1 and MEAN not in variant.benchmarks:
+        yield _row(recipe, [members[:1] for _, members in every], "checkpoint" if enough else "exploratory")
+        if replicated:
+            yield _row(recipe, [members for _, members in every], "exploratory" if enough else None)
 
 
 def _row(
-    recipe: Compare,
-    group: _Group,
-    described: Mapping[str, Any],
-    outcomes: Sequence[Outcomes],
-    pairs: Pairs | None,
-    noise: SeedNoise | None,
-) -> tuple[dict[str, Any], Comparison | None]:
-    pooled = len(outcomes) == len(group.outcomes)
-    comparison = compare([pairs], recipe.bootstrap, recipe.confidence, recipe.seed, noise) if pairs else None
+    recipe: Compare, benchmarks: Sequence[Sequence[_Group]], family: str | None, index: int | None = None
+) -> tuple[Row, Comparison | None]:
+    """Return one row and its comparison.
+
+    Args:
+        benchmarks: for each the replicates that the row is about.
+        family: of the test.
+        index: of the seed; None: all.
+    """
+    first, members = benchmarks[0][0], benchmarks[0]
+    replicated, single = len(members) > 1, len(first.seeds) == 1 or index is not None
+    enough = not replicated or len(members) >= LEAST_REPLICATES
+    shown = first.outcomes[index or 0]
+    seed = first.seeds[index or 0] if single and not replicated else "all"
+    one = first.name + (f" replicate={first.replicate}" if first.replicate else "")
+    outcomes = [[[group.outcomes[index]] if index is not None else group.outcomes for group in each]
+                for each in benchmarks]  # fmt: skip
+    means = [[np.mean([answers.values.mean() for answers in group]) for group in each] for each in outcomes]
+    accuracies = np.mean(means, axis=0) if len({len(each) for each in means}) == 1 else np.mean(means[0])
     row = {
-        **described,
-        "seeds": len(outcomes),
-        "metric": outcomes[0].metric,
-        "n": len(outcomes[0].items),
-        "accuracy": float(np.mean([one.values.mean() for one in outcomes])),
-        "commonest_target_share": group.share,
-        "family": ("study" if pooled else "seed") if group.in_question else None,
-        "seed_sd": noise.deviation([pairs.differences]) if noise and pairs else None,
-        "items_for_80_power": items_needed(pairs.differences, 1 - recipe.confidence) if pairs else None,
+        **{key: value for key, value in first.described.items() if key != "baseline"},
+        "variant": f"{first.name} replicate=all" if replicated else shown.label if single else one,
+        "benchmark": MEAN if len(benchmarks) > 1 else first.described["benchmark"],
+        "seed": seed,
+        "seeds": 1 if single else len(first.seeds),
+        "replicate": "all" if replicated else first.replicate,
+        "replicates": len(members),
+        "why": None
+        if enough
+        else f"{len(members)} fine-tunings tell too little of others: {LEAST_REPLICATES} or more do",
+        "metric": shown.metric if len({each[0].outcomes[0].metric for each in benchmarks}) == 1 else MEAN,
+        "n": sum(len(each[0].outcomes[0].items) for each in benchmarks),
+        "accuracy": float(np.mean(accuracies)),
+        "accuracy_sd": float(np.std(accuracies, ddof=1)) if replicated else None,
+        "commonest_target_share": first.share if len(benchmarks) == 1 else None,
+        "family": family if first.in_question else None,
     }
-    if not outcomes[0].higher_is_better:
+    if not any(each[0].outcomes[0].higher_is_better for each in benchmarks):
         row["higher_is_better"] = False
-    return row, comparison
+    pairs = _pairs(benchmarks) if enough else None
+    if pairs is None:
+        return row, None
+    if index is not None:
+        pairs = [[one.seed(index) for one in each] for each in pairs]
+    over: Over = "recipe" if replicated else "checkpoint"
+    prior = _prior(recipe, first.method, len(members))
+    return row, compare(pairs, over, recipe.confidence, prior)
 
 
-def _adjusted(rows: Sequence[tuple[dict[str, Any], Comparison | None]]) -> list[dict[str, Any]]:
-    """Adjust each family's p-values, and write every comparison into its row."""
-    final: dict[int, Comparison] = {}
-    for family in ("study", "seed", None):
-        asked = [(at, given) for at, (row, given) in enumerate(rows) if given and row["family"] == family]
-        given = [comparison for _, comparison in asked]
-        final |= zip([at for at, _ in asked], adjust(given) if family else given, strict=True)
-    return [_filled(row, final.get(at)) for at, (row, _) in enumerate(rows)]
+@dataclass(frozen=True)
+class _Declared:
+    """A contrast that the study declares, with what was found of it."""
+
+    name: str
+    treatment: Sequence[_Variant]
+    """one a domain"""
+    against: str
+    """the control's method"""
+    tested: Tested
+    benchmarks: Mapping[tuple[str, str], Tested]
+    """by domain and benchmark"""
+    accuracies: tuple[float, float]
+    """of treatment and control"""
+    items: int
+
+    def rows(self, recipe: Compare) -> Iterator[Row]:
+        several = len(self.treatment) > 1
+        described = {
+            **{key: value for key, value in self.treatment[0].columns.items() if key != "variant"},
+            **{"variant": self.name, "contrast": self.name, "seed": "all", "seeds": len(self.treatment[0].first.seeds)},
+        }
+        if several:
+            described["domain"] = "all"
+        whole = {"benchmark": MEAN, "metric": MEAN, "n": self.items, "family": "primary"}
+        shares = {"accuracy": self.accuracies[0], "baseline": self.accuracies[1]}
+        yield {**described, **whole, **shares, **_found(self.tested.estimate, recipe, self.tested, "p_holm")}
+        for (domain, benchmark), tested in self.benchmarks.items():
+            part = {"domain": domain, "benchmark": benchmark, "family": "gated", "accuracy": None, "baseline": None}
+            yield {**described, **part, "metric": None, "n": None, **_found(tested.estimate, recipe, tested, "p_holm")}
 
 
-def _filled(row: Mapping[str, Any], comparison: Comparison | None) -> dict[str, Any]:
-    if comparison is None:
-        return {**row, "baseline": None, **dict.fromkeys(_FIGURES), "verdict": None}
-    values = asdict(comparison)
-    figures_of_row = {name: values[name] for name in _FIGURES}
-    return {**row, "baseline": comparison.baseline, **figures_of_row, "verdict": verdict(comparison)}
+def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
+    """Test the contrasts: each treatment against the control of its domain, alike in all settings that both have."""
+    cases: dict[tuple[str, str, str], list[tuple[_Variant, _Variant]]] = {}
+    for text in recipe.contrasts:
+        contrast = Contrast.parse(text)
+        found = [(treated, control) for treated in variants if _is(treated, contrast.treatment)
+                 for control in variants if _is(control, contrast.control) and _alike(treated, control)]  # fmt: skip
+        if not found:
+            raise StageError(f"contrast '{text}': the study has no such two variants, alike in all that both have.")
+        for treated, control in found:
+            cases.setdefault((text, treated.first.name, control.first.name), []).append((treated, control))
+    times = Counter(text for text, _, _ in cases)
+    names = [text if times[text] == 1 else f"{treated} - {control}" for text, treated, control in cases]
+    pairs = [{(str(treated.columns["domain"]), name): _against(treated, control, name)
+              for treated, control in found for name in treated.benchmarks if name in control.benchmarks}
+             for found in cases.values()]  # fmt: skip
+    strata = [strata_of(list(zip(*each.values(), strict=True))) for each in pairs]
+    replicates = min((stratum.differences.shape[0] for each in strata for stratum in each), default=1)
+    priors = [_prior(recipe, f"{found[0][0].first.method} - {found[0][1].first.method}", replicates)
+              if found[0][1].first.method != "fft" else _prior(recipe, found[0][0].first.method, replicates)
+              for found in cases.values()]  # fmt: skip
+    margin, over = recipe.margin / 100, "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
+    tested = judge_primaries(strata, margin, recipe.confidence, recipe.looks, priors)
+    alone = [[estimate([stratum], over, recipe.confidence, prior) for stratum in each]  # type: ignore[arg-type]
+             for each, prior in zip(strata, priors, strict=True)]  # fmt: skip
+    gated = judge_benchmarks(tested, alone, margin)
+    return [
+        _Declared(
+            name,
+            [treated for treated, _ in found],
+            found[0][1].first.method,
+            one,
+            dict(zip(each, of_each, strict=True)),
+            (_mean(each, "variant"), _mean(each, "baseline")),
+            sum(pairs_of[0].variant.shape[1] for pairs_of in each.values()),
+        )
+        for name, found, one, each, of_each in zip(names, cases.values(), tested, pairs, gated, strict=True)
+    ]
+
+
+def _mean(benchmarks: Mapping[Any, Sequence[Pairs]], side: str) -> float:
+    return float(np.mean([[getattr(pairs, side).mean() for pairs in each] for each in benchmarks.values()]))
+
+
+def _is(variant: _Variant, words: Sequence[str]) -> bool:
+    return variant.first.method == words[0] and set(words[1:]) <= set(variant.first.name.split())
+
+
+def _alike(treated: _Variant, control: _Variant) -> bool:
+    ours, theirs = treated.columns, control.columns
+    shared = [key for key in ours if key in theirs and key not in ("variant", "method")]
+    return all(ours[key] == theirs[key] or None in (ours[key], theirs[key]) for key in shared)
+
+
+def _against(treated: _Variant, control: _Variant, benchmark: str) -> list[Pairs]:
+    """Pair a treatment with a control within each replicate, and seed by seed where both have the seeds."""
+    ours, theirs = treated.benchmarks[benchmark], control.benchmarks[benchmark]
+    by_replicate = {group.replicate: group for group in theirs}
+    if len(theirs) > 1 and {group.replicate for group in ours} != set(by_replicate):
+        raise StageError(f"'{treated.first.name}' and '{control.first.name}' have other replicates on '{benchmark}'.")
+    found = []
+    for group in ours:
+        other = by_replicate.get(group.replicate, theirs[0])
+        require_same_items(other.outcomes[0], group.outcomes[0])
+        values = np.stack([one.values for one in group.outcomes])
+        against = np.stack([one.values for one in other.outcomes])
+        if list(group.seeds) != list(other.seeds):
+            if len(group.seeds) == 1:
+                values = np.broadcast_to(values, against.shape)
+            elif len(other.seeds) > 1:
+                raise StageError(f"'{group.name}' and '{other.name}' have other seeds: {group.seeds}, {other.seeds}.")
+        found.append(Pairs.of(against, values, group.outcomes[0].higher_is_better))
+    return found
+
+
+def _judged(
+    recipe: Compare, drafts: Sequence[tuple[Row, Comparison | None]], declared: Sequence[_Declared]
+) -> list[Row]:
+    """Write every comparison into its row: as declared, or explored among the others of its family."""
+    known: dict[tuple[str, str, str], tuple[Tested, str]] = {}
+    for one in declared:
+        if one.against == "fft":
+            variant = one.treatment[0].first
+            cases = {
+                (str(domain), benchmark): (tested, "gated") for (domain, benchmark), tested in one.benchmarks.items()
+            }
+            if len(one.treatment) == 1:
+                whole = MEAN if len(one.benchmarks) > 1 else next(iter(one.benchmarks))[1]
+                cases[str(variant.described["domain"]), whole] = (one.tested, "primary")
+            known |= {(variant.name, *case): tested for case, tested in cases.items()}
+    found: dict[int, tuple[Tested, str]] = {}
+    for at, (row, given) in enumerate(drafts):
+        case = (tables.without_seed(row["variant"]), str(row["domain"]), row["benchmark"])
+        if given and row["family"] == "exploratory" and case in known:
+            tested, row["family"] = known[case]
+            found[at] = tested, "p_holm"
+    for family in _FAMILIES:
+        asked = [(at, given) for at, (row, given) in enumerate(drafts) if given and row["family"] == family]
+        explored = explore([given.estimate for _, given in asked], recipe.margin / 100)
+        found |= {at: (tested, "p_fdr") for (at, _), tested in zip(asked, explored, strict=True)}
+    return [
+        {
+            **row,
+            "baseline": given.baseline if given else None,
+            "wins": given.wins if given else None,
+            "losses": given.losses if given else None,
+            **(_found(given.estimate, recipe, *found.get(at, (None, ""))) if given else dict.fromkeys(_ESTIMATES)),
+        }
+        for at, (row, given) in enumerate(drafts)
+    ]
+
+
+def _found(one: Estimate, recipe: Compare, tested: Tested | None, adjusted: str) -> Row:
+    """Return what stands in a row of an estimate."""
+    one = tested.estimate if tested else one
+    word = tested.verdict if tested else verdict(one, recipe.margin / 100)
+    return {
+        "gain": float(one.gain),
+        "gain_low": float(one.low),
+        "gain_high": float(one.high),
+        "p_value": float(one.p_value),
+        "p_holm": tested.p_adjusted if tested and adjusted == "p_holm" else None,
+        "p_fdr": tested.p_adjusted if tested and adjusted == "p_fdr" else None,
+        "p_equivalence": tested.p_equivalence if tested else float(one.p_equivalence(recipe.margin / 100)),
+        "standard_error": float(one.standard_error),
+        "freedom": float(one.freedom),
+        "detectable": float(one.detectable),
+        "verdict": word,
+        "sentence": sentence(one, word, recipe.margin / 100),
+    }

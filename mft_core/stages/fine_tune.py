@@ -20,7 +20,7 @@ from mft_core.data.chat_template import end_of_turn, read_tokenizer, stop_tokens
 from mft_core.data.tokens import Limits
 from mft_core.masks.sites import find_sites
 from mft_core.optimizers.factory import dtype_in_training, optimizer_factory
-from mft_core.recipes import FineTune
+from mft_core.recipes import FineTune, Training
 from mft_core.stage import StageContext
 from mft_core.training import parallel
 from mft_core.training.activations import recompute_activations
@@ -32,6 +32,8 @@ from mft_core.training.sharded import ShardedTuner, divide, gathered, is_divided
 
 def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Fine-tune `model` on `data`; writes `model/` (in the recipe's precision) and `history.jsonl`.
+
+    With keep 'all' every validated state is a checkpoint too, `checkpoints/<step>/model/`.
 
     With precision bfloat16 the forward and backward passes are bfloat16; see `dtype_in_training` for the weights.
     A `chat_template` given becomes the checkpoint's own, and so that of every checkpoint made from it.
@@ -48,19 +50,37 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     trainable = _trainable(recipe, model)
     if context.runtime.gradient_checkpointing:
         recompute_activations(model, noise=training.dropout > 0 or trainable.draws_random_numbers)
-    history = train(trainable, data, training, context)
-    if isinstance(trainable, LoraTuner):
-        trainable.merge()
-    result = gathered(model, inputs["model"]) if is_divided(model) else model
-    if result is None or not parallel.is_first():
-        return {}  # the first process writes
-    save_model(result, out / "model", DTYPES[training.precision], inputs["model"])
-    if "chat_template" in inputs:
-        _set_chat_template(out / "model", inputs["chat_template"])
-    check_written(out / "model")  # before its tokenizer is asked anything
-    _set_end_of_turn(out / "model")
+
+    def keep(step: int, snapshot: dict[str, torch.Tensor]) -> None:
+        mine, tuner = model, trainable
+        if recipe.lora is not None:  # what is merged cannot be taken out again to the last bit
+            mine = _load(recipe, inputs["model"], device, shard=False)
+            tuner = _trainable(recipe, mine)
+        tuner.restore(snapshot)
+        _write(mine, tuner, inputs, out / "checkpoints" / str(step) / "model", training)
+
+    history = train(trainable, data, training, context, keep)
+    _write(model, trainable, inputs, out / "model", training)
+    if not parallel.is_first():
+        return {}
     history.write(out / "history.jsonl")
     return history.summary()
+
+
+def _write(
+    model: PreTrainedModel, tuner: FullTuner | LoraTuner, inputs: Mapping[str, Path], out: Path, training: Training
+) -> None:
+    """Write the model as a checkpoint, adapters merged; the first process does, all of them call it."""
+    if isinstance(tuner, LoraTuner):
+        tuner.merge()
+    result = gathered(model, inputs["model"]) if is_divided(model) else model
+    if result is None or not parallel.is_first():
+        return
+    save_model(result, out, DTYPES[training.precision], inputs["model"])
+    if "chat_template" in inputs:
+        _set_chat_template(out, inputs["chat_template"])
+    check_written(out)  # before its tokenizer is asked anything
+    _set_end_of_turn(out)
 
 
 def _load(recipe: FineTune, checkpoint: Path, device: torch.device, shard: bool) -> PreTrainedModel:

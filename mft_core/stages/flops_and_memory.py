@@ -61,6 +61,11 @@ def merge_adapter(recipe: Any, facts: Facts) -> Needs:
     return _needs({"weights": stored}, seconds=2 * stored / _DISK, left=stored)
 
 
+def pick_checkpoint(recipe: Any, facts: Facts) -> Needs:
+    """Files are linked, not copied."""
+    return _needs()
+
+
 def merge_mask(recipe: Any, facts: Facts) -> Needs:
     """A checkpoint is read and written, a file at a time; a fine-tuned one is one file up to 50 GB."""
     stored = NUMBER[facts.precision] * facts.geometry.weights
@@ -90,7 +95,7 @@ def fine_tune(recipe: FineTune, facts: Facts) -> Needs:
             _STEP * geometry.largest if training.optimizer == "adamw-8bit" else 0,
         ),
     }
-    left = number * geometry.weights
+    left = number * geometry.weights * _checkpoints(training)
     return _trains(training, facts, 0, own, trained, memory, left)
 
 
@@ -117,7 +122,7 @@ def learn_mask(recipe: LearnMask, facts: Facts) -> Needs:
             **_trained(training, masked),
             "activations": max(passing, selecting - 4 * masked),  # the gradients are gone by then
         }
-        return _trains(training, facts, lowest, own, masked, memory, masked // 8)
+        return _trains(training, facts, lowest, own, masked, memory, masked // 8 * _checkpoints(training))
     rows = min(recipe.calibration_rows or 0, facts.train)
     memory = {"masks": masked, "scores": (4 + number) * one + selecting}
     flops = 0.0
@@ -213,7 +218,13 @@ def _trains(
 def state_bytes(training: Training, trained: int) -> int:
     """Return the most that the resumable state of a training of so many numbers takes; see `ResumableState`."""
     states = 2 * (4 + MOMENTS[training.optimizer])  # the last one, and the one before it or in writing
-    return round(trained * (states + (3 * 4 if training.keep == "best" else 0)))  # of those states, and a new one
+    snapshots = {"last": 0, "best": 3, "all": training.validations}[training.keep]  # 3: of those states, and a new one
+    return round(trained * (states + 4 * snapshots))
+
+
+def _checkpoints(training: Training) -> int:
+    """Return how many results a training leaves."""
+    return 1 + (training.validations if training.keep == "all" else 0)
 
 
 def forward(geometry: Geometry, length: float, lowest: int = 0) -> float:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mft_core import methods
 from mft_core.checkpoints.files import WeightFiles, skeleton
 from mft_core.errors import ConfigError
 from mft_core.layers import format_layers, parse_layers
-from mft_core.masks.mask_file import make_mask, save_mask
+from mft_core.masks.mask_file import Mask, make_mask, save_mask
 from mft_core.masks.sites import choose_sites, find_sites, n_layers
 from mft_core.recipes import LearnMask
 from mft_core.selectors import SELECTORS
@@ -21,6 +23,8 @@ from mft_core.training import parallel
 
 def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Choose a mask for `model`; writes `mask/` and, if trained, `history.jsonl`.
+
+    With keep 'all' there is a mask of every validated step too, `checkpoints/<step>/mask/`.
 
     Args:
         inputs: `model`; `data` where the selector looks at data, and `base` where the mask rewinds to it.
@@ -46,18 +50,24 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
     if choice.history:
         choice.history.write(out / "history.jsonl")
         summary = choice.history.summary()
-    mask = make_mask(
-        sites,
-        choice.kept,
-        files.tensors(names),
-        sparsity=recipe.sparsity,
-        selector=recipe.selector,
-        modules=recipe.modules,
-        scope=choice.scope or recipe.scope,
-        min_kept=recipe.min_kept,
-        thresholds=choice.thresholds,
-        rewound_to=job.base_weights() if methods.SELECTORS[recipe.selector].rewinds else None,
-    )
+
+    def made(kept: Mapping[str, Tensor]) -> Mask:
+        return make_mask(
+            sites,
+            kept,
+            files.tensors(names),
+            sparsity=recipe.sparsity,
+            selector=recipe.selector,
+            modules=recipe.modules,
+            scope=choice.scope or recipe.scope,
+            min_kept=recipe.min_kept,
+            thresholds=choice.thresholds,
+            rewound_to=job.base_weights() if methods.SELECTORS[recipe.selector].rewinds else None,
+        )
+
+    for step, kept in choice.checkpoints.items():
+        save_mask(made(kept), out / "checkpoints" / str(step) / "mask")
+    mask = made(choice.kept)
     save_mask(mask, out / "mask")
     masked = {"zeros": mask.zeros, "masked_weights": mask.weights, "sites": len(sites)}
     return {**summary, **masked, "layers": format_layers(layers)}

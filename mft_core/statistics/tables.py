@@ -15,27 +15,28 @@ Row = Mapping[str, Any]
 _IDENTITY = ("method", "domain", "layers", "modules", "sparsity")
 _STANDARD = {
     *_IDENTITY, "variant", "seed", "seeds", "benchmark", "metric", "n", "accuracy", "commonest_target_share", "family",
-    "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "wins", "losses", "verdict", "seed_sd",
-    "items_for_80_power",
-    "study", "profile", "cached", "seconds", "validation_loss", "higher_is_better",
+    "baseline", "gain", "gain_low", "gain_high", "p_value", "p_holm", "p_fdr", "p_equivalence", "standard_error",
+    "freedom", "detectable", "wins", "losses", "verdict", "sentence", "contrast",
+    "study", "profile", "cached", "seconds", "validation_loss", "validation_accuracy", "step", "higher_is_better",
+    "replicate", "replicates", "why", "accuracy_sd",
 }  # fmt: skip
 """the columns of every study; any other one is a setting that the study varies, named by its key"""
 _WINNERS_LEGEND = (
-    "The best of many looks better than it is. Here each method's best variant is chosen by accuracy on one half of "
-    "the items (the first n), and its gain is reported on the other, which had no part in the choice; adjusted by Holm "
-    "over this table. *optimism*: how much more the gain was where it was chosen. *naive*: what is usually reported."
+    "The best of many looks better than it is. Here each method's best variant is chosen by its gain on one half of "
+    "the items, and its gain is reported on the other, which had no part in the choice; the mean over 25 random halves "
+    "and their complements. The variant shown is the one chosen most often. p-values are twice the median of the "
+    "halves' and adjusted by Holm over this table. *optimism*: how much more the gain was where it was chosen. "
+    "*naive*: what is usually reported."
 )
-_POWER_LEGEND = (
-    "Items on which one run with these shares of items won and lost would be told from the baseline with 80% chance "
-    "(McNemar's exact test, two-sided, this test alone), if the true gain were the one observed. *shown*: it is; *-*: "
-    "the observed gain is zero."
+_DETECTABLE_LEGEND = (
+    "The smallest true gain, in points, that this design (items, seeds, replicates) finds with 80% chance, tested "
+    "alone; where nothing is undecided, the verdict."
 )
-_WORDS = {
-    "better": "better",
-    "worse": "worse",
-    "not distinguishable from noise": "noise",
-    "identical": "identical",
-}
+_CONTRASTS_LEGEND = (
+    "Declared before the study was run. *primary*: on the mean over the study's benchmarks, adjusted by Holm over the "
+    "primaries alone, so that nothing else in the study changes their verdicts. A benchmark's own test counts only "
+    "where its primary is decided likewise."
+)
 
 
 def method_label(method: str) -> str:
@@ -54,8 +55,8 @@ def settings(rows: Sequence[Row]) -> list[str]:
 
 
 def without_seed(variant: str) -> str:
-    """Return a variant's name as all of its seeds share it."""
-    return " ".join(word for word in variant.split(" ") if not word.startswith("seed="))
+    """Return a variant's name as all of its seeds and replicates share it."""
+    return " ".join(word for word in variant.split(" ") if not word.startswith(("seed=", "replicate=")))
 
 
 def domain_of_data(row: Row) -> str | None:
@@ -65,14 +66,26 @@ def domain_of_data(row: Row) -> str | None:
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
-    """Return one row per variant and benchmark: over all seeds where there are several."""
+    """Return one row per variant and benchmark: of the recipe where it can be claimed, else of this checkpoint."""
     key = _identity(rows)
-    several = {key(row) for row in rows if row["seed"] == "all"}
-    return [row for row in rows if row["seed"] == "all" or key(row) not in several]
+    claimed = {key(row): row for row in rows if _is_recipe(row) and not row["why"]}
+    return [claimed.get(key(row), row) for row in checkpoint(rows)]
+
+
+def checkpoint(rows: Sequence[Row]) -> list[Row]:
+    """Return one row per variant and benchmark, of the first fine-tuning: over all seeds where there are several."""
+    key = _identity(rows)
+    of_first = [row for row in rows if row.get("replicate", 0) == 0]
+    several = {key(row) for row in of_first if row["seed"] == "all"}
+    return [row for row in of_first if row["seed"] == "all" or key(row) not in several]
+
+
+def _is_recipe(row: Row) -> bool:
+    return bool(row.get("replicate") == "all")
 
 
 def apart(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of single seeds whose variant has several."""
+    """Return the rows of single trainings whose variant has several, seeds or replicates."""
     key = _identity(rows)
     several = {key(row) for row in rows if row["seed"] == "all"}
     return [row for row in rows if row["seed"] != "all" and key(row) in several]
@@ -95,7 +108,7 @@ def cell(row: Row) -> str:
 def gain_cell(row: Row) -> str:
     """Return the gain in percentage points with its interval and what it shows."""
     gain, low, high = (100 * row[key] for key in ("gain", "gain_low", "gain_high"))
-    return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}] {_WORDS[row['verdict']]}"
+    return f"{gain:+.1f} [{low:+.1f}, {high:+.1f}] {row['verdict']}"
 
 
 def direction(row: Row) -> str:
@@ -116,11 +129,12 @@ def cells(rows: Sequence[Row], show: Callable[[Row], str] = cell) -> tuple[list[
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     columns = [key for key in ("domain", "layers", "modules", *settings(rows)) if _varies(rows, key)]
     columns += ["sparsity"] if _values(rows, "sparsity") else []
+    columns += ["replicate"] if len(_values(rows, "replicate")) > 1 else []
     columns += ["seed"] if _values(rows, "seed") - {"all"} and "all" not in _values(rows, "seed") else ["seeds"]
     name_of = _identity(rows)
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in sorted(rows, key=_order(rows)):
-        line = lines.setdefault((*name_of(row)[:-1], row["seed"]), {})
+        line = lines.setdefault((*name_of(row)[:-1], row["seed"], row.get("replicate")), {})
         if row["benchmark"] in line:
             raise ValueError(f"two rows for variant '{row['variant']}' on benchmark '{row['benchmark']}'")
         line[row["benchmark"]] = row
@@ -152,43 +166,91 @@ def markdown(
     question: str,
     confidence: float = 0.95,
     winners: Sequence[Row] = (),
+    contrasts: Sequence[Row] = (),
+    margin: float = 1.0,
     notes: Sequence[str] = (),
 ) -> str:
-    """Return the page: question, pooled table, how to read it, what it shows, sweeps' winners, power, each seed apart.
+    """Return the page: question, contrasts, pooled table, how to read it, what it shows, sweeps' winners, what could be
+    found, each training apart.
 
     Args:
         rows: as the stage `compare` writes them.
         question: the title.
         confidence: of the intervals.
-        winners: as the stage `compare` writes them.
+        winners, contrasts: as the stage `compare` writes them.
+        margin: of equivalence, in points.
         notes: what is to be known of the models; above the table.
     """
-    header, lines = cells(pooled(rows))
+    header, lines = _claims(rows)
     guess = _guessing(rows)
     if guess:
-        blank = [""] * (len(header) - 1 - len(guess))
-        lines.append(["always the commonest answer", *blank, *guess])
-    parts = [
-        f"## {text(question)}",
-        *(f"*{text(note)}*" for note in notes),
-        table(header, lines),
-        _legend(rows, confidence),
-        _conclusion(rows),
-    ]
+        each = (len(header) - len(cells(checkpoint(rows))[0])) // len(guess) + 1
+        guessed = [value for share in guess for value in (share, *[""] * (each - 1))]
+        blank = [""] * (len(header) - 1 - len(guessed))
+        lines.append(["always the commonest answer", *blank, *guessed])
+    parts = [f"## {text(question)}", *(f"*{text(note)}*" for note in notes)]
+    if contrasts:
+        parts += [
+            "### The declared contrasts",
+            table(*_contrast_cells(contrasts)),
+            _CONTRASTS_LEGEND,
+            "### All variants",
+        ]
+    parts += [table(header, lines), _legend(rows, confidence, margin), _conclusion(rows)]
     if winners:
         parts += ["### The best of each sweep", table(*_winner_cells(winners)), _WINNERS_LEGEND]
-    unclear = _unclear(rows)
-    if unclear:
-        parts += ["### How many items would show it", table(*cells(unclear, _power_cell)), _POWER_LEGEND]
+    if unclear := _undecided(rows):
+        parts += ["### What could have been found", table(*cells(unclear, _detectable_cell)), _DETECTABLE_LEGEND]
     if single := apart(rows):
-        parts += ["### Each seed apart", table(*cells(single)), "Adjusted over this table, apart from the ones above."]
+        parts += [
+            "### Each training apart",
+            table(*cells(single)),
+            "Exploratory; adjusted over this table, apart from the ones above.",
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def _claims(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the main table: this checkpoint, and of replicates the recipe beside it."""
+    header, lines = cells(checkpoint(rows))
+    if not (recipe := list(filter(_is_recipe, rows))):
+        return header, lines
+    benchmarks = len({row["benchmark"] for row in rows})
+    heads, first = header[:-benchmarks], header[-benchmarks:]
+    _, of_recipe = cells(recipe, _recipe_cell)
+    named = [text for name in first for text in (f"{name}: this checkpoint", "this recipe")]
+    both = [
+        [
+            *line[:-benchmarks],
+            *(text for pair in zip(line[-benchmarks:], other[-benchmarks:], strict=True) for text in pair),
+        ]
+        for line, other in zip(lines, of_recipe, strict=True)
+    ]
+    return [*heads, *named], both
+
+
+def _recipe_cell(row: Row) -> str:
+    if row["why"]:
+        return str(row["why"])
+    mean = f"{100 * row['accuracy']:.1f}, sd {100 * row['accuracy_sd']:.1f} over {row['replicates']}"
+    return mean if row["gain"] is None else f"{mean} ({gain_cell(row)})"
+
+
+def _contrast_cells(contrasts: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the table of the declared contrasts."""
+    several = len({row["domain"] for row in contrasts}) > 1
+    header = ["contrast", "test", *(["domain"] if several else []), "benchmark", "difference", "p", "what it says"]
+    return header, [
+        [row["contrast"], row["family"], *([str(row["domain"])] if several else []), row["benchmark"], gain_cell(row),
+         "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}", row["sentence"]]
+        for row in contrasts
+    ]  # fmt: skip
 
 
 def _winner_cells(winners: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of the table of the sweeps' winners."""
     several = len({row["domain"] for row in winners}) > 1
-    header = ["method", *(["domain"] if several else []), "benchmark", "best, chosen on half of the items",
+    header = ["method", *(["domain"] if several else []), "benchmark", "best, chosen on half of the items (how often)",
               "gain where chosen", "gain on the other half", "optimism", "best on all items (naive)"]  # fmt: skip
     lines = []
     for row in winners:
@@ -198,8 +260,8 @@ def _winner_cells(winners: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             [
                 method_label(row["method"]),
                 *([str(row["domain"])] if several else []),
-                f"{row['benchmark']} (n = {row['n_chosen_on']:,} + {row['n']:,})",
-                f"{choice} (of {row['candidates']})",
+                f"{row['benchmark']} (n = {row['n']:,})",
+                f"{choice} (of {row['candidates']}; {percent(row['chosen'])})",
                 f"{100 * row['gain_where_chosen']:+.1f}",
                 gain_cell(row),
                 f"{100 * row['optimism']:+.1f}",
@@ -209,21 +271,16 @@ def _winner_cells(winners: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def _unclear(rows: Sequence[Row]) -> list[Row]:
-    """Return the pooled rows of the variants of which some gain is not distinguishable from noise."""
-    tests = [row for row in pooled(rows) if row["family"] == "study"]
+def _undecided(rows: Sequence[Row]) -> list[Row]:
+    """Return the pooled rows of the variants of which some gain is undecided."""
+    tests = [row for row in pooled(rows) if row["family"]]
     key = _identity(rows)
-    unclear = {key(row)[:-1] for row in tests if row["verdict"] == "not distinguishable from noise"}
+    unclear = {key(row)[:-1] for row in tests if row["verdict"] == "undecided"}
     return [row for row in tests if key(row)[:-1] in unclear]
 
 
-def _power_cell(row: Row) -> str:
-    if row["verdict"] in ("better", "worse"):
-        return "shown"
-    if row["items_for_80_power"] is None:
-        return "-"
-    rounded = float(f"{row['items_for_80_power']:.3g}")  # the observed gain does not say more
-    return f"{rounded:,.0f}"
+def _detectable_cell(row: Row) -> str:
+    return f"{100 * row['detectable']:.1f}" if row["verdict"] == "undecided" else str(row["verdict"] or "-")
 
 
 def _guessing(rows: Sequence[Row]) -> list[str]:
@@ -233,35 +290,39 @@ def _guessing(rows: Sequence[Row]) -> list[str]:
     return ["-" if share is None else f"{100 * share:.1f}" for share in shares.values()]
 
 
-def _legend(rows: Sequence[Row], confidence: float) -> str:
-    seeds = (
-        "Where seeds are pooled, interval and test also hold the noise between trainings (Student's t); with two seeds "
-        "of few variants that is little known, and the interval is wide. That noise is pooled over the variants of a "
-        "study: in another study the same variant can have another interval and verdict. "
+def _legend(rows: Sequence[Row], confidence: float, margin: float) -> str:
+    about = (
+        "*this checkpoint*: the first fine-tuned one; intervals hold the noise of items and seeds. *this recipe*: mean "
+        "and standard deviation over the fine-tunings; intervals and verdicts are about further ones too (items "
+        "crossed with fine-tunings, Student's t with Satterthwaite's degrees of freedom). "
+        if any(map(_is_recipe, rows))
+        else "These are gains of one fine-tuned checkpoint and say nothing of others: `--replicates 5` does. "
     )
     falls = "Where less is better, the gain is the points by which the number fell. "
     return (
         "Accuracy in %; in brackets the gain over the baseline (FFT) on the same items, in percentage points, with its "
-        f"{percent(confidence)} interval from the paired bootstrap over items. *better*, *worse*: the "
-        "sign-flip test (for one seed: McNemar's exact test), adjusted by Holm over the study (base: unadjusted), has "
-        f"p < {1 - confidence:.2g}, and the interval excludes zero. *noise*: not distinguishable from noise. "
-        "*identical*: right and wrong on the same items. "
-        f"{falls if any(map(direction, rows)) else ''}{seeds if apart(rows) else ''}"
+        f"{percent(confidence)} interval. *better*, *worse*: p < {1 - confidence:.2g}, and the interval excludes zero; "
+        f"*equivalent*: the gain is within ±{margin:g} points (two one-sided tests); *undecided*: too little data for "
+        "either. Gains that no contrast declares are exploratory: their p-values are false-discovery-rate values "
+        "(Benjamini & Hochberg). "
+        f"{falls if any(map(direction, rows)) else ''}{about}"
         "Sparsity: share of each masked matrix set to zero."
     )
 
 
 def _conclusion(rows: Sequence[Row]) -> str:
-    tests = [row for row in rows if row["family"] == "study"]
+    tests = [row for row in pooled(rows) if row["family"]]
     lines = []
     for method in dict.fromkeys(row["method"] for row in tests):
-        verdicts = [row["verdict"] for row in tests if row["method"] == method]
-        better, worse = verdicts.count("better"), verdicts.count("worse")
-        lines.append(
-            f"- {method_label(method)}: of {len(verdicts)} gains {better} better, {worse} worse, "
-            f"{len(verdicts) - better - worse} not distinguishable from noise."
-        )
+        lines.append(f"- {counted(method_label(method), [row for row in tests if row['method'] == method])}")
     return "\n".join(lines) or "No variant is compared with a baseline."
+
+
+def counted(label: str, tests: Sequence[Row]) -> str:
+    """Say how many gains have which verdict."""
+    verdicts = [row["verdict"] for row in tests]
+    words = ("better", "worse", "equivalent", "undecided")
+    return f"{label}: of {len(verdicts)} gains {', '.join(f'{verdicts.count(word)} {word}' for word in words)}."
 
 
 def _order(rows: Sequence[Row]) -> Any:

@@ -1,14 +1,13 @@
 """The best of a sweep, reported without the luck that made it the best.
 
 Of many variants the best looks better than it is: some of its lead is chance (the winner's curse). So the items are
-halved; the best variant is chosen by its accuracy on one half, and its gain is measured on the other, which had no part
-in the choice (data splitting, Cox 1975). Given the trained models, the p-value there is as exact as that of any
-comparison. What halving the items cannot remove is luck of the seeds, which both halves share: with several seeds, the
-noise between trainings is therefore that of the luckiest of the candidates. With one seed the claim is about the chosen
-checkpoint, not about further trainings.
-
-Not cross-fitted: the estimates of the two directions (choose on A, report on B, and the reverse) are positively
-dependent where both choose alike, so their mean has no simple valid test.
+halved; the variant of the largest gain on one half is reported with its gain on the other, which had no part in the
+choice (data splitting, Cox 1975), and the reverse (cross-fitting). One split is a matter of luck too: this is repeated
+over `SPLITS` of them. The reported gain is the mean over all halves; as these are dependent, the p-value is twice the
+median of theirs (Meinshausen, Meier & Bühlmann 2009), and the ends of the interval the medians of the ends of intervals
+with half the error. What halving the items cannot remove is luck of the seeds, which both halves share: with several
+trainings, what they add is therefore that of the luckiest of the candidates. With one the claim is about the chosen
+checkpoints, not about further trainings.
 
 Used by the stage `compare`.
 """
@@ -17,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mft_core.statistics.comparison import Comparison, Pairs, adjust, compare, verdict
-from mft_core.statistics.seed_noise import SeedNoise
+from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate
+from mft_core.statistics.verdicts import MARGIN, Verdict, holm, verdict
 
+SPLITS = 25
 MEAN = "mean"
 """the benchmark of the rows about the mean over benchmarks"""
 CONTEST = "any of them"
@@ -35,15 +36,15 @@ CONTEST = "any of them"
 
 @dataclass(frozen=True)
 class Winner:
-    """The candidate that was best on one half of the items, and its gain on the other."""
+    """The candidate that is best on half of the items, over many halves, and its gain on the others."""
 
     index: int
-    """of the candidate chosen"""
-    chosen_on: int
-    """items of the half on which it was chosen, of all benchmarks together"""
+    """of the candidate that is chosen most often"""
+    chosen: float
+    """share of the halves that choose it"""
     gain_where_chosen: float
-    reported: Comparison
-    """on the other half"""
+    reported: Estimate
+    """on the items that had no part in the choice"""
     naive_index: int
     """of the candidate that is best on all items"""
     naive_gain: float
@@ -52,7 +53,7 @@ class Winner:
     @property
     def optimism(self) -> float:
         """How much more the gain was where it was chosen."""
-        return self.gain_where_chosen - self.reported.gain
+        return float(self.gain_where_chosen - self.reported.gain)
 
 
 def half(items: Sequence[str], seed: int = 0) -> NDArray[np.bool_]:
@@ -67,76 +68,89 @@ def half(items: Sequence[str], seed: int = 0) -> NDArray[np.bool_]:
 
 
 def winner(
-    candidates: Sequence[Sequence[Pairs]],
-    halves: Sequence[NDArray[np.bool_]],
-    resamples: int = 10_000,
+    candidates: Sequence[Sequence[Stratum]],
+    halves: Sequence[Sequence[NDArray[np.bool_]]],
     confidence: float = 0.95,
-    seed: int = 0,
-    noise: SeedNoise | None = None,
+    prior: UnitVariance | None = None,
 ) -> Winner:
-    """Choose the best candidate on one half of the items and compare it with its baseline on the other.
+    """Choose the candidate of the largest gain on one half of the items and estimate its gain on the other.
 
     Args:
-        candidates: for each its outcomes on each benchmark; what counts is the mean over the benchmarks.
-        halves: for each benchmark the items on which is chosen.
-        resamples: of the bootstrap.
+        candidates: for each its differences on each benchmark; what counts is the mean over the benchmarks.
+        halves: for each split, and each benchmark, the items of one half.
         confidence: of the interval.
-        seed: of the bootstrap.
-        noise: between trainings, for candidates of several seeds.
+        prior: what earlier studies measured of the trainings' variance.
     """
-
-    def accuracy(strata: Sequence[Pairs]) -> float:
-        means = [pairs.variant.mean() if pairs.higher_is_better else 1 - pairs.variant.mean() for pairs in strata]
-        return float(np.mean(means))
-
-    def gain(strata: Sequence[Pairs]) -> float:
-        return float(np.mean([pairs.differences.mean() for pairs in strata]))
-
-    first = [[pairs.items(chosen) for pairs, chosen in zip(strata, halves, strict=True)] for strata in candidates]
-    index = int(np.argmax([accuracy(strata) for strata in first]))
-    naive = int(np.argmax([accuracy(strata) for strata in candidates]))
-    other = [pairs.items(~chosen) for pairs, chosen in zip(candidates[index], halves, strict=True)]
+    of_items = [[stratum.differences.mean(axis=(0, 1)) for stratum in strata] for strata in candidates]
+    replicates = candidates[0][0].differences.shape[0]
+    over: Over = "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
+    choices: Counter[int] = Counter()
+    where_chosen, reported = [], []
+    for split in halves:
+        for chosen in (split, [~part for part in split]):
+            gains = [
+                float(np.mean([one[part].mean() for one, part in zip(each, chosen, strict=True)])) for each in of_items
+            ]
+            index = int(np.argmax(gains))
+            choices[index] += 1
+            where_chosen.append(gains[index])
+            other = [stratum.items(~part) for stratum, part in zip(candidates[index], chosen, strict=True)]
+            reported.append(estimate(other, over, (1 + confidence) / 2, prior, chosen_from=len(candidates)))
+    naive = [float(np.mean([one.mean() for one in each])) for each in of_items]
+    index, times = choices.most_common(1)[0]
+    gain = float(np.mean([one.gain for one in reported]))
+    together = Estimate(
+        gain=gain,
+        low=min(gain, float(np.median([one.low for one in reported]))),
+        high=max(gain, float(np.median([one.high for one in reported]))),
+        p_value=min(1.0, 2 * float(np.median([one.p_value for one in reported]))),
+        standard_error=float(np.median([one.standard_error for one in reported])),
+        freedom=float(np.median([one.freedom for one in reported])),
+        centre=gain,
+        confidence=confidence,
+    )
     return Winner(
-        index=index,
-        chosen_on=sum(int(chosen.sum()) for chosen in halves),
-        gain_where_chosen=gain(first[index]),
-        reported=compare(other, resamples, confidence, seed, noise, chosen_from=len(candidates)),
-        naive_index=naive,
-        naive_gain=gain(candidates[naive]),
+        index, times / choices.total(), float(np.mean(where_chosen)), together, int(np.argmax(naive)), max(naive)
     )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One variant, with all its seeds, on one benchmark."""
+    """One variant, with all its trainings, on one benchmark."""
 
     columns: Mapping[str, Any]
     """what the variant is: `variant`, `method`, `domain` and whatever tells it apart"""
     benchmark: str
     items: tuple[str, ...]
-    pairs: Pairs
-    noise: SeedNoise | None
+    stratum: Stratum
+    prior: UnitVariance | None = None
 
 
 def best_of_sweeps(
-    entries: Sequence[Entry], resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+    entries: Sequence[Entry], confidence: float = 0.95, seed: int = 0, margin: float = MARGIN
 ) -> list[dict[str, Any]]:
     """Return one row per sweep and benchmark, and one for the mean over its benchmarks where there are several.
 
-    A sweep is two variants or more of one method and domain that answered the same items, two or more. `n` items are
-    reported on, after `n_chosen_on` others; the p-values are adjusted by Holm over all of the rows.
+    A sweep is two variants or more of one method and domain that answered the same items, two or more. The p-values
+    are adjusted by Holm over all of the rows.
     """
     found: list[tuple[dict[str, Any], Winner]] = []
     for sweep in _sweeps(entries):
         benchmarks = list(sweep[0])
         for asked in [[name] for name in benchmarks] + ([benchmarks] if len(benchmarks) > 1 else []):
             candidates = [[variant[name] for name in asked] for variant in sweep]
-            halves = [half(entry.items, seed) for entry in candidates[0]]
-            strata = [[entry.pairs for entry in candidate] for candidate in candidates]
-            best = winner(strata, halves, resamples, confidence, seed, _noise(candidates))
-            found.append(({"benchmark": asked[0] if len(asked) == 1 else MEAN, **_named(candidates, best)}, best))
-    adjusted = adjust([best.reported for _, best in found])
-    return [_row(named, best, final) for (named, best), final in zip(found, adjusted, strict=True)]
+            halves = [[half(entry.items, seed + split) for entry in candidates[0]] for split in range(SPLITS)]
+            strata = [[entry.stratum for entry in candidate] for candidate in candidates]
+            best = winner(strata, halves, confidence, candidates[0][0].prior)
+            items = sum(len(entry.items) for entry in candidates[0])
+            named = {"benchmark": asked[0] if len(asked) == 1 else MEAN, **_named(candidates, best), "n": items}
+            found.append((named, best))
+    adjusted = holm([best.reported.p_value for _, best in found])
+    smaller = holm([best.reported.p_equivalence(margin) for _, best in found])
+    return [
+        _row(named, best, float(p), verdict(best.reported, margin, p, p_equivalence))
+        for (named, best), p, p_equivalence in zip(found, adjusted, smaller, strict=True)
+    ]
 
 
 def _sweeps(entries: Sequence[Entry]) -> list[list[dict[str, Entry]]]:
@@ -148,17 +162,10 @@ def _sweeps(entries: Sequence[Entry]) -> list[list[dict[str, Entry]]]:
     for variant in variants.values():
         columns = next(iter(variant.values())).columns
         questions = tuple((name, entry.items) for name, entry in variant.items())
+        shape = next(iter(variant.values())).stratum.differences.shape[:2]
         if all(len(items) > 1 for _, items in questions):
-            sweeps.setdefault((columns["method"], columns["domain"], questions), []).append(variant)
+            sweeps.setdefault((columns["method"], columns["domain"], questions, shape), []).append(variant)
     return [sweep for sweep in sweeps.values() if len(sweep) > 1]
-
-
-def _noise(candidates: Sequence[Sequence[Entry]]) -> SeedNoise | None:
-    """Return the noise between trainings of the mean over the benchmarks, pooled over the candidates."""
-    several = [candidate for candidate in candidates if len(candidate[0].pairs.variant) > 1]
-    if not several or len(several[0]) == 1:
-        return several[0][0].noise if several else None
-    return SeedNoise.pooled([[[entry.pairs.differences for entry in candidate]] for candidate in several])
 
 
 def _named(candidates: Sequence[Sequence[Entry]], best: Winner) -> dict[str, Any]:
@@ -174,20 +181,16 @@ def _named(candidates: Sequence[Sequence[Entry]], best: Winner) -> dict[str, Any
     }
 
 
-def _row(named: Mapping[str, Any], best: Winner, final: Comparison) -> dict[str, Any]:
+def _row(named: Mapping[str, Any], best: Winner, p_holm: float, word: Verdict) -> dict[str, Any]:
     return {
         **named,
-        "seeds": final.seeds,
-        "n_chosen_on": best.chosen_on,
-        "n": final.n,
-        "accuracy": final.accuracy,
-        "baseline": final.baseline,
-        "gain": final.gain,
-        "gain_low": final.gain_low,
-        "gain_high": final.gain_high,
-        "p_value": final.p_value,
-        "p_holm": final.p_holm,
-        "verdict": verdict(final),
+        "gain": float(best.reported.gain),
+        "gain_low": float(best.reported.low),
+        "gain_high": float(best.reported.high),
+        "p_value": float(best.reported.p_value),
+        "p_holm": p_holm,
+        "verdict": word,
+        "chosen": best.chosen,
         "gain_where_chosen": best.gain_where_chosen,
         "optimism": best.optimism,
         "naive_gain": best.naive_gain,

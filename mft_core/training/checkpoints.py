@@ -2,7 +2,8 @@
 
     state.pt          step, history, best validation so far, and the trained tensors with their optimizer
     state-before.pt   the state that was saved before it
-    best-<step>.pt    what was trained, as it was at the best validation; written before the state that names it
+    best-<step>.pt    what was trained, as it was at the best validation, or at each that is kept; written before the
+                      state that names it
 
 Files are written under a temporary name, fsynced and renamed. Each ends with the sha256 of everything before it, as the
 comment of the zip archive that torch writes, since torch itself checks no sum: a flipped bit would be a wrong weight.
@@ -18,6 +19,7 @@ import logging
 import mmap
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -72,8 +74,13 @@ def _check_seal(path: Path) -> None:
         raise _UnreadableError(f"{path.name}: it does not end with the sha256 of its content")
 
 
-def _best(step: int | None) -> str:
+def _best(step: int) -> str:
     return f"best-{step}.pt"
+
+
+def _needed(state: dict[str, Any]) -> set[int]:
+    """Return the steps whose snapshots a state needs."""
+    return {step for step in (state["best_step"], *state.get("kept", ())) if step is not None}
 
 
 class ResumableState:
@@ -92,7 +99,7 @@ class ResumableState:
         self._every = every_seconds
         self._log = log
         self._saved_at = time.monotonic()
-        self._best_of_last: int | None = None
+        self._needed_by_last: set[int] = set()
 
     def load(self) -> dict[str, Any] | None:
         """Return the last state that was saved and is sound, or None.
@@ -114,7 +121,7 @@ class ResumableState:
                 continue
             if state["identity"] != self._identity:
                 raise StageError(f"{path} is the state of another training; remove it, or use another directory.")
-            self._best_of_last = state["best_step"]
+            self._needed_by_last = _needed(state)
             content: dict[str, Any] = state["content"]
             return content
         return None
@@ -123,31 +130,37 @@ class ResumableState:
         state = self._read(name)
         if not set(_FIELDS) <= set(state):
             raise _UnreadableError(f"{name}: it lacks fields")
-        if state["identity"] == self._identity and state["best_step"] is not None:
-            self._read(_best(state["best_step"]))  # needed at the end: better to know now
+        if state["identity"] == self._identity:
+            for step in _needed(state):
+                self._read(_best(step))  # at the end: better to know now
         return state
 
     def due(self) -> bool:
         """Say whether it is time to save again."""
         return time.monotonic() - self._saved_at >= self._every
 
-    def save(self, content: dict[str, Any], best_step: int | None) -> None:
+    def save(self, content: dict[str, Any], best_step: int | None, kept: Collection[int] = ()) -> None:
         """Make this the saved state, and the one that was it the state before.
 
         Snapshots that neither of them names are no longer needed and go. The earliest state goes first, so that never
         more than two take space.
+
+        Args:
+            kept: further steps whose snapshots are needed.
         """
         last, before = self._directory / STATE, self._directory / BEFORE
         if last.exists():
             before.unlink(missing_ok=True)
-        unfinished = self._write(STATE, {"identity": self._identity, "best_step": best_step, "content": content})
+        state = {"identity": self._identity, "best_step": best_step, "kept": [*kept], "content": content}
+        unfinished = self._write(STATE, state)
         if last.exists():
             last.rename(before)
         self._put(unfinished, last)
+        needed = {_best(step) for step in _needed(state) | self._needed_by_last}
         for path in self._directory.glob("best-*.pt"):
-            if path.name not in (_best(best_step), _best(self._best_of_last)):
+            if path.name not in needed:
                 path.unlink()
-        self._best_of_last = best_step
+        self._needed_by_last = _needed(state)
         self._saved_at = time.monotonic()
 
     def save_best(self, step: int, snapshot: dict[str, Tensor]) -> None:

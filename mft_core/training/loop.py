@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +119,19 @@ class History:
         path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows), encoding="utf-8")
 
 
-def train(trainable: Trainable, data: TrainingData, recipe: Training, context: StageContext) -> History:
+Keep = Callable[[int, dict[str, Tensor]], None]
+
+
+def train(
+    trainable: Trainable, data: TrainingData, recipe: Training, context: StageContext, keep: Keep | None = None
+) -> History:
     """Train to the end of the recipe, resuming from `context.work`; leaves the kept result in `trainable`.
 
     Called in every process of a group, it is one training that they share: same arguments, same result.
+
+    Args:
+        keep: with keep 'all', is called in the end with every validated step and the snapshot of then, in order; it may
+            restore it.
 
     Raises:
         ConfigError: validations are asked for, but the data has no validation rows; or torchrun has started several
@@ -134,7 +144,7 @@ def train(trainable: Trainable, data: TrainingData, recipe: Training, context: S
             f"training.validations = {recipe.validations}: the data has no validation rows; "
             "set validation_rows in prepare-data, or validations to 0."
         )
-    return _Loop(trainable, data, recipe, context).run()
+    return _Loop(trainable, data, recipe, context).run(keep)
 
 
 _GO_ON, _SAVE, _STOP = range(3)
@@ -157,7 +167,7 @@ class _Loop:
         identity = digest({"recipe": recipe, "examples": len(data.train), "kind": trainable.state_kind})
         self.saved = ResumableState(context.work, identity, context.runtime.checkpoint_seconds, context.log)
 
-    def run(self) -> History:
+    def run(self, keep: Keep | None = None) -> History:
         self._resume()
         started, tokens_before = time.perf_counter(), self.history.tokens
         alone = own_randomness(self.device) if self.noisy else contextlib.nullcontext()
@@ -165,6 +175,9 @@ class _Loop:
             for step in range(len(self.history.rows), self.steps):
                 self._step(step)
                 self._tell((self.history.tokens - tokens_before) / (time.perf_counter() - started))
+        if keep:
+            for step in self._kept():
+                keep(step, self.saved.load_best(step))
         if self.history.best_step is not None and self.history.best_step != self.steps:
             self.trainable.restore(self.saved.load_best(self.history.best_step))
         parallel.check_agreed(
@@ -269,10 +282,12 @@ class _Loop:
                 f"step {step} of {self.steps}: the validation loss is not finite ({loss}); the last state saved before "
                 f"this step is kept. {self._advice()}"
             )
-        if self.recipe.keep == "best" and loss < self.history.best_loss:
+        best = self.recipe.keep != "last" and loss < self.history.best_loss
+        if best or self.recipe.keep == "all":
             snapshot = self.trainable.snapshot()
             if parallel.is_first():
                 self.saved.save_best(step, snapshot)
+        if best:
             self.history.best_step, self.history.best_loss = step, loss
         return loss
 
@@ -305,8 +320,13 @@ class _Loop:
         """Save the state; no process goes on, or ends, before it is on disk."""
         content = {"history": vars(self.history), "trainable": self.trainable.state_dict()}
         if parallel.is_first():
-            self.saved.save(content, self.history.best_step)
+            self.saved.save(content, self.history.best_step, self._kept())
         parallel.check_agreed("the number of steps to save", len(self.history.rows), self.device)
+
+    def _kept(self) -> list[int]:
+        """Return the steps so far whose states are kept beside the best one."""
+        every = self.recipe.keep == "all"
+        return [int(row["step"]) for row in self.history.rows if every and "validation_loss" in row]
 
     def _resume(self) -> None:
         content = self.saved.load()

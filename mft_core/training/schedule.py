@@ -28,4 +28,9 @@ def learning_rate(recipe: Training, step: int, total: int) -> float:
 
 def validation_steps(steps: int, count: int) -> frozenset[int]:
     """Return after which steps (1 is after the first) to validate: `count` evenly spaced ones, the last at the end."""
-    return frozenset(math.ceil(index * steps / count) for index in range(1, count + 1))
+    return frozenset(validation_step(index, steps, count) for index in range(1, count + 1))
+
+
+def validation_step(index: int, steps: int, count: int) -> int:
+    """Return the step after which the `index`-th of `count` validations is made."""
+    return math.ceil(index * steps / count)

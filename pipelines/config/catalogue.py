@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mft_core.errors import ConfigError, explain, unknown
-from mft_core.methods import MethodName, TrainedMethodName
+from mft_core.methods import Contrast, MethodName, TrainedMethodName
 from mft_core.recipes import Recipe, Runtime
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.yaml_files import read_yaml
@@ -108,6 +108,20 @@ class SearchSpec(Recipe):
         return VariantSpec(method=self.method, grid=self.space)
 
 
+class Contrasts(Recipe):
+    """The contrasts that a study declares before it is run; every other comparison of it is exploratory."""
+
+    primary: tuple[str, ...] = Field(min_length=1, description="such as 'mft - fft': treatment - control, by method")
+    margin: float = Field(1.0, gt=0, le=100, description="points below which a gain or a loss is not worth having")
+
+    @field_validator("primary")
+    @classmethod
+    def _are_readable(cls, primary: tuple[str, ...]) -> tuple[str, ...]:
+        for text in primary:
+            Contrast.parse(text)
+        return primary
+
+
 class Study(Recipe):
     """A question and the variants that answer it; or, in `studies`, the studies that it is made of."""
 
@@ -115,14 +129,24 @@ class Study(Recipe):
     question: Label
     domain: str | None = None
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    replicates: int = Field(1, ge=1, description="fine-tunings, each with seeds, controls and masks of its own")
     benchmarks: Literal["domain", "all"] = Field("domain", description="of the variant's own domain, or of every one")
     variants: tuple[VariantSpec, ...] = ()
+    checkpoints: int | None = Field(
+        None, ge=2, description="states of every training that are kept and evaluated beside the one that is chosen"
+    )
+    contrasts: Contrasts | None = Field(None, description="what the study is there to test; null: it explores")
     search: SearchSpec | None = Field(None, description="finds a further variant for each seed")
     contest: tuple[MethodName, ...] = Field(
         (), description="methods of whose variants the best, chosen on one half of the items, is judged on the other"
     )
+    choose: Literal["loss", "accuracy", "accuracy-or-loss"] | None = Field(
+        None,
+        description="a tuning: by the loss on validation rows, or by the accuracy on the profile's `validation` "
+        "benchmarks ('accuracy-or-loss': where it has some); a choice on an edge of its grid is refused",
+    )
     analyses: tuple[Analysis, ...] = ()
-    figure: Literal["gains", "methods", "matrix"] | None = Field(
+    figure: Literal["gains", "methods", "matrix", "trajectory"] | None = Field(
         None, description="what the report's main figure shows; null fits it to what varies"
     )
     studies: tuple[str, ...] = ()
@@ -133,6 +157,21 @@ class Study(Recipe):
             raise ValueError("a study has either variants or studies that it is made of; give one of the two")
         if self.search and self.studies:
             raise ValueError("search: a study that is made of studies has none; give it to a study of its own")
+        if self.search and self.checkpoints:
+            raise ValueError("checkpoints: a study with a search has none; give them to a study of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _contrasts_are_of_its_methods(self) -> Study:
+        methods = {spec.method for spec in self.families}
+        for text in self.contrasts.primary if self.contrasts and not self.studies else ():
+            contrast = Contrast.parse(text)
+            for side in (contrast.treatment, contrast.control):
+                if side[0] not in methods:
+                    raise ValueError(
+                        f"contrasts.primary: '{text}': the study has no variant of method '{side[0]}'; it has: "
+                        f"{', '.join(sorted(methods))}"
+                    )
         return self
 
     @property
@@ -149,6 +188,7 @@ class Profile(Recipe):
     defaults: dict[str, Any]
     domains: dict[Label, dict[str, Any]] = Field(min_length=1)
     layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
+    max_replicates: int = Field(1, ge=1, description="most fine-tunings of a study, unless --replicates says otherwise")
     runtime: Runtime = Runtime.model_validate({})
 
     @functools.cached_property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,13 +14,15 @@ from mft_core.errors import ConfigError, did_you_mean, explain, unknown
 from mft_core.methods import METHODS, uses
 from mft_core.recipes import Runtime
 from mft_core.yaml_files import parse_yaml
-from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, given
-from pipelines.config.setup import OF_ANOTHER_DOMAIN, Setup
+from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, given, merge
+from pipelines.config.setup import OF_ANOTHER_DOMAIN, Setup, own_training
 
 _ELSEWHERE = {
     "backbone": "it is the profile: use --profile",
     "domain": "it is a field of the study and of its variants: write `domain:` there",
     "method": "it is a field of the study's variants: write `method:` there",
+    "checkpoint": "it is a field of the study: write `checkpoints:` there",
+    "replicate": "use --replicates, or `replicates:` of the study",
 }
 Point = tuple[Setup, dict[str, Any]]
 """a setup with its point of the grid, {setup key: value}"""
@@ -65,25 +67,40 @@ def runtime_of(profile: Profile, overrides: Mapping[str, Any]) -> Runtime:
 
 
 def own_and_searched(
-    study: Study, profile: Profile, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+    study: Study,
+    profile: Profile,
+    overrides: Mapping[str, Any],
+    seeds: Sequence[int] | None = None,
+    replicates: int | None = None,
 ) -> tuple[list[Point], list[Point]]:
     """Expand the study into the setups of its own variants, and into those of its search's space, if it has one.
 
     Raises:
-        ConfigError: as `setups`.
+        ConfigError: as `setups`; or a search is asked for several fine-tunings.
     """
+    if study.search and replicates_of(study, profile, replicates) > 1:
+        raise ConfigError(f"study {study.name}: a search is that of one fine-tuned model; valid: replicates = 1.")
     own = study.model_copy(update={"search": None})
 
     def expanded(part: Study) -> list[Point]:
         used = {key: value for key, value in overrides.items() if concerns(part, key) or not concerns(study, key)}
-        return setups(part, profile, used, seeds)
+        return setups(part, profile, used, seeds, replicates)
 
     space = expanded(own.model_copy(update={"variants": (study.search.family,)})) if study.search else []
     return expanded(own), space
 
 
+def replicates_of(study: Study, profile: Profile, asked: int | None) -> int:
+    """Return how many fine-tunings a study has: what is asked for, else its own number as far as the profile lets."""
+    return asked or min(study.replicates, profile.max_replicates)
+
+
 def setups(
-    study: Study, profile: Profile, overrides: Mapping[str, Any], seeds: Sequence[int] | None = None
+    study: Study,
+    profile: Profile,
+    overrides: Mapping[str, Any],
+    seeds: Sequence[int] | None = None,
+    replicates: int | None = None,
 ) -> list[Point]:
     """Expand the study into the setups of its variants, in the study's order, without repeats.
 
@@ -96,11 +113,16 @@ def setups(
     for spec in study.variants:
         domains = profile.each(EACH_DOMAIN) if spec.domain == EACH_DOMAIN else [spec.domain]
         for domain, point in itertools.product(domains, spec.points(profile)):
-            for seed in _seeds(spec, point, seeds or study.seeds):
-                setup, meant = _compose(
-                    study, profile, spec.model_copy(update={"domain": domain}), settings, point, seed
+            setup, meant = _compose(study, profile, spec.model_copy(update={"domain": domain}), settings, point)
+            if setup.fine_tune is None and (replicates or 1) > 1:
+                raise ConfigError(
+                    f"--replicates {replicates}: profile {profile.name} has no fine_tune, so there is one fine-tuned "
+                    "model: the user's. Leave --replicates out, or describe the fine-tuning."
                 )
-                found.setdefault(setup, meant)
+            for replicate in range(replicates_of(study, profile, replicates) if setup.fine_tune else 1):
+                for seed in [setup.seed] if "seed" in point else _seeds(spec, seeds or study.seeds):
+                    for own, details in _checkpoints(setup, meant) if study.checkpoints else [(setup, meant)]:
+                        found.setdefault(own.model_copy(update={"replicate": replicate, "seed": seed}), details)
     _refuse_unused(settings, study, list(found))
     if len(engines := {(setup.engine, setup.engine_version) for setup in found}) > 1:
         names = ", ".join(sorted({engine for engine, _ in engines}))
@@ -111,9 +133,16 @@ def setups(
     return list(found.items())
 
 
-def _seeds(spec: VariantSpec, point: Mapping[str, Any], seeds: Sequence[int]) -> Sequence[int]:
-    if "seed" in point:
-        return [point["seed"]]
+def _checkpoints(setup: Setup, meant: dict[str, Any]) -> Iterator[Point]:
+    """Yield the variant, and one for each state that its training keeps."""
+    yield setup, meant
+    training = own_training(setup)
+    if training and training.keep == "all":
+        for index in range(1, training.validations + 1):
+            yield setup.model_copy(update={"checkpoint": index}), {**meant, "checkpoint": index}
+
+
+def _seeds(spec: VariantSpec, seeds: Sequence[int]) -> Sequence[int]:
     return seeds if METHODS[spec.method].seeded else [0]
 
 
@@ -123,12 +152,16 @@ def _compose(
     spec: VariantSpec,
     settings: Mapping[str, Any],
     point: Mapping[str, Any],
-    seed: int,
 ) -> tuple[Setup, dict[str, Any]]:
-    """Return one variant's setup, and its point of the grid with the values that are meant."""
+    """Return one variant's setup (any seed's), and its point of the grid with the values that are meant."""
     domain = _domain(profile, spec.domain or study.domain, "domain")
     values = copy.deepcopy(profile.partial_setups[domain])
     meant: dict[str, Any] = {}
+    if study.checkpoints:
+        kept = {"validations": study.checkpoints, "keep": "all"}
+        merge(values, {"fine_tune": kept, "continued": kept, "mask": {"training": kept}})
+        if "lora" in values:
+            merge(values, {"lora": {"training": kept}})
     changes = {**settings, **point}
     for key, value in changes.items():
         where = f"study {study.name}, grid of {spec.method}" if key in point else f"--set {key}"
@@ -145,11 +178,21 @@ def _compose(
                 if key.startswith("data."):  # what holds for the fine-tuning's data holds for the section's
                     _change(other, key, value, f"--set {key}")
             section["data"] = other["data"]
-    everything = _every_benchmark(profile)
+    everything = _every_benchmark(profile, "benchmarks")
+    held_out = everything
+    validation = values.pop("validation", [])
+    if study.choose in ("accuracy", "accuracy-or-loss"):
+        if not validation and study.choose == "accuracy":
+            raise ConfigError(
+                f"study {study.name}: choose = accuracy: domain {domain} of profile {profile.name} has no validation "
+                "items; list benchmarks of such under `validation:`, or choose by loss."
+            )
+        values["validation"] = validation
+        held_out = everything + _every_benchmark(profile, "validation")
     if study.benchmarks == "all":
         own = values["benchmarks"]
         values["benchmarks"] = own + [bench for bench in everything if bench not in own]
-    values |= {"held_out": everything, "backbone": profile.name, "domain": domain, "method": spec.method, "seed": seed}
+    values |= {"held_out": held_out, "backbone": profile.name, "domain": domain, "method": spec.method}
     try:
         return Setup.model_validate(values), meant
     except ValidationError as error:
@@ -171,11 +214,11 @@ def _domain(profile: Profile, name: str | None, field: str) -> str:
     return domain
 
 
-def _every_benchmark(profile: Profile) -> list[Any]:
+def _every_benchmark(profile: Profile, section: str) -> list[Any]:
     """Return the benchmarks of all domains, each once."""
     found: list[Any] = []
     for values in profile.partial_setups.values():
-        found += [bench for bench in values.get("benchmarks", ()) if bench not in found]
+        found += [bench for bench in values.get(section, ()) if bench not in found]
     return found
 
 

@@ -67,7 +67,9 @@ class Resolver:
         mixed = {source: self._rows(source) for data in datas(setup) for source in data.mixture}
         local = [bench for bench in (*setup.benchmarks, *setup.held_out) if bench.path and mixed]
         held_out = {(source.digest, task): (task, source) for task, source in map(self._items, local)}
-        benchmarks = {bench.name: self._benchmark(bench) for bench in setup.benchmarks}
+        benchmarks, validation = (
+            {bench.name: self._benchmark(bench) for bench in asked} for asked in (setup.benchmarks, setup.validation)
+        )
         if uses(setup.method, "mask"):
             chosen = format_layers(parse_layers(setup.mask.layers, len(found.geometry.layers)))
             mask = setup.mask.model_copy(update={"layers": chosen})
@@ -78,7 +80,7 @@ class Resolver:
         existing = self._existing(setup, found) if uses(setup.method, "existing") else None
         kept_out = tuple(held_out[name] for name in sorted(held_out))
         long = any(self._asks_long(*one) for one in kept_out)
-        return Resolved(setup, found, base, existing, mixed, kept_out, long, benchmarks)
+        return Resolved(setup, found, base, existing, mixed, kept_out, long, benchmarks, validation)
 
     def _base(self, setup: Setup, found: ResolvedModel) -> ResolvedModel | None:
         """Return what the fine-tuned model is trained from, where that is known."""

@@ -22,6 +22,8 @@ from mft_core.store.sources import Source
 
 OF_ANOTHER_DOMAIN = ("mask", "continued")
 """sections that may name another domain, whose data they take"""
+_DRAWS = 10_000
+"""seeds that a replicate has to itself"""
 
 
 def _layers_text(value: Any) -> Any:
@@ -147,6 +149,10 @@ class Setup(Recipe):
     domain: str
     method: MethodName
     seed: int = Field(0, ge=0, description="of the treatment: initial scores, random selection, order of its data")
+    replicate: int = Field(0, ge=0, description="which of the fine-tunings that differ in their seed alone")
+    checkpoint: int | None = Field(
+        None, gt=0, description="which validated state of its training is taken; null: the one that is kept"
+    )
     model: ModelSpec
     precision: Literal["float32", "bfloat16"] = "float32"
     engine: Engine = Field("hf", description="what answers the benchmarks' prompts, one for a study")
@@ -161,9 +167,26 @@ class Setup(Recipe):
     lora: LoraSpec | None = None
     mask: MaskSpec
     benchmarks: tuple[BenchmarkSpec, ...] = Field(min_length=1)
+    validation: tuple[BenchmarkSpec, ...] = Field(
+        (), description="benchmarks of items to choose by, which no comparison has; for studies that choose by accuracy"
+    )
     held_out: tuple[BenchmarkSpec, ...] = Field(
         (), description="benchmarks whose items are kept out of the training data, besides one's own"
     )
+
+    @property
+    def fine_tuning(self) -> Training:
+        """How this replicate's model is fine-tuned: with a seed of its own."""
+        assert self.fine_tune is not None  # there is one replicate of a model that is fine-tuned already
+        return self.fine_tune.model_copy(update={"seed": self.fine_tune.seed + self.replicate})
+
+    @property
+    def draw(self) -> int:
+        """Seed of the treatment's random draws, other ones in every replicate.
+
+        Replicates with the same draws (one random mask, say) would not show how much these matter.
+        """
+        return self.seed + _DRAWS * self.replicate
 
     @property
     def answered_by(self) -> str:
@@ -172,10 +195,11 @@ class Setup(Recipe):
 
     @model_validator(mode="after")
     def _benchmarks_are_told_apart(self) -> Setup:
-        names = [bench.name for bench in self.benchmarks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"benchmarks.name: {', '.join(twice)} is there twice; give each benchmark its own name")
+        for section, benchmarks in (("benchmarks", self.benchmarks), ("validation", self.validation)):
+            names = [bench.name for bench in benchmarks]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{section}.name: {', '.join(twice)} is there twice; give each benchmark its own name")
         return self
 
     @model_validator(mode="after")
@@ -213,6 +237,14 @@ def trainings(setup: Setup) -> dict[str, Training]:
         "mask.training": setup.mask.training,
     }
     return {name: training for name, training in every.items() if training and uses(setup.method, name)}
+
+
+def own_training(setup: Setup) -> Training | None:
+    """Return the training whose result the variant is, or that learns its mask; None: it has none of its own."""
+    method = METHODS[setup.method]
+    if method.selector and not method.trained:
+        return None
+    return next(reversed(trainings(setup).values()), None)
 
 
 def other_data(setup: Setup, key: str) -> DataSpec | None:
@@ -266,6 +298,8 @@ class Resolved:
     """whether any question of these is so long that `DataSpec.overlap` makes a difference"""
     benchmarks: Mapping[str, Source]
     """by name: the folder of a local benchmark, or lm-eval itself"""
+    validation: Mapping[str, Source]
+    """likewise"""
 
     @property
     def tuned_precision(self) -> str:

@@ -16,6 +16,7 @@ from mft_core.stages.flops_and_memory import PROCESS
 from pipelines.cost.predicted import Bill, stages
 from pipelines.graph.lookup import Step
 from pipelines.plan import workload
+from pipelines.plan.plan import Plan
 from pipelines.search import view
 
 _WIDTH = 100
@@ -29,6 +30,7 @@ def as_dict(bill: Bill) -> dict[str, Any]:
         "study": plan.study.name,
         "profile": plan.profile.name,
         "question": plan.study.question,
+        "replicates": plan.replicates,
         "variants": [
             {
                 **run.variant.columns,
@@ -89,6 +91,8 @@ def show(bill: Bill) -> None:
         f"about {plan.disk_needed / 1e9:.2f} GB of disk needed"
     )
     console.print(f"[bold]{_total(bill.hours, bill.to_come, bill.wall)}[/bold]")
+    if fewer := _fewer_replicates(plan):
+        console.print(fewer, soft_wrap=True)
     if plan.search:
         hours = view.hours(plan.search, {node_id: cost.hours for node_id, cost in bill.costs.items()})
         trainings = f"all trainings of the search: {_time(hours)}, counted above"
@@ -120,6 +124,8 @@ def show_together(bills: Sequence[Bill]) -> None:
     further = sum(bill.open for bill in bills)
     hours, to_come = (sum(getattr(cost, name) for cost in costs.values()) + further for name in ("hours", "to_come"))
     console.print(f"[bold]{_total(hours, to_come, sum(bill.wall for bill in bills))}[/bold], each stage counted once")
+    for line in dict.fromkeys(filter(None, (_fewer_replicates(bill.plan) for bill in bills))):
+        console.print(line, soft_wrap=True)
     console.print("shared: charged to an earlier run of the same study ('here'), or of the study that is named")
     console.print(_explained(steps.values()) + _assumed(bills[0]), style="dim")
 
@@ -161,6 +167,17 @@ def _summary(bills: Sequence[Bill]) -> Table:
         table.add_row(bill.plan.study.name, *map(str, counts), _gigabytes(most), *sums)
         seen |= steps.keys()
     return table
+
+
+def _fewer_replicates(plan: Plan) -> str | None:
+    """Say where the profile lets a study have fewer fine-tunings than it asks for."""
+    asked = plan.study.replicates
+    if plan.replicates >= asked:
+        return None
+    return (
+        f"{plan.study.name}: {plan.replicates} of the {asked} fine-tunings that the study asks for (profile "
+        f"{plan.profile.name}: max_replicates = {plan.profile.max_replicates}); all of them: --replicates {asked}"
+    )
 
 
 def _table(*heads: str, right: Sequence[int]) -> Table:

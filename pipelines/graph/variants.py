@@ -22,15 +22,16 @@ from mft_core.recipes import (
     Lora,
     MergeAdapter,
     MergeMask,
+    PickCheckpoint,
     PrepareData,
     Training,
 )
 from mft_core.store.sources import Source
-from pipelines.config.setup import BenchmarkSpec, DataSpec, Resolved, ResolvedModel, Setup
+from pipelines.config.setup import BenchmarkSpec, DataSpec, Resolved, ResolvedModel, Setup, own_training
 from pipelines.graph.nodes import Edge, Node, closure
 
 _COLUMNS = {"mask.sparsity", "mask.layers", "mask.modules", "seed"}
-_IN_NAMES = {"sparsity", "layers", "modules", "seed", "domain"}
+_IN_NAMES = {"sparsity", "layers", "modules", "seed", "replicate", "domain"}
 _OF_FINE_TUNING = ("model", "data", "fine_tune")
 
 
@@ -42,6 +43,8 @@ class Variant:
     name: str
     trained: Node | None
     evaluations: Mapping[str, Node]
+    validations: Mapping[str, Node]
+    """evaluations to choose by, of studies that choose by accuracy; no part of what is compared"""
     details: Mapping[str, Any]
     """what the study varies besides sparsity, layers, modules and seed: {setup key: value}"""
     baseline: Variant | None
@@ -71,6 +74,7 @@ class Variant:
             "modules": setup.mask.modules if masked else None,
             "sparsity": setup.mask.sparsity if masked else None,
             "seed": setup.seed if seeded else None,
+            **({"replicate": setup.replicate} if setup.replicate else {}),  # the first has the keys that it always had
             **{key: value if isinstance(value, int | float) else str(value) for key, value in self.details.items()},
         }
 
@@ -88,8 +92,10 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
     setup = resolved.setup
     details = {key: _shown(key, value) for key, value in point.items() if key not in _COLUMNS}
     names = _short_names({*grid, *point})
-    suffix = _suffix(details, names)
-    baseline = _baseline(resolved, point, grid) if setup.method not in REFERENCES else None
+    suffix = _suffix(setup, {key: value for key, value in details.items() if key != "checkpoint"}, names)
+    of_checkpoint = f" checkpoint={setup.checkpoint}" if setup.checkpoint else ""
+    refers = setup.method in REFERENCES and not setup.checkpoint
+    baseline = None if refers else _baseline(resolved, point, grid)
     method = METHODS[setup.method]
     of = resolved.model
     trained = None
@@ -99,20 +105,17 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
         of = _base(resolved)
         model = _whole(of)
     elif setup.fine_tune:
-        trained = _fine_tuned(resolved, setup.fine_tune, _of_fine_tuning(details, names))
+        trained = _fine_tuned(resolved, _of_fine_tuning(details), names)
         model = Edge(trained, "model")
     else:
         model = _whole(of)
     if "continued" in method.sections:
         trained = _continued(resolved, model, suffix)
-        model = Edge(trained, "model")
     elif "lora" in method.sections:
         of = of if method.starts_from == "fft" else _base(resolved)
         trained = _adapted(resolved, of, model if method.starts_from == "fft" else _whole(of), suffix)
-        model = Edge(trained, "model")
     elif method.selector:
         trained = _mask(resolved, model, suffix)
-        model = _merged(model, Edge(trained, "mask"), trained.label.replace("learn-mask", "merge-mask"), resolved)
     elif "existing" in method.sections:
         assert resolved.existing is not None  # the setup's validator sees to it
         trained = None
@@ -121,9 +124,16 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
             model = _whole(of)
         else:
             model = _merged(model, resolved.existing, f"merge-mask{suffix}", resolved)
-    name = _name(setup) + suffix
-    evaluations = {bench.name: _evaluation(resolved, bench, of, model, name) for bench in setup.benchmarks}
-    return Variant(resolved, name, trained, evaluations, details, baseline)
+    if trained:
+        result = _result(setup, trained, of_checkpoint)
+        label = trained.label.replace("learn-mask", "merge-mask") + of_checkpoint
+        model = _merged(model, Edge(result, "mask"), label, resolved) if method.selector else Edge(result, "model")
+    name = _name(setup) + suffix + of_checkpoint
+    evaluations, validations = (
+        {bench.name: _evaluation(resolved, bench, sources[bench.name], of, model, name) for bench in asked}
+        for asked, sources in ((setup.benchmarks, resolved.benchmarks), (setup.validation, resolved.validation))
+    )
+    return Variant(resolved, name, trained, evaluations, validations, details, baseline)
 
 
 def _base(resolved: Resolved) -> ResolvedModel:
@@ -149,7 +159,18 @@ def _merged(model: Source | Edge, mask: Source | Edge, label: str, resolved: Res
 def _baseline(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str]) -> Variant:
     """Return the fine-tuning that the setup starts from as a variant of its own, evaluated in the same way."""
     own = {key: value for key, value in point.items() if uses("fft", key)}
-    return variant(replace(resolved, setup=resolved.setup.model_copy(update={"method": "fft", "seed": 0})), own, grid)
+    changed = {"method": "fft", "seed": 0, "checkpoint": None}
+    return variant(replace(resolved, setup=resolved.setup.model_copy(update=changed)), own, grid)
+
+
+def _result(setup: Setup, trained: Node, of_checkpoint: str) -> Node:
+    """Return the node that has what the variant is: the training, or one of the states that it has kept."""
+    training = own_training(setup)
+    if setup.checkpoint is None or training is None:
+        return trained
+    recipe = PickCheckpoint(point=setup.checkpoint, of=training.validations)
+    label = f"pick-checkpoint {trained.label}{of_checkpoint}"
+    return Node("pick-checkpoint", recipe, {"training": Edge(trained)}, label)
 
 
 def _short_names(keys: set[str]) -> dict[str, str]:
@@ -159,8 +180,8 @@ def _short_names(keys: set[str]) -> dict[str, str]:
     return {key: name if taken.count(name) == 1 else key for key, name in last.items()}
 
 
-def _of_fine_tuning(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    return _suffix({key: value for key, value in details.items() if key.split(".")[0] in _OF_FINE_TUNING}, names)
+def _of_fine_tuning(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in details.items() if key.split(".")[0] in _OF_FINE_TUNING}
 
 
 def _shown(key: str, value: Any) -> Any:
@@ -168,8 +189,10 @@ def _shown(key: str, value: Any) -> Any:
     return PurePath(value).name if key == "existing" else value
 
 
-def _suffix(details: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    return "".join(f" {names[key]}={value}" for key, value in details.items())
+def _suffix(setup: Setup, details: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Name what the study varies, and a further replicate: the first is called the same whether there are others."""
+    replicate = f" replicate={setup.replicate}" if setup.replicate else ""
+    return "".join(f" {names[key]}={value}" for key, value in details.items()) + replicate
 
 
 def _name(setup: Setup) -> str:
@@ -215,14 +238,15 @@ def _template(model: ResolvedModel, checkpoint: Source | Edge) -> dict[str, Sour
     while isinstance(checkpoint, Edge):
         if checkpoint.node.stage == "fine-tune":
             return {}
-        checkpoint = checkpoint.node.inputs["model"]
+        checkpoint = checkpoint.node.inputs["training" if checkpoint.node.stage == "pick-checkpoint" else "model"]
     return {"chat_template": model.template} if model.template else {}
 
 
-def _fine_tuned(resolved: Resolved, training: Training, suffix: str) -> Node:
-    model = _whole(resolved.model)
+def _fine_tuned(resolved: Resolved, details: Mapping[str, Any], names: Mapping[str, str]) -> Node:
+    setup, model = resolved.setup, _whole(resolved.model)
+    suffix = _suffix(setup, details, names)
     inputs = {"model": model, "data": Edge(training_data(resolved)), **_template(resolved.model, model)}
-    return Node("fine-tune", FineTune(training=training), inputs, f"fine-tune {resolved.setup.domain}{suffix}")
+    return Node("fine-tune", FineTune(training=setup.fine_tuning), inputs, f"fine-tune {setup.domain}{suffix}")
 
 
 def _continued(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
@@ -233,7 +257,7 @@ def _continued(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
         "data": Edge(_data(resolved, data, data.fraction, spec.domain or setup.domain)),
         **_template(resolved.model, model),
     }
-    recipe = FineTune(training=_seeded(spec.training, setup.seed))
+    recipe = FineTune(training=_seeded(spec.training, setup))
     return Node("fine-tune", recipe, inputs, f"continue-fft {setup.domain} seed={setup.seed}{suffix}")
 
 
@@ -242,14 +266,14 @@ def _adapted(resolved: Resolved, of: ResolvedModel, model: Source | Edge, suffix
     setup, spec = resolved.setup, resolved.setup.lora
     assert spec is not None  # the setup's validator sees to it
     lora = Lora.model_validate(spec.model_dump(exclude={"training"}))
-    recipe = FineTune(training=_seeded(spec.training, setup.seed), lora=lora)
+    recipe = FineTune(training=_seeded(spec.training, setup), lora=lora)
     inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(training_data(resolved)), **_template(of, model)}
     return Node("fine-tune", recipe, inputs, f"{setup.method} {setup.domain} seed={setup.seed}{suffix}")
 
 
-def _seeded(training: Training, seed: int) -> Training:
+def _seeded(training: Training, setup: Setup) -> Training:
     """Give the training its variant's own order of the data."""
-    return training.model_copy(update={"seed": training.seed + seed})
+    return training.model_copy(update={"seed": training.seed + setup.draw})
 
 
 def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
@@ -260,7 +284,7 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     inputs: dict[str, Source | Edge] = {"model": model, **_rewound(resolved)}
     label = " ".join(["learn-mask", *_mask_words(setup)])
     if selector in TRAINED:
-        details = {"training": _seeded(mask.training, setup.seed), "score_init": mask.score_init}
+        details = {"training": _seeded(mask.training, setup), "score_init": mask.score_init}
     if selector in CALIBRATED:
         details = {"calibration_rows": mask.calibration_rows}
     if selector in TRAINED | CALIBRATED:
@@ -269,7 +293,7 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     if uses(setup.method, "mask.scope"):
         details |= {"scope": mask.scope, "min_kept": mask.min_kept}
     if METHODS[setup.method].seeded:
-        details["seed"] = setup.seed
+        details["seed"] = setup.draw
         label += f" seed={setup.seed}"
     if selector != "learned":
         label += f" ({selector})"
@@ -289,16 +313,21 @@ def _rewound(resolved: Resolved) -> dict[str, Source | Edge]:
 
 
 def _evaluation(
-    resolved: Resolved, bench: BenchmarkSpec, of: ResolvedModel, model: Source | Edge, variant_name: str
+    resolved: Resolved,
+    bench: BenchmarkSpec,
+    asked_of: Source,
+    of: ResolvedModel,
+    model: Source | Edge,
+    variant_name: str,
 ) -> Node:
     asked = bench.model_dump(exclude={"name", "path"}, exclude_defaults=True)
     setup = resolved.setup
     recipe = Evaluate(**asked, precision=setup.precision, engine=setup.engine, engine_version=setup.engine_version)
     inputs: dict[str, Source | Edge] = {"model": model, **_template(of, model)}
-    inputs["benchmark" if bench.path else "harness"] = resolved.benchmarks[bench.name]
+    inputs["benchmark" if bench.path else "harness"] = asked_of
     return Node("evaluate", recipe, inputs, f"evaluate {bench.name} of {variant_name}")
 
 
 def unique_nodes(variants: Iterable[Variant]) -> list[Node]:
     """Return every node of the variants once, each after the nodes that it needs."""
-    return closure(node for item in variants for node in item.evaluations.values())
+    return closure(node for item in variants for node in (*item.evaluations.values(), *item.validations.values()))

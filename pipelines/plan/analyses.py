@@ -21,8 +21,9 @@ Inputs = dict[str, Source | Edge]
 
 
 def answers(plan: Plan) -> list[Node]:
-    """Return the nodes that answer the study: its comparison, then its analyses."""
-    return [comparison_node(plan), *analysis_nodes(plan).values()]
+    """Return the nodes that answer the study: its comparison, then its analyses, and what it chooses by."""
+    chosen_by = [node for item in plan.variants for node in item.validations.values()]
+    return [comparison_node(plan), *analysis_nodes(plan).values(), *chosen_by]
 
 
 def analysis_nodes(plan: Plan) -> dict[str, Node]:
@@ -55,9 +56,14 @@ def _check_validation_rows(analysis: str, plan: Plan) -> None:
 
 
 def _by_base(plan: Plan) -> dict[str, list[Variant]]:
-    """Return the masked variants by the fine-tuning that they start from, in the study's order."""
+    """Return the masked variants by the fine-tuning that they start from, in the study's order.
+
+    Of replicates, those of the first: an analysis looks at one fine-tuned model.
+    """
     groups: dict[str, list[Variant]] = {}
     for item in plan.variants:
+        if item.setup.replicate:
+            continue
         if item.baseline and item.trained and isinstance(item.trained.recipe, LearnMask):
             model = item.baseline.model
             groups.setdefault(model.node.id if isinstance(model, Edge) else model.digest, []).append(item)

@@ -51,7 +51,7 @@ def _mask(node: Node) -> LearnMask | None:
     for given in node.inputs.values():
         if isinstance(given, Edge):
             recipe = given.node.recipe if isinstance(given.node.recipe, LearnMask) else None
-            if recipe or (given.node.stage == "merge-mask" and (recipe := _mask(given.node))):
+            if recipe or (given.node.stage in ("merge-mask", "pick-checkpoint") and (recipe := _mask(given.node))):
                 return recipe
     return None
 

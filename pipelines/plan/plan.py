@@ -11,12 +11,12 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mft_core.errors import ConfigError
-from mft_core.methods import METHODS
+from mft_core.methods import METHODS, REFERENCES
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Needs
 from mft_core.store.artifacts import ArtifactStore
@@ -30,6 +30,7 @@ from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
 from pipelines.plan.needs import disk_needed, needs_of
+from pipelines.plan.priors import with_priors
 from pipelines.search.trials import Point, Search, Trial, space_of, walk
 
 
@@ -48,12 +49,21 @@ class Plan:
     """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now"""
     search: Search | None = None
     """the study's search as far as the store holds it; its choices are variants once it is finished"""
+    looks: tuple[int, ...] = ()
+    """numbers of replicates at which the study is declared to be read; none: once"""
+    priors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """what earlier studies measured of how much trainings differ"""
 
     @property
     def asked(self) -> list[Resolved]:
         """Everything that may run: the variants, and the whole space of a search."""
         space = self.search.space.points.values() if self.search else ()
         return [item.resolved for item in self.variants] + [resolved for points in space for resolved, _ in points]
+
+    @property
+    def replicates(self) -> int:
+        """How many fine-tunings stand behind the answer."""
+        return 1 + max((item.setup.replicate for item in self.variants), default=0)
 
     @property
     def to_compute(self) -> list[Step]:
@@ -98,9 +108,19 @@ class Plan:
         ]
         for column, baseline in zip(columns, baselines, strict=True):
             column["baseline"] = position[baseline.id] if baseline else None
-        study = self.study
-        recipe = Compare(question=study.question, variants=tuple(columns), notes=self.notes, contest=study.contest)
-        return recipe, nodes
+        declared = {} if self.study.contrasts is None else {
+            "contrasts": self.study.contrasts.primary, "margin": self.study.contrasts.margin
+        }  # fmt: skip
+        return Compare(
+            question=self.study.question,
+            profile=self.profile.name,
+            variants=tuple(columns),
+            looks=self.looks,
+            priors=dict(self.priors),
+            notes=self.notes,
+            contest=self.study.contest,
+            **declared,
+        ), nodes
 
     def _baseline(self, item: Variant, benchmark: str, node: Node) -> Node | None:
         """Return the evaluation that the variant's evaluation on the benchmark is compared with."""
@@ -111,7 +131,8 @@ class Plan:
         tuned = [
             other.evaluations[benchmark]
             for other in self.variants
-            if (other.setup.method, other.setup.domain) == ("fft", item.setup.domain)
+            if (other.setup.method, other.setup.domain, other.setup.replicate)
+            == ("fft", item.setup.domain, item.setup.replicate)
             and benchmark in other.evaluations
             and _asked(other.evaluations[benchmark]) == _asked(node)
         ]
@@ -130,12 +151,14 @@ def make_plans(
     store: ArtifactStore,
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
+    replicates: int | None = None,
+    looks: Sequence[int] = (),
     unpinned: bool = False,
 ) -> list[Plan]:
     """Expand several studies on a profile; what one of them uses of the overrides, the others need not.
 
     Args:
-        studies, profile, store, overrides, seeds: as in `make_plan`.
+        studies, profile, store, overrides, seeds, replicates, looks: as in `make_plan`.
         unpinned: to be looked at, not run; see `Resolver`.
 
     Raises:
@@ -147,7 +170,7 @@ def make_plans(
     for study in studies:
         own = [text for text in overrides if len(studies) == 1 or compose.concerns(study, keys[text])]
         unused -= {keys[text] for text in own}
-        plans.append(make_plan(study, profile, store, own, seeds, resolver))
+        plans.append(make_plan(study, profile, store, own, seeds, replicates, looks, resolver))
     if unused:
         raise ConfigError(f"--set {', '.join(sorted(unused))}: no study of these uses it.")
     return plans
@@ -159,13 +182,16 @@ def make_plan(
     store: ArtifactStore,
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
+    replicates: int | None = None,
+    looks: Sequence[int] = (),
     resolver: Resolver | None = None,
 ) -> Plan:
     """Expand a study on a profile and look up what is there already.
 
     Args:
         overrides: `--set` texts, `key=value`.
-        seeds: instead of the study's own.
+        seeds, replicates: instead of the study's own.
+        looks: numbers of replicates at which the study is declared to be read.
         resolver: of plans that are made together.
 
     Raises:
@@ -174,7 +200,7 @@ def make_plan(
     settings = compose.parse_overrides(overrides)
     runtime = compose.runtime_of(profile, settings)
     look = (resolver or Resolver()).resolve
-    composed = compose.own_and_searched(study, profile, settings, seeds)
+    composed = compose.own_and_searched(study, profile, settings, seeds, replicates)
     own, searched = ([(look(setup), point) for setup, point in points] for points in composed)
     variants, search = _graph(study, profile, own, searched, store)
     every = [*variants, *search.variants] if search else variants
@@ -182,7 +208,11 @@ def make_plan(
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
     missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
     needed = disk_needed((needs_of(node, resolved, runtime, {}) for node in missing), runtime.at_once)
-    return Plan(study, profile, runtime, variants, steps, resolved, needed, search)
+    plan = Plan(study, profile, runtime, variants, steps, resolved, needed, search, tuple(looks))
+    treatments = [item for item in variants if item.setup.method not in REFERENCES]
+    treated = {node.id for item in treatments for node in item.evaluations.values()}
+    there = {step.artifact.digest for step in steps if step.artifact and step.node.id in treated}
+    return replace(plan, priors=with_priors(plan.comparison()[0], there, store).priors)
 
 
 def _graph(
@@ -236,7 +266,7 @@ def _distinct(asked: Sequence[Variant], study: Study) -> list[Variant]:
 
 
 def _work(item: Variant) -> tuple[str, ...]:
-    return tuple(node.id for node in item.evaluations.values())
+    return str(item.setup.replicate), *(node.id for node in item.evaluations.values())
 
 
 def comparison_node(plan: Plan) -> Node:

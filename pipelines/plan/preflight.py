@@ -41,6 +41,8 @@ def checked_plans(
     overrides: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     rerun: Sequence[str] = (),
+    replicates: int | None = None,
+    looks: Sequence[int] = (),
 ) -> tuple[list[Plan], ArtifactStore]:
     """Plan studies, and refuse all that can be known to fail before a server or a model is started.
 
@@ -53,10 +55,10 @@ def checked_plans(
     store = ArtifactStore.from_environment()
     for name in rerun:
         get_stage(name)
-    plans = make_plans(studies, profile, store, overrides, seeds)
-    looks: Looks = {}
+    plans = make_plans(studies, profile, store, overrides, seeds, replicates, looks)
+    seen: Looks = {}
     for plan in plans:
-        check(plan, store, looks)
+        check(plan, store, seen)
     return plans, store
 
 

@@ -1,4 +1,4 @@
-"""What was asked for: study, profile, overrides and seeds, as the user wrote them. Makes the exact command again."""
+"""What was asked for, as the user wrote it: study, profile, overrides, seeds. Makes the exact command again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mft_core.store.artifacts import ArtifactStore
 
@@ -19,6 +20,9 @@ class Asked:
     profile: str
     overrides: Sequence[str] = ()
     seeds: Sequence[int] | None = None
+    replicates: int | None = None
+    looks: Sequence[int] = ()
+    """numbers of replicates at which it is declared to be read; this is one of them"""
     started_by: str | None = None
     """the command, where it is not `mft run`"""
 
@@ -32,7 +36,22 @@ class Asked:
             words += ["--set", text]
         if self.seeds is not None:
             words += ["--seeds", ",".join(map(str, self.seeds))]
+        if self.looks:
+            words += ["--until", "decided", "--replicates", str(self.looks[-1])]
+        elif self.replicates is not None:
+            words += ["--replicates", str(self.replicates)]
         return shlex.join(words)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of a flow that does it."""
+        return {
+            "study": self.study,
+            "profile": self.profile,
+            "overrides": list(self.overrides),
+            "seeds": self.seeds,
+            "replicates": self.replicates,
+        }
 
     def directory(self, store: ArtifactStore) -> Path:
         """Return where the pages lie unless the user says otherwise."""

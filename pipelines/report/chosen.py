@@ -1,45 +1,83 @@
-"""Of the variants that a study tries of each method, the one that the validation rows choose.
+"""Of the variants that a study tries of each method, the one that validation chooses.
 
-Learning rates, checkpoints, layers: what is chosen is chosen by validation loss, as the mean over seeds, and the
-benchmarks, which had no part in the choice, say what it is worth. For the report's tables (`pipelines.report.report`).
+Learning rates, checkpoints, layers: what is chosen is chosen by the loss on validation rows, or by the accuracy on
+validation items (`choose: accuracy`), as the mean over seeds and replicates, and the benchmarks, which had no part in
+the choice, say what it is worth. For the report's tables (`pipelines.report.report`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
-from mft_core.statistics.tables import domain_of_data, pooled, without_seed
+from mft_core.errors import StageError
+from mft_core.methods import METHODS
+from mft_core.statistics.tables import domain_of_data, pooled, settings, without_seed
 
 Row = dict[str, Any]
+By = Literal["loss", "accuracy"]
 _RESULTS = ("benchmark", "n", "seeds", "accuracy", "gain", "gain_low", "gain_high", "verdict")
 
 
-def chosen(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows, seeds pooled, of each method's variant of least validation loss in each domain.
+def chosen(rows: Sequence[Row], by: By = "loss") -> list[Row]:
+    """Return the rows, seeds pooled, of each method's variant of best validation in each domain.
 
     Methods of which there is one variant have no choice. What is learned on another domain's data has its loss on that
     domain's rows, and is chosen among its like.
 
     Args:
-        rows: of a report, with `validation_loss` (nats per token) where a variant was trained.
+        rows: of a report, with `validation_loss` (nats per token) where a variant was trained, or
+            `validation_accuracy` (a share) where it was evaluated on validation items.
 
     Returns:
-        method, domain, variant, how many `variants` there were, the `validation_loss` of this one, and its results.
+        method, domain, variant, how many `variants` there were, the `validation_loss` or `validation_accuracy` of this
+        one, `edge`: the setting of which it has the least or the greatest value that was tried, and its results.
     """
-    losses: dict[tuple[str, str, str | None], dict[str, list[float]]] = {}
+    measure = f"validation_{by}"
+    tried: dict[tuple[str, str, str | None], dict[str, list[Row]]] = {}
     for row in rows:
-        if row["validation_loss"] is not None:
-            family = losses.setdefault((row["domain"], row["method"], domain_of_data(row)), {})
-            family.setdefault(without_seed(row["variant"]), []).append(row["validation_loss"])
+        if row.get(measure) is not None:
+            family = tried.setdefault((row["domain"], row["method"], domain_of_data(row)), {})
+            family.setdefault(without_seed(row["variant"]), []).append(row)
     found = []
-    for (domain, method, _), variants in losses.items():
+    for (domain, method, _), variants in tried.items():
         if len(variants) < 2:
             continue
-        best = min(variants, key=lambda name: fmean(variants[name]))
+        means = {name: fmean(row[measure] for row in own) for name, own in variants.items()}
+        best = min(means, key=lambda name: means[name] if by == "loss" else -means[name])
         described = {"method": method, "domain": domain, "variant": best, "variants": len(variants)}
-        described["validation_loss"] = round(fmean(variants[best]), 6)
+        described |= {measure: round(means[best], 6), "edge": _edge(best, variants)}
         own = [row for row in pooled(rows) if (row["domain"], without_seed(row["variant"])) == (domain, best)]
         found += [described | {name: row[name] for name in _RESULTS} for row in own]
     return found
+
+
+def _edge(best: str, variants: Mapping[str, Sequence[Row]]) -> str | None:
+    """Say which setting of the chosen variant is the least or the greatest that was tried; None: none is."""
+    firsts = [own[0] for own in variants.values()]
+    for key in ("sparsity", *(key for key in settings(firsts) if not key.endswith("seed"))):  # seeds have no order
+        values = {row.get(key) for row in firsts} - {None}
+        numbers = sorted(value for value in values if isinstance(value, int | float))
+        own = variants[best][0].get(key)
+        if len(numbers) > 1 and own in (numbers[0], numbers[-1]):
+            setting = key if "." in key else f"mask.{key}"
+            return f"{setting} = {own:g} (tried: {', '.join(f'{number:g}' for number in numbers)})"
+    return None
+
+
+def refuse_edges(study: str, rows: Sequence[Row]) -> None:
+    """Refuse a tuning whose choice lies on an edge of its grid: what lies beyond may be better.
+
+    Args:
+        rows: of `chosen`.
+
+    Raises:
+        StageError: naming each such choice.
+    """
+    told = {f"{METHODS[row['method']].label}, {row['domain']}: {row['edge']}" for row in rows if row["edge"]}
+    if told:
+        raise StageError(
+            f"study {study}: what validation chooses lies on the edge of its grid, and beyond it may be better: "
+            f"{'; '.join(sorted(told))}. Widen the grid there and run the study again; what is there stays cached."
+        )

@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config import compose
 from pipelines.config.catalogue import Study, load_profile, load_studies, load_study
 from pipelines.plan.analyses import analysis_nodes
 from pipelines.plan.plan import make_plans
 from pipelines.report.asked import Asked
+from pipelines.report.chosen import refuse_edges
 from pipelines.report.composite import composite_report
+from pipelines.report.looks import declared, undecided
 from pipelines.report.page import write_report
 from pipelines.report.report import Report, find_report
 
@@ -31,19 +35,58 @@ def write(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Pat
         the reports of the parts, and the HTML page of the study asked for.
 
     Raises:
-        StageError: a study has not been run with these settings, or MLflow cannot be reached.
+        StageError: a study has not been run with these settings, MLflow cannot be reached, or a tuning's choice lies on
+            an edge of its grid.
     """
     store = ArtifactStore.from_environment()
-    whole, profile = load_study(asked.study), load_profile(asked.profile)
-    plans = make_plans(load_studies(asked.study), profile, store, asked.overrides, asked.seeds)
-    reports = [find_report(plan, store, analysis_nodes(plan)) for plan in plans]
+    whole, reports = load_study(asked.study), _reports(asked, store)
     pages = [write_part(report, whole, asked, store, out) for report in reports]
     if sync:
         from pipelines.report.record import sync_to_mlflow
 
         for report, page in zip(reports, pages, strict=True):
             sync_to_mlflow(report.plan, store, report, page.parent)
-    return reports, write_index(reports, whole, asked, store, out) if whole.studies else pages[0]
+    page = write_index(reports, whole, asked, store, out) if whole.studies else pages[0]
+    check_choices(reports)
+    return reports, page
+
+
+def _reports(asked: Asked, store: ArtifactStore) -> list[Report]:
+    """Read a study that has been run, or the parts that it is made of."""
+    design = asked.seeds, asked.replicates, asked.looks
+    plans = make_plans(load_studies(asked.study), load_profile(asked.profile), store, asked.overrides, *design)
+    return [find_report(plan, store, analysis_nodes(plan)) for plan in plans]
+
+
+def undecided_contrasts(asked: Asked) -> list[str]:
+    """Return the declared contrasts of a study that its last look has not decided."""
+    reports = _reports(asked, ArtifactStore.from_environment())
+    return [name for report in reports for name in undecided(report.contrasts)]
+
+
+def write_last_look(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Path]:
+    """As `write`, at the last of the declared looks that has been run."""
+    found: tuple[list[Report], Path] | None = None
+    for look in declared(asked):
+        try:
+            found = write(look, out, sync)
+        except StageError:
+            if found is None:
+                raise
+            break
+    assert found is not None  # there is a first look
+    return found
+
+
+def check_choices(reports: Sequence[Report]) -> None:
+    """Refuse tunings, whose pages are written, that end on an edge of their grids.
+
+    Raises:
+        StageError: a choice lies on an edge.
+    """
+    for report in reports:
+        if report.plan.study.choose:
+            refuse_edges(report.plan.study.name, report.tables.get("chosen", []))
 
 
 def write_part(report: Report, whole: Study, asked: Asked, store: ArtifactStore, out: Path | None = None) -> Path:
@@ -71,4 +114,4 @@ def _asked_of(report: Report, whole: Study, asked: Asked) -> Asked:
         return asked
     study = report.plan.study
     own = [text for text in asked.overrides if compose.concerns(study, text.partition("=")[0].strip())]
-    return Asked(study.name, asked.profile, own, asked.seeds)
+    return replace(asked, study=study.name, overrides=own)

@@ -59,5 +59,5 @@ def _answers(parts: Sequence[tuple[Report, Path]], out: Path) -> str:
         lines.append(
             [Markup(f"[{text(study.name)}](<{link}/{PAGE}>)"), study.question, published.finding(study.name), said]
         )
-    note = "Holm's correction is made within each study, not over all of them."
+    note = "Holm's correction is made over each study's declared contrasts, not over all studies."
     return f"{grid(['study', 'question', 'the paper', 'here'], lines)}\n\n{note}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mft_core import figures
 from mft_core.figures import search as search_figure
+from mft_core.figures import trajectory
 from pipelines.report import published, render, sections
 from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt
@@ -36,7 +37,10 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
     known = published.gains(profile.name)
     with replacing(out) as folder:
         figure = folder / "figure.png"
-        if known or study.figure:
+        if study.figure == "trajectory":
+            curves = published.curves(profile.name)
+            attempt("the figure", lambda: trajectory.write(report.rows, study.question, figure, curves), None)
+        elif known or study.figure:
             draw = functools.partial(figures.gains, report.rows, study.question, figure, kind=study.figure)
             attempt("the figure", lambda: draw(published=known), None)
         else:  # the comparison's own is the same

@@ -36,6 +36,16 @@ def gains(profile: str) -> dict[tuple[str, str], float]:
     }
 
 
+def curves(profile: str) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the values of the paper's first figure (accuracy in %) on a profile by (domain, benchmark) and method."""
+    values: Values = _content()["curves"].get(profile, {})
+    return {
+        (domain, benchmark): dict(accuracy)
+        for domain, benchmarks in values.items()
+        for benchmark, accuracy in benchmarks.items()
+    }
+
+
 def finding(study: str) -> str | None:
     """Return what the paper says about a study's question, or None."""
     found = _content()["findings"].get(study)

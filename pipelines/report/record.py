@@ -77,7 +77,7 @@ class Recorder:
             self.trials(plan.search.trials)
         for item in plan.variants:
             key = variant_key(item.columns)
-            self._tracker.variant(key, item.name, {**item.columns, **_settings(item)})
+            self._tracker.variant(key, item.name, {"replicate": 0, **item.columns, **_settings(item)})
             if item.trained:
                 self._owners.setdefault(item.trained.id, key)
 

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from mft_core.statistics.markdown import table, text
 
 _CSS_DPI, _FIGURE_DPI = 96, 160
-_VERDICT = re.compile(r"\b(better|worse|noise|identical)\)?$")
+_VERDICT = re.compile(r"\b(better|worse|equivalent|undecided)\)?$")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mft_core.cache_key import digest
@@ -19,12 +20,16 @@ from mft_core.errors import StageError
 from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.manifests import validation_loss
+from mft_core.training.schedule import validation_step
+from pipelines.config.setup import own_training
 from pipelines.cost import measured as costs
 from pipelines.graph.nodes import Edge, Node, closure
+from pipelines.graph.variants import Variant
 from pipelines.plan.analyses import answers
 from pipelines.plan.plan import Plan, comparison_node
 from pipelines.report.attempt import attempt
 from pipelines.report.chosen import chosen
+from pipelines.report.looks import earlier_looks
 from pipelines.search.tables import tables as search_tables
 
 Row = dict[str, Any]
@@ -43,14 +48,24 @@ class Report:
     plan: Plan
     manifests: Mapping[str, dict[str, Any]]
     """of every stage behind the answer, by node id"""
+    looks: Sequence[str] = ()
+    """the trainings with which the same study was compared before, fewer ones"""
     analyses: Mapping[str, Path] = field(default_factory=dict)
     """directories of the study's analyses by name: `section.md`, figures, `rows.json`"""
 
     @functools.cached_property
+    def contrasts(self) -> list[Row]:
+        """The contrasts that the study declares, with the columns of `rows`."""
+        known = {"study": self.plan.study.name, "profile": self.plan.profile.name, "cached": None, "seconds": None}
+        return [{**row, **known} for row in _read_rows(self.directory / "contrasts.json")]
+
+    @functools.cached_property
     def tables(self) -> dict[str, list[Row]]:
         """Every table of numbers besides `rows`, by name: choices, winners, data, costs, a search, each analysis."""
+        by_items = any(item.validations for item in self.plan.variants)
         parts: dict[str, Callable[[], list[Row]]] = {
-            "chosen": lambda: chosen(self.rows),
+            "chosen": lambda: chosen(self.rows, "accuracy" if by_items else "loss"),
+            "contrasts": lambda: self.contrasts,
             "winners": lambda: _read_rows(self.directory / "winners.json"),
             "data": lambda: _data(self.plan, self.manifests),
             "cost": lambda: costs.by_stage(self.plan, self.manifests),
@@ -131,12 +146,14 @@ def read_report(
     """
     directory = ref.local_path(store)
     rows = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
-    trained = plan.search.nodes if plan.search else []
-    manifests = _manifests(closure([comparison_node(plan), *trained]), store)
+    further = [node for item in plan.variants for node in item.validations.values()]
+    further += plan.search.nodes if plan.search else []
+    manifests = _manifests(closure([comparison_node(plan), *further]), store)
     evaluations = {(item.name, item.setup.domain, name): (item, node) for item in plan.variants
                    for name, node in item.evaluations.items()}  # fmt: skip
     for row in rows:
         row |= {"study": plan.study.name, "profile": plan.profile.name}
+        row.setdefault("replicate", 0)
         row |= dict.fromkeys(("cached", "seconds", "validation_loss"))
         found = evaluations.get((row["variant"], row["domain"], row["benchmark"]))
         if found:
@@ -144,10 +161,26 @@ def read_report(
             own = {n.id for n in (item.trained, node) if n is not None}
             row["cached"] = cached.get(node.id, False)
             row["seconds"] = round(sum(manifests[n]["provenance"]["seconds"] for n in own if n in manifests), 3)
+            if item.validations:
+                measured = [manifests[node.id]["summary"]["accuracy"] for node in item.validations.values()]
+                row["validation_accuracy"] = fmean(measured)
             if item.trained and item.trained.id in manifests:
-                row["validation_loss"] = validation_loss(manifests[item.trained.id])
+                row |= _of_training(item, manifests[item.trained.id])
     table = (directory / "table.md").read_text(encoding="utf-8")
-    return Report(rows, table, directory, plan, manifests, analyses or {})
+    looks = earlier_looks(manifests[comparison_node(plan).id], store)
+    return Report(rows, table, directory, plan, manifests, looks, analyses or {})
+
+
+def _of_training(item: Variant, manifest: dict[str, Any]) -> Row:
+    """Return the validation loss of what the variant took of its training; and the step, where it has a choice."""
+    training, checkpoint = own_training(item.setup), item.setup.checkpoint
+    if training is None or training.keep != "all":
+        return {"validation_loss": validation_loss(manifest)}
+    summary = manifest["summary"]
+    step = summary["kept_step"]
+    if checkpoint is not None:
+        step = validation_step(checkpoint, summary["steps"], training.validations)
+    return {"validation_loss": summary["validation_losses"][str(step)], "step": step}
 
 
 def _manifests(nodes: Iterable[Node], store: ArtifactStore) -> dict[str, dict[str, Any]]:

@@ -7,10 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mft_core.statistics.markdown import Markup, code, plain_text, text
-from mft_core.statistics.tables import cell, method_label
+from mft_core.statistics.tables import cell, gain_cell, method_label, pooled
+from mft_core.statistics.winner import MEAN
 from pipelines.cost.measured import SHARED
 from pipelines.report import verdict
 from pipelines.report.asked import Asked
@@ -31,7 +33,9 @@ def of_study(report: Report, asked: Asked) -> list[Section]:
         Section("table", "Table", _without_heading(report.table)),
     ]
     if rows := report.tables.get("chosen"):
-        parts.append(part("chosen", "Chosen on validation rows", lambda: _chosen(rows)))
+        parts.append(part("chosen", "Chosen on validation", lambda: _chosen(rows)))
+    if report.plan.study.checkpoints:
+        parts.append(part("points", "What choosing the best point is worth", lambda: _points(report)))
     if search := report.plan.search:
         parts.append(part("search", "The search", lambda: search_section(search, report.tables)))
     for name, directory in report.analyses.items():
@@ -62,21 +66,46 @@ def _without_heading(table: str) -> str:
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what validation rows choose."""
+    """Return what validation chooses."""
+    measure = next(name for name in ("validation_loss", "validation_accuracy") if name in rows[0])
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     several = len({row["domain"] for row in rows}) > 1
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        loss = f"{row['validation_loss']:.4f}"
-        head = [row["variant"], *([row["domain"]] if several else []), str(row["variants"]), loss]
+        shown = f"{row[measure]:.4f}" if measure == "validation_loss" else f"{100 * row[measure]:.1f}"
+        head = [row["variant"], *([row["domain"]] if several else []), str(row["variants"]), shown, row["edge"] or "-"]
         line = lines.setdefault((row["domain"], row["variant"]), head + ["-"] * len(benchmarks))
         line[len(head) + benchmarks.index(row["benchmark"])] = cell(row)
-    header = ["variant", *(["domain"] if several else []), "of", "validation loss", *benchmarks]
+    header = ["variant", *(["domain"] if several else []), "of", measure.replace("_", " "), "on an edge of its grid",
+              *benchmarks]  # fmt: skip
+    by = "least loss on validation rows (nats per token"
+    if measure == "validation_accuracy":
+        by = "greatest accuracy on validation items (%, mean over benchmarks"
     note = (
-        "Of each method's variants the one of least validation loss (nats per token, mean over seeds), and its gain on "
-        "the benchmarks, which had no part in the choice; tests and verdicts are those of the table above."
+        f"Of each method's variants the one of {by}, mean over seeds), and its gain on the benchmarks, which had no "
+        "part in the choice; tests and verdicts are those of the table above."
     )
     return f"{note}\n\n{grid(header, list(lines.values()))}"
+
+
+def _points(report: Report) -> str:
+    """Return for each training what the best of its states would have claimed, chosen on the test items."""
+    winners = report.tables.get("winners", [])
+    several = len({row["benchmark"] for row in report.rows}) > 1
+    kept = [row for row in pooled(report.rows) if row.get("checkpoint") is None and row["gain"] is not None]
+    lines = []
+    for row in winners:
+        if (row["benchmark"] == MEAN) != several:
+            continue
+        own = [other["gain"] for other in kept if (other["method"], other["domain"]) == (row["method"], row["domain"])]
+        lines.append([method_label(row["method"]), row["domain"], f"{100 * row['naive_gain']:+.1f}", gain_cell(row),
+                      f"{100 * fmean(own):+.1f}" if own else "0 (FFT itself)"])  # fmt: skip
+    note = (
+        "Gains over the FFT checkpoint that validation chose, in points, mean over the benchmarks. *claimed*: "
+        "the best state of the training on the test items, which is how the paper chooses. *worth*: the best on one "
+        "half of the items, measured on the other half. *validation*: the state that validation rows choose."
+    )
+    return f"{note}\n\n{grid(['training', 'domain', 'claimed', 'worth', 'validation'], lines)}"
 
 
 def _analysis(name: str, directory: Path) -> Section:

@@ -2,7 +2,7 @@
 
 Params are what a variant is, metrics what came out. A param that is a number for one variant is a number for all of
 them, or not there: MLflow's parallel-coordinates view takes a param for words as soon as one run has a word in it. So
-the pooled rows' seed ("all") is not a param (`seeds` counts them), and no param says "None".
+the pooled rows' seed and replicate ("all") are no params (`seeds`, `replicates` count them), and no param says "None".
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ def variant_key(row: Row) -> str:
     return f"{row.get('domain')}/{row['variant']}"
 
 
-_IDENTITY = ("study", "profile", "variant", "method", "domain", "layers", "modules", "sparsity", "seed", "seeds")
-_OF_VARIANT = ("validation_loss",)
+_IDENTITY = (
+    "study", "profile", "variant", "method", "domain", "layers", "modules", "sparsity", "seed", "seeds", "replicate",
+    "replicates",
+)  # fmt: skip
+_POOLED = {("seed", "all"), ("replicate", "all")}
+"""what is no number of a row about several trainings or fine-tunings"""
+_OF_VARIANT = ("validation_loss", "validation_accuracy", "step")
 """numbers that are the same for every benchmark"""
 _WORDS = ("verdict", "metric", "family")
 
@@ -35,8 +40,7 @@ _WORDS = ("verdict", "metric", "family")
 def columns(row: Row) -> dict[str, Any]:
     """Return what identifies the row's variant: its params; `first_layer` and `last_layer` are numbers to plot by."""
     found = {name: row[name] for name in (*_IDENTITY, *settings([row])) if row.get(name) not in (None, "None")}
-    if found.get("seed") == "all":
-        del found["seed"]
+    found = {name: value for name, value in found.items() if (name, value) not in _POOLED}
     layers = re.findall(r"\d+", str(found.get("layers", "")))
     return found | ({"first_layer": int(layers[0]), "last_layer": int(layers[-1])} if layers else {})
 

@@ -62,13 +62,13 @@ def gains(rows: pd.DataFrame, kind: figures.Kind | None = None) -> Picture:
 
 
 def p_values(rows: pd.DataFrame, level: float = 1 - CONFIDENCE) -> Picture | None:
-    """Draw every p-value of the study's family, the least first, beside the line that Holm's procedure sets it.
+    """Draw the p-values of what the study explores, the least first, beside the line of Benjamini and Hochberg.
 
     Args:
         rows: of `results.rows`.
-        level: of the family's error rate.
+        level: of the false-discovery rate.
     """
-    found = [row for row in results.records(rows) if row["family"] == "study"]
+    found = [row for row in results.records(rows) if row["family"] == "exploratory"]
     return _picture(lambda: _p_values(found, level)) if found else None
 
 
@@ -162,7 +162,7 @@ def _p_values(rows: Sequence[Row], level: float) -> Figure:
     axes: Axes = figure.subplots()
     ordered = sorted(rows, key=lambda row: row["p_value"])
     ranks = np.arange(1, len(ordered) + 1)
-    axes.step(ranks, level / (len(ordered) + 1 - ranks), where="mid", color="0.35", linewidth=1.0, zorder=1)
+    axes.step(ranks, level * ranks / len(ordered), where="mid", color="0.35", linewidth=1.0, zorder=1)
     for rank, row in zip(ranks, ordered, strict=True):
         look = of_method(row["method"])
         real = row["verdict"] in ("better", "worse")
@@ -182,9 +182,9 @@ def _p_values(rows: Sequence[Row], level: float) -> Figure:
                       markersize=5.5, label=method_label(method))
                for method in drawing.unique(row["method"] for row in rows)]  # fmt: skip
     handles += [
-        Line2D([], [], color="0.35", linewidth=1.0, label=f"Holm: {level:.2g} over the tests that are left"),
-        Line2D([], [], label="distinguishable from noise", **grey),
-        Line2D([], [], label="not distinguishable", markerfacecolor="white", **grey),
+        Line2D([], [], color="0.35", linewidth=1.0, label=f"false-discovery rate of {level:.2g}"),
+        Line2D([], [], label="better or worse", **grey),
+        Line2D([], [], label="neither", markerfacecolor="white", **grey),
     ]
     columns = max(2, int(figure.get_figwidth() / 2.2))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

@@ -34,7 +34,7 @@ from tasks.mlflow.tracking import ALL_RUNS, EXECUTED
 
 Row = dict[str, Any]
 
-VARIANT = ("variant", "method", "domain", "layers", "modules", "sparsity", "seed")
+VARIANT = ("variant", "method", "domain", "layers", "modules", "sparsity", "seed", "replicate")
 """columns that say what a variant is, besides the settings that the study varies"""
 CURVE = ("step", "loss", "validation_loss", "learning_rate")
 """columns of `curves` that vary along a curve"""
@@ -232,19 +232,22 @@ def _read(run: Any, name: str) -> pd.DataFrame:
         uri = f"{run.info.artifact_uri}/report/{name}.parquet"
         path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=tracking_uri())
         found = parquet.read_table(path).to_pylist()
-    mixed = {column for column in (found[0] if found else ()) if column.endswith("seed") or "." in column}
+    mixed = {
+        column for column in (found[0] if found else ()) if column.endswith(("seed", "replicate")) or "." in column
+    }
     return pd.DataFrame(
         [{name: _value(name, value) if name in mixed else value for name, value in row.items()} for row in found]
     ).convert_dtypes()
 
 
 def _seed(params: dict[str, str]) -> str | None:
-    """Return the seed, "all" for a run over several."""
-    return params.get("seed") or ("all" if int(params.get("seeds", 1)) > 1 else None)
+    """Return the seed, "all" for a run over several trainings."""
+    several = any(int(params.get(name, 1)) > 1 for name in ("seeds", "replicates"))
+    return params.get("seed") or ("all" if several else None)
 
 
 def _columns(run: Any, settings: Sequence[str]) -> Row:
-    params = run.data.params | {"seed": _seed(run.data.params)}
+    params = {"replicate": "all", **run.data.params, "seed": _seed(run.data.params)}
     return {name: _value(name, params.get(name)) for name in ("study", "profile", *VARIANT, "seeds", *settings)}
 
 

@@ -14,30 +14,43 @@ from mft_core.stages import STAGES
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from pipelines.graph.nodes import Edge, Node, closure
+from pipelines.graph.variants import unique_nodes
 from pipelines.plan.plan import Plan, comparison_node
 
 ITEMS = 200
-SECONDS = {"prepare-data": 1.0, "fine-tune": 40.0, "learn-mask": 8.0, "merge-mask": 2.0, "evaluate": 5.0}
+SECONDS = {
+    "prepare-data": 1.0, "fine-tune": 40.0, "learn-mask": 8.0, "merge-mask": 2.0, "pick-checkpoint": 0.5,
+    "evaluate": 5.0,
+}  # fmt: skip
 
 
-def finish(plan: Plan, store: ArtifactStore, accuracy: Mapping[str, float], usage: Mapping[str, Any] = {}) -> None:
+def finish(
+    plan: Plan,
+    store: ArtifactStore,
+    accuracy: Mapping[str, float],
+    usage: Mapping[str, Any] = {},
+    validation: Mapping[str, float] = {},
+) -> None:
     """Put every artifact of the study into the store.
 
     Args:
         accuracy: by method, share of the items that its models answer rightly (the first ones).
         usage: further provenance of every stage.
+        validation: likewise of single evaluations, by node id.
     """
-    methods = {node.id: item.setup.method for item in plan.variants for node in item.evaluations.values()}
+    shares = {
+        node.id: accuracy.get(item.setup.method, 0.0) for item in plan.variants for node in item.evaluations.values()
+    } | dict(validation)
     made: dict[str, ArtifactRef] = {}
     comparison = comparison_node(plan)
-    for node in closure([comparison]):
+    for node in closure([comparison, *unique_nodes(plan.variants)]):
         inputs = {
             name: made[given.node.id] if isinstance(given, Edge) else given for name, given in node.inputs.items()
         }
         if node is comparison:
             store.build(STAGES["compare"], node.recipe, inputs, Runtime())
         else:
-            made[node.id] = _commit(store, node, inputs, accuracy.get(methods.get(node.id, ""), 0.0), usage)
+            made[node.id] = _commit(store, node, inputs, shares.get(node.id, 0.0), usage)
 
 
 def finish_trials(plan: Plan, store: ArtifactStore, loss: Callable[[Node], float]) -> None:
@@ -76,6 +89,7 @@ def _commit(
         }  # fmt: skip
     if node.stage == "evaluate":
         _write_answers(folder, accuracy)
+        summary["accuracy"] = accuracy
     elif getattr(node.recipe, "training", None):
         summary |= {"tokens": 4000, "steps": 20, "kept_step": 10, "validation_losses": {"10": loss, "20": loss + 0.25}}
         curve = [{"step": 10, "loss": 0.5, "validation_loss": 0.5}, {"step": 20, "loss": 0.25, "validation_loss": 0.75}]

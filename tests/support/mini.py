@@ -67,11 +67,13 @@ def write_profile(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def write_study(folder: Path, variants: list[dict[str, Any]] | None = None, seeds: tuple[int, ...] = (0,)) -> Path:
+def write_study(
+    folder: Path, variants: list[dict[str, Any]] | None = None, seeds: tuple[int, ...] = (0,), **further: Any
+) -> Path:
     """Write a study of every method and returns its path."""
     default: list[dict[str, Any]] = [{"method": name} for name in PLAIN_METHODS]
     next(item for item in default if item["method"] == "mft")["grid"] = {"mask.sparsity": [0.1, 0.3]}
     path = folder / "mini-study.yaml"
-    study = {"question": "Does it run?", "seeds": list(seeds), "variants": variants or default}
+    study = {"question": "Does it run?", "seeds": list(seeds), "variants": variants or default, **further}
     path.write_text(yaml.safe_dump(study))
     return path

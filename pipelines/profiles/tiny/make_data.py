@@ -36,6 +36,12 @@ BENCHMARKS = {
     "symbols": {"sortnum": 300, "sortlong": 300},
     "symbols_hard": {"sortbig": 600},
 }
+VALIDATION = {
+    "arithmetic_validation": {"muladd": 600, "sum4": 420},
+    "number_theory_validation": {"gcdadd": 480, "summod": 280, "gcd3": 260},
+    "symbols_validation": {"sortnum": 510, "sortlong": 510},
+}
+"""items to choose settings by: of content that neither training rows nor benchmarks have"""
 STREAMS = {"train": 1, "data": 2, "benchmark": 3, "validation": 4}
 
 
@@ -60,11 +66,12 @@ def distinct(items: Iterable[Item], cap: int, limit: int = 400_000) -> Iterator[
         yield item
 
 
-def pick(counts: dict[str, int], purpose: str, split: str) -> list[Item]:
-    """`counts[kind]` distinct items of each kind, shuffled together."""
+def pick(counts: dict[str, int], purpose: str, split: str, taken: set[tuple[str, str]] = frozenset()) -> list[Item]:
+    """`counts[kind]` distinct items of each kind, shuffled together, whose family and content are not `taken`."""
     items: list[Item] = []
     for kind, count in counts.items():
-        chosen = list(islice(distinct(stream(kind, purpose, split), max(1, int(ANSWER_CAP * count))), count))
+        free = (item for item in stream(kind, purpose, split) if (KINDS[kind].family, item.content) not in taken)
+        chosen = list(islice(distinct(free, max(1, int(ANSWER_CAP * count))), count))
         if len(chosen) < count:
             raise ValueError(f"{kind}: only {len(chosen)} of {count} distinct {split} items")
         items += chosen
@@ -96,7 +103,8 @@ def describe(name: str, items: list[Item]) -> str:
 HEADER = """# Benchmarks of the tiny profile
 
 Written by `make_data.py`. Only reserved content (see `kinds.py`): no item's operands, letters or numbers
-occur together in the pre-training or fine-tuning data of the same family. Scored by exact match, greedy.
+occur together in the pre-training or fine-tuning data of the same family, and those of `*_validation`, by which
+settings are chosen, in no other benchmark of the family. Scored by exact match, greedy.
 
 | benchmark | n | distinct contents | kinds | always giving the commonest answer, % | an item |
 |---|---|---|---|---|---|
@@ -133,8 +141,13 @@ def write_all() -> None:
     for domain, counts in TRAIN.items():
         write_jsonl(HERE / "data" / f"{domain}.jsonl", map(messages, pick(counts, "data", "train")))
     lines = []
-    for name, counts in BENCHMARKS.items():
-        items = pick(counts, "benchmark", "reserved")
+    asked: set[tuple[str, str]] = set()
+    for name, counts in (BENCHMARKS | VALIDATION).items():
+        if name in VALIDATION:
+            items = pick(counts, "validation", "reserved", asked)
+        else:
+            items = pick(counts, "benchmark", "reserved")
+            asked |= {(KINDS[item.kind].family, item.content) for item in items}
         rows = ({"question": i.prompt, "answer": i.answer, "kind": i.kind} for i in items)
         write_jsonl(HERE / "benchmarks" / f"{name}.jsonl", rows)
         tokens = 1 + max(len(item.answer.replace(" ", "")) for item in items)  # a token a character, and the end

@@ -73,15 +73,15 @@ def winner(**columns: Any) -> dict[str, Any]:
     """Return the winner of a sweep as the stage `compare` writes it."""
     shares = {"gain": 0.012, "gain_low": -0.004, "gain_high": 0.028, "gain_where_chosen": 0.03, "optimism": 0.018}
     described = {"method": "mft", "domain": "maths", "variant": "mft sparsity=0.1", "sparsity": 0.1, "layers": "2-5"}
-    chosen = {"benchmark": "sums", "candidates": 5, "varied": ["sparsity"], "n_chosen_on": 1000, "n": 1001}
-    noise = {"verdict": "not distinguishable from noise", "naive_variant": "mft sparsity=0.1", "naive_gain": 0.021}
+    chosen = {"benchmark": "sums", "candidates": 5, "varied": ["sparsity"], "chosen": 0.62, "n": 2001}
+    noise = {"verdict": "undecided", "naive_variant": "mft sparsity=0.1", "naive_gain": 0.021}
     return {**shares, **described, **chosen, **noise, **columns}
 
 
 def test_the_winner_of_a_sweep_stands_with_what_was_chosen_where_and_what_it_looked_like():
     table = markdown([row("fft", 0.9, commonest_target_share=None, family=None)], "Which?", winners=[winner()])
     assert (
-        "| MFT | sums (n = 1,000 + 1,001) | sparsity 10% (of 5) | +3.0 | +1.2 [-0.4, +2.8] noise | +1.8 | +2.1 |"
+        "| MFT | sums (n = 2,001) | sparsity 10% (of 5; 62%) | +3.0 | +1.2 [-0.4, +2.8] undecided | +1.8 | +2.1 |"
         in table
     )
 
@@ -89,24 +89,33 @@ def test_the_winner_of_a_sweep_stands_with_what_was_chosen_where_and_what_it_loo
 def test_winners_of_several_domains_name_theirs_and_another_naive_choice_is_said_to_be_one():
     other = winner(domain="code", varied=["sparsity", "layers"], naive_variant="mft sparsity=0.2")
     table = markdown([row("fft", 0.9, commonest_target_share=None, family=None)], "Which?", winners=[winner(), other])
-    assert "| MFT | code | sums (n = 1,000 + 1,001) | sparsity 10%, layers 2-5 (of 5) | +3.0 |" in table
+    assert "| MFT | code | sums (n = 2,001) | sparsity 10%, layers 2-5 (of 5; 62%) | +3.0 |" in table
     assert "| +2.1 (another one) |" in table
 
 
-def test_the_items_that_would_show_a_gain_are_told_for_variants_with_noise():
-    compared = {"baseline": 0.5, "gain_low": 0.0, "gain_high": 0.1, "family": "study", "commonest_target_share": None}
-    noise, better = "not distinguishable from noise", "better"
+def test_the_smallest_gain_that_would_have_been_found_is_told_where_something_is_undecided():
+    compared = {"baseline": 0.5, "gain_low": 0.0, "gain_high": 0.1, "family": "exploratory"}
     rows = [
-        {**mask(0.5, benchmark=benchmark, sparsity=sparsity, variant=f"mft sparsity={sparsity}", gain=gain), **compared,
-         "verdict": verdict, "items_for_80_power": needed}
-        for sparsity, benchmark, verdict, gain, needed in (
-            (0.1, "sums", noise, 0.01, 12345), (0.1, "gcd", better, 0.1, 150),
-            (0.2, "sums", noise, 0.0, None), (0.2, "gcd", noise, 0.02, 3000),
-            (0.4, "sums", better, 0.1, 120), (0.4, "gcd", better, 0.1, 130),
+        {**mask(0.5, benchmark=benchmark, sparsity=sparsity, variant=f"mft sparsity={sparsity}", gain=0.01), **compared,
+         "commonest_target_share": None, "verdict": verdict, "detectable": detectable}
+        for sparsity, benchmark, verdict, detectable in (
+            (0.1, "sums", "undecided", 0.0234), (0.1, "gcd", "better", 0.02),
+            (0.2, "sums", "undecided", 0.03), (0.2, "gcd", "equivalent", 0.005),
+            (0.4, "sums", "better", 0.01), (0.4, "gcd", "worse", 0.01),
         )
     ]  # fmt: skip
     page = markdown(rows, "How much?")
-    section = page[page.index("### How many items would show it") :]
-    assert "| MFT | 10% | 0 | 12,300 | shown |" in section
-    assert "| MFT | 20% | 0 | - | 3,000 |" in section
+    section = page[page.index("### What could have been found") :]
+    assert "| MFT | 10% | 0 | 2.3 | better |" in section
+    assert "| MFT | 20% | 0 | 3.0 | equivalent |" in section
     assert "| MFT | 40%" not in section
+
+
+def test_the_declared_contrasts_stand_first_with_what_they_say():
+    contrast = {"contrast": "mft - fft", "domain": "maths", "gain": 0.001, "gain_low": -0.004, "gain_high": 0.006,
+                "verdict": "equivalent", "p_holm": 0.7, "sentence": "no gain above 0.6 points"}  # fmt: skip
+    rows = [row("fft", 0.9, commonest_target_share=None, family=None)]
+    page = markdown(rows, "Does it?", contrasts=[{**contrast, "family": "primary", "benchmark": "mean"}])
+    line = "| mft - fft | primary | mean | +0.1 [-0.4, +0.6] equivalent | 0.7 | no gain above 0.6 points |"
+    assert line in page
+    assert page.index(line) < page.index("### All variants") < page.index("| FFT |")

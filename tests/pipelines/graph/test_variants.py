@@ -4,8 +4,11 @@ import pytest
 import yaml
 
 from mft_core.errors import ConfigError
+from mft_core.methods import METHODS
+from mft_core.recipes import FineTune
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
+from pipelines.graph.variants import unique_nodes
 from pipelines.plan.plan import make_plan
 from tests.support.mini import TRAINING, write_profile, write_study
 
@@ -23,9 +26,10 @@ def folder(tmp_path_factory):
 def plan(folder, tmp_path):
     """Plan a study of the given variants on the mini profile."""
 
-    def make(*variants, overrides=(), seeds=(0,), profile=folder / "mini.yaml"):
+    def make(*variants, overrides=(), seeds=(0,), profile=folder / "mini.yaml", replicates=None):
         study = load_study(str(write_study(tmp_path, list(variants), seeds)))
-        return make_plan(study, load_profile(str(profile)), ArtifactStore(tmp_path / "home"), overrides)
+        store = ArtifactStore(tmp_path / "home")
+        return make_plan(study, load_profile(str(profile)), store, overrides, replicates=replicates)
 
     return make
 
@@ -378,3 +382,79 @@ def test_a_relative_value_is_that_many_times_the_profiles(plan):
     assert [item.columns["mask.training.learning_rate"] for item in the_plan.variants if item.baseline] == rates
     with pytest.raises(ConfigError, match="is relative, and the profile has no number there"):
         plan({"method": "mft", "grid": {"mask.training.max_steps": ["x0.3"]}})
+
+
+def replicated(plan, *variants, replicates=2, seeds=(0, 1)):
+    found = plan(*variants, seeds=seeds, replicates=replicates)
+    return found, {(item.setup.method, item.setup.replicate, item.setup.seed): item for item in found.variants}
+
+
+def test_every_method_of_a_replicate_starts_from_and_is_compared_with_its_own_fine_tuning(plan):
+    methods = [{"method": name} for name in METHODS]
+    the_plan, items = replicated(plan, *methods)
+    recipe, nodes = the_plan.comparison()
+    for row, node in zip(recipe.variants, nodes, strict=True):
+        if row["baseline"] is not None:
+            own = recipe.variants[row["baseline"]]
+            assert (own["method"], own.get("replicate")) == ("fft", row.get("replicate"))
+            if METHODS[row["method"]].starts_from == "fft":
+                assert parent(nodes[row["baseline"]]) in (parent(node), continued_from(node))
+    fine_tunings = [items["fft", replicate, 0].trained for replicate in range(2)]
+    assert [node.recipe.training.seed for node in fine_tunings] == [42, 43]
+    assert items["continued-fft", 1, 0].trained.inputs["model"].node.id == fine_tunings[1].id
+    bases = [row["baseline"] for row in recipe.variants if row["method"] == "base"]
+    assert [nodes[index].inputs["model"].node.id for index in bases] == [node.id for node in fine_tunings]
+
+
+def continued_from(node):
+    """Return the id of the fine-tuning that a further training starts from."""
+    given = node.inputs["model"].node.inputs["model"]
+    return given.node.id if hasattr(given, "node") else None
+
+
+def test_no_two_trainings_of_a_method_draw_the_same_numbers(plan):
+    methods = [{"method": name} for name, row in METHODS.items() if row.seeded]
+    _, items = replicated(plan, *methods, replicates=3)
+    for name in (variant["method"] for variant in methods):
+        recipes = [item.trained.recipe for key, item in items.items() if key[0] == name]
+        draws = [recipe.training.seed if isinstance(recipe, FineTune) else recipe.seed for recipe in recipes]
+        assert len(draws) == len(set(draws)) == 6
+
+
+def test_the_first_replicate_is_the_study_without_replicates(plan):
+    methods = [{"method": name} for name in METHODS]
+    alone, _ = replicated(plan, *methods, replicates=1)
+    several, _ = replicated(plan, *methods, replicates=3)
+    first = [item for item in several.variants if not item.setup.replicate]
+    assert [item.name for item in first] == [item.name for item in alone.variants]
+    assert [item.columns for item in first] == [item.columns for item in alone.variants]
+    assert {node.id for node in unique_nodes(first)} == {step.node.id for step in alone.steps}
+    assert several.replicates == 3
+    assert len(several.variants) == 3 * len(alone.variants)
+
+
+def test_replicates_have_names_and_labels_of_their_own(plan):
+    the_plan, items = replicated(plan, {"method": "fft"}, {"method": "magnitude"}, {"method": "mft"}, seeds=(0,))
+    assert items["mft", 1, 0].name == "mft sparsity=0.1 layers=1-2 seed=0 replicate=1"
+    assert items["magnitude", 1, 0].name == "magnitude sparsity=0.1 layers=1-2 replicate=1"
+    assert items["fft", 1, 0].trained.label == "fine-tune sums replicate=1"
+    labels = [step.node.label for step in the_plan.steps]
+    assert len(labels) == len(set(labels))
+
+
+def test_a_study_has_no_more_fine_tunings_than_its_profile_lets_it_have(plan, folder, tmp_path):
+    study = load_study(str(write_study(tmp_path, [{"method": "fft"}, {"method": "mft"}])))
+    study, profile = study.model_copy(update={"replicates": 5}), load_profile(str(folder / "mini.yaml"))
+
+    def replicates(most, asked=None):
+        of_profile = profile.model_copy(update={"max_replicates": most})
+        return make_plan(study, of_profile, ArtifactStore(tmp_path / "home"), replicates=asked).replicates
+
+    assert profile.max_replicates == 1
+    assert [replicates(1), replicates(3), replicates(9)] == [1, 3, 5]
+    assert [replicates(1, asked=4), replicates(9, asked=1)] == [4, 1]
+
+
+def test_a_replicate_is_no_setting(plan):
+    with pytest.raises(ConfigError, match="--set replicate: replicate cannot be set; use --replicates"):
+        plan({"method": "fft"}, overrides=["replicate=1"])

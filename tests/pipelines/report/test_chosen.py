@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from pipelines.report.chosen import chosen
+import pytest
+
+from mft_core.errors import StageError
+from pipelines.report.chosen import chosen, refuse_edges
 
 
 def row(variant: str, loss: float | None, accuracy: float = 0.5, **columns: Any) -> dict[str, Any]:
@@ -49,3 +52,49 @@ def test_what_is_learned_on_another_domains_data_is_chosen_among_its_like() -> N
             for domain, losses in {"maths": (0.2, 0.3), "words": (0.7, 0.6)}.items()
             for rate, loss in zip((0.1, 0.2), losses, strict=True)]  # fmt: skip
     assert [one["variant"] for one in chosen(rows)] == ["continued-fft maths 0.1", "continued-fft words 0.2"]
+
+
+def test_accuracy_on_validation_items_chooses_where_the_study_says_so() -> None:
+    rows = [row("mft a", 0.1, validation_accuracy=0.5), row("mft b", 0.9, validation_accuracy=0.6), row("fft", 0.1)]
+    (found,) = chosen(rows, "accuracy")
+    assert (found["variant"], found["validation_accuracy"]) == ("mft b", 0.6)
+    assert "validation_loss" not in found
+
+
+def tuned(*losses: float) -> list[dict[str, Any]]:
+    rates = [0.1, 0.3, 1.0, 3.0][: len(losses)]
+    return [
+        row(f"mft learning_rate={rate}", loss, **{"mask.training.learning_rate": rate})
+        for rate, loss in zip(rates, losses, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "edge"),
+    [
+        ((0.1, 0.3, 0.4), "mask.training.learning_rate = 0.1 (tried: 0.1, 0.3, 1)"),
+        ((0.4, 0.3, 0.2), "mask.training.learning_rate = 1 (tried: 0.1, 0.3, 1)"),
+        ((0.4, 0.2, 0.3), None),
+    ],
+)
+def test_a_choice_on_an_edge_of_its_grid_is_told_and_refused(losses: tuple[float, ...], edge: str | None) -> None:
+    found = chosen(tuned(*losses))
+    assert {one["edge"] for one in found} == {edge}
+    if edge is None:
+        refuse_edges("rates", found)
+        return
+    with pytest.raises(StageError, match=r"study rates: .*on the edge of its grid.*MFT, maths: mask.training") as told:
+        refuse_edges("rates", found)
+    assert edge in str(told.value)
+
+
+def test_a_setting_with_one_value_or_with_words_has_no_edge() -> None:
+    words = [
+        row(f"mft {name}", loss, **{"mask.score_init": name}) for name, loss in (("normal", 0.1), ("kaiming", 0.2))
+    ]
+    assert {one["edge"] for one in chosen(words)} == {None}
+    seeds = [row(f"fft {seed}", loss, **{"fine_tune.seed": seed}) for seed, loss in ((1, 0.1), (2, 0.2))]
+    assert {one["edge"] for one in chosen(seeds)} == {None}
+    sparsities = [row(f"mft {share}", loss, sparsity=share) for share, loss in ((0.1, 0.3), (0.2, 0.1), (0.4, 0.2))]
+    assert {one["edge"] for one in chosen(sparsities)} == {None}
+    assert {one["edge"] for one in chosen(sparsities[:2])} == {"mask.sparsity = 0.2 (tried: 0.1, 0.2)"}

@@ -113,7 +113,7 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
         numbers = [{key: value for key, value in row.items() if is_number(value)} for row in rows]
         read = results.records(results.table("mini-study", name, "mini"))
         assert [{key: row[key] for key in own} for row, own in zip(read, numbers, strict=True)] == numbers
-    best = max((row for row in report.rows if row["family"] == "study"), key=lambda row: row["gain"])
+    best = max((row for row in report.rows if row["family"] == "exploratory"), key=lambda row: row["gain"])
     assert [parent.data.metrics[f"best_{name}/{best['benchmark']}"] for name in ("gain", "gain_low", "gain_high")] == [
         best["gain"], best["gain_low"], best["gain_high"]
     ]  # fmt: skip

@@ -36,10 +36,10 @@ PNG = bytes.fromhex(
 )
 
 
-def plan_of(folder, variants=VARIANTS, seeds=(0, 1)):
+def plan_of(folder, variants=VARIANTS, seeds=(0, 1), **further):
     """Return the plan of a study of these variants on the mini profile, and its store."""
     profile = write_profile(folder)
-    study = write_study(folder, variants, seeds)
+    study = write_study(folder, variants, seeds, **further)
     store = ArtifactStore(folder / "home")
     return make_plan(load_study(str(study)), load_profile(str(profile)), store), store
 
@@ -68,7 +68,7 @@ def test_the_page_stands_alone_and_begins_with_question_and_answer(pages):
     assert not re.search(r"<script|<link|src=\"(?!data:)|url\(|@import", page)
     assert page.count('src="data:image/png;base64,') == 1
     assert (
-        page.index("Does it run?</h1>") < page.index("MFT: better than FFT in 2 of 3 comparisons") < page.index("<img")
+        page.index("Does it run?</h1>") < page.index("MFT better than FFT in 2 of 3 comparisons") < page.index("<img")
     )
     assert "mft run mini-study.yaml --profile mini.yaml --set mask.layers=1-2 --seeds 0,1" in page
     assert '<td class="better">' in page
@@ -78,9 +78,9 @@ def test_the_page_stands_alone_and_begins_with_question_and_answer(pages):
 def test_the_markdown_says_the_same_and_its_figure_lies_beside_it(pages):
     text = (pages / "report.md").read_text()
     titles = re.findall(r"^## (.*)", text, re.MULTILINE)
-    chosen = "Chosen on validation rows"
+    chosen = "Chosen on validation"
     assert titles == ["Answer", "Figure", "Table", chosen, "Training data", "Cost", "Settings", "Where this comes from"]
-    assert "MFT: better than FFT in 2 of 3 comparisons" in text
+    assert "MFT better than FFT in 2 of 3 comparisons" in text
     assert (pages / re.search(r"!\[.*\]\((.*)\)", text)[1]).read_bytes().startswith(b"\x89PNG")
 
 
@@ -163,27 +163,42 @@ def test_an_analysis_is_a_section_with_its_figures_and_numbers(tmp_path, report)
     [
         (
             ["better", "worse", "worse"],
-            "continued FFT: better than FFT in 1 of 3 comparisons of trained treatments; 2 are worse.",
+            "Exploratory: continued FFT better than FFT in 1 of 3 comparisons of trained treatments; 2 worse.",
         ),
         (
-            ["identical", "worse", "identical"],
-            "Nothing is better than FFT beyond noise; 1 of 3 comparisons of trained treatments is worse,",
-        ),
-        (
-            ["identical"] * 3,
-            "Nothing can be told from noise: none of 3 comparisons of trained treatments is better or worse than FFT.",
+            ["undecided", "worse", "equivalent"],
+            "Exploratory: nothing better than FFT in 3 comparisons of trained treatments; 1 worse, 1 equivalent, "
+            "1 undecided.",
         ),
     ],
 )
-def test_the_answer_in_a_sentence_is_about_treatments_and_what_can_be_told_from_noise(report, verdicts, says):
+def test_the_answer_in_a_sentence_is_about_treatments_and_says_that_it_explores(report, verdicts, says):
     given = iter(verdicts)
     rows = [
-        {**row, "verdict": "better" if row["method"] == "random" else next(given)} if row["family"] == "study" else row
+        {**row, "verdict": "better" if row["method"] == "random" else next(given)}
+        if row["family"] == "exploratory"
+        else row
         for row in report.rows
     ]
     changed = dataclasses.replace(report, rows=rows)
-    assert sentence(changed).startswith(says)
-    assert "random mask: 1 better, 0 worse" in answer(changed)
+    assert sentence(changed) == says
+    assert "random mask: of 1 gains 1 better, 0 worse" in answer(changed)
+
+
+def test_the_answer_in_a_sentence_is_that_of_the_declared_contrasts(tmp_path):
+    variants = [{"method": "fft"}, {"method": "mft"}, {"method": "random"}]
+    declared = {"primary": ["mft - fft", "mft - random"], "margin": 2.0}
+    plan, store = plan_of(tmp_path, variants, contrasts=declared)
+    finish(plan, store, ACCURACY)
+    plan, store = plan_of(tmp_path, variants, contrasts=declared)
+    report = find_report(plan, store)
+    primaries = [row for row in report.contrasts if row["family"] == "primary"]
+    assert [(row["contrast"], row["study"]) for row in primaries] == [("mft - fft", "mini-study"),
+                                                                      ("mft - random", "mini-study")]  # fmt: skip
+    assert sentence(report).startswith(
+        f"mft - fft: {primaries[0]['verdict']}, {primaries[0]['sentence']}; mft - random"
+    )
+    assert "The 2 declared contrasts are adjusted by Holm among themselves" in answer(report)
 
 
 def test_a_study_that_has_not_been_run_says_what_to_run(tmp_path):

@@ -181,6 +181,12 @@ def test_other_slots_and_threads_do_not_change_what_is_tried(folder):
     assert [trial.node.id for trial in other.search.trials] == [trial.node.id for trial in whole.search.trials]
 
 
+def test_a_search_of_several_fine_tunings_is_refused(folder):
+    study, profile = load_study(str(folder / "find.yaml")), load_profile(str(folder / "mini.yaml"))
+    with pytest.raises(ConfigError, match="a search is that of one fine-tuned model; valid: replicates = 1"):
+        make_plan(study, profile, ArtifactStore(folder / "home"), replicates=2)
+
+
 def test_an_override_holds_for_every_trial_and_for_the_choice(folder):
     the_plan, _ = searched(folder, overrides=["mask.training.epochs=4", "mask.modules=mlp"])
     epochs = {trial.share: trial.node.recipe.training.epochs for trial in the_plan.search.trials}

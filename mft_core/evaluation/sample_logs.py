@@ -1,0 +1,255 @@
+"""Reads what a model answered, item by item, from files of others and of ours: for `mft compare`.
+
+lm-eval's sample logs (`samples_TASK_TIME.jsonl` of `--log_samples`, one line per item *and filter*), folders of them,
+this project's evaluations (`items.jsonl`), or JSONL with `id` and `score`. Items are paired by id; that both models
+got the same question, prompt and target is checked by the log's hashes, where it has them. Imports neither torch nor
+lm-eval.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mft_core.errors import ConfigError, unknown
+from mft_core.statistics.effects import Stratum
+
+_NAME = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT.+)\.jsonl")
+_HASHES = {"doc_hash": "question", "prompt_hash": "prompt", "target_hash": "target"}
+
+
+@dataclass(frozen=True)
+class Log:
+    """One model's answers to one task."""
+
+    path: Path
+    metric: str
+    filter: str | None
+    scores: Mapping[str, tuple[float, ...]]
+    """by id; several where a metric has several (the instructions of an IFEval prompt)"""
+    hashes: Mapping[str, tuple[Any, ...]]
+    """by id: question, prompt, target"""
+    clusters: Mapping[str, str] | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same items of one task."""
+
+    task: str
+    metric: str
+    """with the filter, as lm-eval writes it: exact_match,strict-match"""
+    baseline: float
+    treatment: float
+    stratum: Stratum
+    ids: tuple[str, ...]
+
+
+def read_pairs(a: Path, b: Path, metric: str | None = None, cluster: str | None = None) -> list[Paired]:
+    """Read and pair two models' answers, task by task.
+
+    Args:
+        a: the baseline: a file or a folder.
+        b: the other one.
+        metric: as lm-eval writes it, `exact_match` or `exact_match,strict-match`; None takes the first that both have.
+        cluster: field of the items, or of their `doc`, that names what belongs together.
+
+    Raises:
+        ConfigError: a file that is no log, other items, prompts or metrics, an item that is there twice, no number.
+    """
+    ours, theirs = _files(a), _files(b)
+    if len(ours) == len(theirs) == 1:  # two files are one task, whatever they are called
+        theirs = dict(zip(ours, theirs.values(), strict=True))
+    if set(ours) != set(theirs):
+        odd = ", ".join(sorted(set(ours) ^ set(theirs)))
+        raise ConfigError(f"{a} and {b}: these tasks are in one of the two only: {odd}. Compare what both were asked.")
+    return [_paired(task, ours[task], theirs[task], metric, cluster) for task in sorted(ours)]
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Return the logs by task."""
+    if path.is_file():
+        named = _NAME.fullmatch(path.name)
+        return {named["task"] if named else path.stem: path}
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such file or folder; give a sample log, or a folder with one.")
+    if (path / "items.jsonl").is_file():
+        return {_summary(path).get("benchmark", path.name): path / "items.jsonl"}
+    found: dict[str, Path] = {}
+    for file in sorted(path.rglob("samples_*.jsonl")):
+        named = _NAME.fullmatch(file.name)
+        task = named["task"] if named else file.stem
+        if task in found:
+            raise ConfigError(f"{path}: two logs of task {task}: {found[task].name} and {file.name}; give one file.")
+        found[task] = file
+    if not found:
+        raise ConfigError(f"{path}: no samples_*.jsonl and no items.jsonl there; run lm_eval with --log_samples.")
+    return found
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    file = folder / "summary.json"
+    return next(_rows(file, whole=True)) if file.is_file() else {}
+
+
+def _rows(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file: one a line, or one in the whole of it."""
+    with path.open("rb") as file:  # splitlines would cut within responses
+        for number, line in enumerate([file.read()] if whole else file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{path}, line {number}: no JSON ({error!s:.80}).") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {number}: no JSON object, but {line.strip()[:40]!r}.")
+            yield row
+
+
+def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None) -> Paired:
+    names = [_metrics(path) for path in (a, b)]
+    asked, _, asked_filter = (metric or "").partition(",")
+    shared = [name for name in names[0] if name in names[1]]
+    if not shared:
+        raise ConfigError(f"{a} and {b} share no metric: {', '.join(names[0])} against {', '.join(names[1])}.")
+    if asked and asked not in shared:
+        raise unknown(f"metric of {a} and {b}", asked, shared)
+    first, second = (_read(path, asked or shared[0], asked_filter or None, cluster) for path in (a, b))
+    if first.filter != second.filter:
+        raise ConfigError(
+            f"{a} and {b}: filter {first.filter} against {second.filter}; name one that both have: "
+            f"--metric {first.metric},FILTER."
+        )
+    _require_same_items(first, second)
+    ids = tuple(f"{name}[{at}]" if len(values) > 1 else name
+                for name, values in first.scores.items() for at in range(len(values)))  # fmt: skip
+    owner = [name for name, values in first.scores.items() for _ in values]
+    ours = np.array([value for values in first.scores.values() for value in values])
+    theirs = np.array([value for name in first.scores for value in second.scores[name]])
+    differences = theirs - ours if first.higher_is_better else ours - theirs
+    clusters = [first.clusters[name] for name in owner] if first.clusters else owner
+    shown = f"{first.metric},{first.filter}" if first.filter else first.metric
+    return Paired(task, shown, float(ours.mean()), float(theirs.mean()), Stratum.of(differences, clusters), ids)
+
+
+def _metrics(path: Path) -> list[str]:
+    """Return the names of a log's metrics, by its first line."""
+    row = next(_rows(path), None)
+    if row is None:
+        raise ConfigError(f"{path}: the file has no lines.")
+    if "metrics" in row and "doc_id" in row:
+        return [str(name) for name in row["metrics"]]
+    if "outcome" in row:
+        return [str(_summary(path.parent).get("metric", "outcome"))]
+    if "id" in row:
+        found = [name for name, value in row.items() if name != "id" and _is_score(value)]
+        return sorted(found, key=lambda name: name != "score")
+    raise ConfigError(
+        f"{path}: neither a sample log of lm-eval (doc_id, metrics), nor items of this project (item, outcome), nor "
+        f"JSONL with id and score; its first line has: {', '.join(row)}."
+    )
+
+
+def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None) -> Log:
+    scores: dict[str, tuple[float, ...]] = {}
+    hashes: dict[str, tuple[Any, ...]] = {}
+    clusters: dict[str, str] = {}
+    filters: dict[str, None] = {}
+    for row in _rows(path):
+        if name := row.get("filter"):
+            filters[name] = None
+            if name != (asked_filter or next(iter(filters))):
+                continue
+        field = next((key for key in ("item", "doc_id", "id") if key in row), None)
+        if field is None:
+            raise ConfigError(f"{path}: a line without id, after {len(scores)} items; it has: {', '.join(row)}.")
+        item = str(row[field])
+        if item in scores:
+            raise ConfigError(f"{path}: item {item} is there twice; every item counts once. Give one run's log.")
+        scores[item] = _scores(path, item, row, "outcome" if field == "item" and metric not in row else metric)
+        hashes[item] = tuple(row.get(name) for name in _HASHES)
+        if cluster:
+            clusters[item] = _cluster(path, item, row, cluster)
+    if not scores:
+        raise unknown(f"filter of {path}", asked_filter or "", filters)
+    chosen = asked_filter or next(iter(filters), None)
+    higher = _higher_is_better(path, metric)
+    return Log(path, metric, chosen, scores, hashes, clusters or None, higher)
+
+
+def _scores(path: Path, item: str, row: Mapping[str, Any], metric: str) -> tuple[float, ...]:
+    value = row.get(metric)
+    values = value if isinstance(value, list) and value else [value]
+    if not all(map(_is_score, values)):
+        raise ConfigError(f"{path}: {metric} of item {item} is {value!r:.60}; valid: a number, or a list of them.")
+    return tuple(map(float, values))
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max
+
+
+def _cluster(path: Path, item: str, row: Mapping[str, Any], field: str) -> str:
+    doc = row.get("doc")
+    inner = doc if isinstance(doc, dict) else {}
+    if field not in row and field not in inner:
+        raise ConfigError(f"{path}: --cluster: item {item} has no field {field}. Valid: {', '.join({**inner, **row})}.")
+    return json.dumps(row[field] if field in row else inner[field], sort_keys=True)
+
+
+def _higher_is_better(path: Path, metric: str) -> bool:
+    """Read which way a metric is better from what lies beside the log: lm-eval's results, or our summary."""
+    if path.name == "items.jsonl":
+        return bool(_summary(path.parent).get("higher_is_better", True))
+    named = _NAME.fullmatch(path.name)
+    results = path.with_name(f"results_{named['time']}.json") if named else None
+    if named is None or results is None or not results.is_file():
+        return True
+    told = next(_rows(results, whole=True)).get("higher_is_better", {})
+    return told.get(named["task"], {}).get(metric) is not False
+
+
+def _require_same_items(a: Log, b: Log) -> None:
+    odd = [item for item in (*a.scores, *b.scores) if (item in a.scores) != (item in b.scores)]
+    if odd:
+        raise ConfigError(
+            f"{a.path} and {b.path} are not on the same items: {len(a.scores):,} against {len(b.scores):,}, and "
+            f"{len(odd):,} are in one of them only, first {odd[0]}. Evaluate both with the same task and limit."
+        )
+    for at, what in enumerate(_HASHES.values()):
+        other = [
+            item
+            for item, known in a.hashes.items()
+            if None not in (known[at], b.hashes[item][at]) and known[at] != b.hashes[item][at]
+        ]
+        if other:
+            raise ConfigError(
+                f"{a.path} and {b.path}: item {other[0]} (and {len(other) - 1:,} more) has another {what}. Evaluate "
+                "both with the same version of the task, examples and chat template."
+            )
+    uneven = next((item for item, values in a.scores.items() if len(values) != len(b.scores[item])), None)
+    if uneven is not None:
+        raise ConfigError(f"{a.path} and {b.path}: item {uneven} has another number of scores.")
+    if a.clusters and a.clusters != b.clusters:
+        raise ConfigError(f"{a.path} and {b.path}: --cluster: the two put the same items into other groups.")
+
+
+def flipped(pairs: Sequence[Paired]) -> tuple[list[str], list[str]]:
+    """Return the ids of the items on which B is better than A, and worse; of several tasks with the task's name."""
+    won: list[str] = []
+    lost: list[str] = []
+    for pair in pairs:
+        prefix = f"{pair.task}/" if len(pairs) > 1 else ""
+        for item, difference in zip(pair.ids, pair.stratum.differences.ravel(), strict=True):
+            if difference:
+                (won if difference > 0 else lost).append(prefix + item)
+    return won, lost

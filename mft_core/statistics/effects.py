@@ -1,0 +1,300 @@
+"""How large a gain is, for these checkpoints and for the recipe: paired differences as a crossed random-effects model.
+
+The outcomes of a study are differences `d[replicate, seed, item]` between a treatment and its baseline on the same
+items; replicates are fine-tunings, seeds are trainings of the treatment within one, and both answer all of the items:
+
+    d[r, s, i] = gain + replicate[r] + seed[r, s] + item[i] + replicate × item[r, i] + rest[r, s, i]
+
+*This checkpoint* holds the replicates fixed and draws seeds and items; *this recipe* draws replicates too. Either way
+the design is *units × items*, units being seeds within replicates or the replicates, and by the two-way analysis of
+variance (Searle, Casella & McCulloch 1992, section 4.3) the variance of the mean of U units is
+
+    V = a / U + v − e / U,    a: variance between the units' means, e: the part of `a` that the sampling of items
+                              makes (units × items), v: variance of the items' means, over the number of items
+
+with Student's t and the degrees of freedom of Satterthwaite (1946). Negative components are not cut off at zero. As two
+or three units can agree by luck, an interval is never narrower than that of units which do not differ (a = e), and `a`
+is pooled with what earlier studies measured (`UnitVariance`, a scaled inverse-χ² prior; Gelman et al. 2013, section
+2.6). Several benchmarks: the unweighted mean. Clusters of items are drawn whole (Liang & Zeger 1986). For right/wrong
+outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012).
+
+Every function takes leading axes before (replicates, seeds, items), so simulations are one call. Imports neither pandas
+nor scipy.stats: `mft compare` has to answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+Array = NDArray[np.float64]
+Over = Literal["checkpoint", "recipe"]
+LEAST_REPLICATES = 3
+"""with two, Student's t has one degree of freedom: its 95% interval is 12.7 standard errors to either side"""
+_MOST_PRIOR_FREEDOM = 20.0
+"""so that a study can overrule the earlier ones"""
+
+
+class TooFewReplicatesError(ValueError):
+    """A claim about the recipe needs at least `LEAST_REPLICATES` fine-tunings."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The differences on one benchmark, positive where the treatment is better: (…, replicates, seeds, items)."""
+
+    differences: Array
+    clusters: NDArray[np.intp] | None = None
+    """of each item the group that it belongs to (the instructions of one prompt); None: every item is its own"""
+
+    @classmethod
+    def of(cls, differences: ArrayLike, clusters: Sequence[Any] | None = None) -> Stratum:
+        """Take differences of shape (items,), (seeds, items) or (replicates, seeds, items)."""
+        values = np.asarray(differences, dtype=float)
+        values = values.reshape((1,) * (3 - values.ndim) + values.shape) if values.ndim < 3 else values
+        if clusters is None or len(set(clusters)) == len(clusters):
+            return cls(values)
+        order, groups = np.unique([str(name) for name in clusters], return_inverse=True)
+        return cls(values, None if len(order) == values.shape[-1] else groups)
+
+    def first(self, replicates: int) -> Stratum:
+        """Return the differences of the first replicates alone."""
+        return Stratum(self.differences[..., :replicates, :, :], self.clusters)
+
+    def items(self, kept: NDArray[np.bool_]) -> Stratum:
+        """Return some of the items."""
+        return Stratum.of(self.differences[..., kept], None if self.clusters is None else self.clusters[kept].tolist())
+
+
+@dataclass(frozen=True)
+class UnitVariance:
+    """How much trainings that differ in the seed alone differ in their gain: a scaled inverse-χ² distribution."""
+
+    relative: float
+    """variance between units, without what the sampling of items adds, over the variance of units × items; it may be
+    negative. So measured it is comparable between benchmarks, and between masks that change many or few answers"""
+    freedom: float
+
+    @classmethod
+    def pooled(cls, measured: Sequence[UnitVariance]) -> UnitVariance | None:
+        """Pool what several studies measured, weighted by their degrees of freedom; None of none."""
+        freedom = sum(one.freedom for one in measured)
+        if not freedom:
+            return None
+        relative = sum(one.relative * one.freedom for one in measured) / freedom
+        return cls(relative, min(freedom, _MOST_PRIOR_FREEDOM))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean gain as a share, with what is known of it; arrays where the differences had leading axes."""
+
+    gain: Any
+    low: Any
+    high: Any
+    p_value: Any
+    """two-sided, of no gain"""
+    standard_error: Any
+    freedom: Any
+    """degrees of freedom (Satterthwaite 1946)"""
+    centre: Any
+    """of the interval: the gain, but for the two items that are added to right/wrong outcomes"""
+    confidence: float = 0.95
+
+    @property
+    def detectable(self) -> Any:
+        """The smallest true gain that this design finds with a power of 80%."""
+        alpha = 1 - self.confidence
+        return (_quantile(1 - alpha / 2, self.freedom) + _quantile(0.8, self.freedom)) * self.standard_error
+
+    def p_equivalence(self, margin: float) -> Any:
+        """Return the p-value of two one-sided tests (Schuirmann 1987) that the gain is within ±`margin`."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            distance = (margin - np.abs(self.centre)) / self.standard_error
+        return np.where(self.standard_error > 0, 1 - special.stdtr(self.freedom, distance), 1.0)[()]
+
+    def at(self, confidence: float) -> Estimate:
+        """Return the same estimate with an interval of another confidence."""
+        half = _quantile(1 - (1 - confidence) / 2, self.freedom) * self.standard_error
+        return Estimate(self.gain, self.centre - half, self.centre + half, self.p_value, self.standard_error,
+                        self.freedom, self.centre, confidence)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What the analysis of variance needs, of the mean over benchmarks."""
+
+    gain: Array
+    centre: Array
+    between: Array
+    """`a`"""
+    interaction: Array
+    """`e`"""
+    rest: Array
+    """variance of units × items"""
+    items: Array
+    """`v`"""
+    items_freedom: Array
+    units: int
+    freedom: int
+    """of `between`; 0: there is one unit"""
+    clusters: int
+
+
+def estimate(
+    strata: Sequence[Stratum],
+    over: Over = "checkpoint",
+    confidence: float = 0.95,
+    prior: UnitVariance | None = None,
+    chosen_from: int = 1,
+) -> Estimate:
+    """Estimate the mean gain over benchmarks.
+
+    Args:
+        strata: one for each benchmark, all of the same replicates and seeds.
+        over: what the claim is about.
+        confidence: of the interval.
+        prior: what earlier studies measured of the units' variance.
+        chosen_from: the treatment was chosen among so many by these same units, on other items; what the units add is
+            then that of the largest of so many (Šidák 1967), which bounds what choosing can do.
+
+    Raises:
+        TooFewReplicatesError: a claim about the recipe from fewer than three.
+        ValueError: benchmarks with different numbers of replicates or seeds.
+    """
+    found = _moments(strata, over)
+    items_only = np.maximum(found.items, 0.0)
+    error, freedom = np.sqrt(items_only), found.items_freedom
+    if found.freedom:
+        between, known = found.between, float(found.freedom)
+        if prior:
+            of_prior = found.interaction + prior.relative * found.rest
+            between = (prior.freedom * of_prior + known * between) / (prior.freedom + known)
+            known += prior.freedom
+        alpha = 1 - confidence
+        if chosen_from > 1:
+            sidak = (1 - alpha) ** (1 / chosen_from)
+            more = _quantile((1 + sidak) / 2, known) / _quantile(1 - alpha / 2, known)
+            between = found.interaction + np.maximum(between - found.interaction, 0.0) * more**2
+        parts = between / found.units, found.items, found.interaction / found.units
+        variance = parts[0] + parts[1] - parts[2]
+        uncertain = parts[0] ** 2 / known + parts[1] ** 2 / found.items_freedom
+        uncertain = uncertain + parts[2] ** 2 / (found.freedom * max(1, found.clusters - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_all = np.where(uncertain > 0, np.maximum(variance, 0.0) ** 2 / uncertain, known)
+        of_all = np.maximum(of_all, 1.0)
+        of_units = np.sqrt(np.maximum(variance, 0.0))
+        wider = _quantile(1 - alpha / 2, of_all) * of_units >= _quantile(1 - alpha / 2, freedom) * error
+        error, freedom = np.where(wider, of_units, error), np.where(wider, of_all, freedom)
+    half = _quantile((1 + confidence) / 2, freedom) * error
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p_value = np.where(error > 0, 2 * special.stdtr(freedom, -np.abs(found.centre) / error), 1.0)
+    if len(strata) == 1 and not found.freedom and strata[0].clusters is None and _is_binary(strata[0].differences):
+        p_value = _mcnemar(strata[0].differences)
+    values = found.gain, found.centre - half, found.centre + half, p_value, error, freedom, found.centre
+    gain, low, high, p_value, error, freedom, centre = (np.asarray(value)[()] for value in values)
+    return Estimate(gain, low, high, p_value, error, freedom, centre, confidence)
+
+
+def unit_variance(strata: Sequence[Stratum], over: Over) -> UnitVariance | None:
+    """Return what this study alone measures of the variance between units; None where it has one unit."""
+    if over == "recipe" and strata[0].differences.shape[-3] < 2:
+        return None
+    found = _moments(strata, over, least=2)
+    if not found.freedom:
+        return None
+    rest = float(found.rest)
+    relative = (float(found.between) - float(found.interaction)) / rest if rest else 0.0
+    return UnitVariance(relative, found.freedom)
+
+
+def _moments(strata: Sequence[Stratum], over: Over, least: int = LEAST_REPLICATES) -> _Moments:
+    shapes = {stratum.differences.shape[-3:-1] for stratum in strata}
+    if len(shapes) != 1:
+        raise ValueError(f"benchmarks with different replicates or seeds: {sorted(shapes)}")
+    ((replicates, _),) = shapes
+    if over == "recipe" and replicates < least:
+        raise TooFewReplicatesError(f"{replicates} replicates; a claim about the recipe needs {least} or more")
+    means, centres, items, interactions, rests, freedoms = [], [], [], [], [], []
+    for stratum in strata:
+        values = stratum.differences
+        if over == "recipe":
+            values = values.mean(axis=-2, keepdims=True).swapaxes(-3, -2)
+        count = values.shape[-1]
+        units = values.mean(axis=-1)  # (…, groups, units)
+        of_items = values.mean(axis=(-3, -2))
+        gain = of_items.mean(axis=-1)
+        clusters = count if stratum.clusters is None else int(stratum.clusters.max()) + 1
+        correction = clusters / max(1, clusters - 1)
+        totals = _totals((of_items - gain[..., None]) / count, stratum.clusters)
+        item = correction * (totals**2).sum(axis=-1)
+        centre = gain
+        if _is_binary(stratum.differences):
+            # with an item won and one lost: n + 2 items, the squares grow by the two and by the shift of the mean
+            share = count / (count + 2)
+            item = (item / correction * count**2 + 2 + gain**2 * 2 * share) / (count + 2) ** 2 * correction
+            centre = gain * share
+        freedom = units.shape[-2] * (units.shape[-1] - 1)
+        if freedom:
+            residual = values - values.mean(axis=-2, keepdims=True)
+            residual = residual - residual.mean(axis=-1, keepdims=True)
+            squares = (_totals(residual / count, stratum.clusters) ** 2).sum(axis=(-1, -2, -3))
+            interaction = correction * squares / freedom
+        else:
+            interaction = np.zeros_like(gain)
+        means.append(units)
+        centres.append(centre)
+        items.append(item)
+        interactions.append(interaction)
+        rests.append(interaction * count)
+        freedoms.append(max(1, clusters - 1))
+    number = len(strata)
+    units = sum(means) / number
+    squared = sum(item**2 / freedom for item, freedom in zip(items, freedoms, strict=True)) / number**4
+    total = sum(items) / number**2
+    freedom = units.shape[-2] * (units.shape[-1] - 1)
+    between = units.var(axis=-1, ddof=1).mean(axis=-1) if freedom else np.zeros_like(total)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        items_freedom = np.where(squared > 0, total**2 / squared, float(sum(freedoms)))
+    return _Moments(
+        gain=units.mean(axis=(-1, -2)),
+        centre=sum(centres) / number,
+        between=between,
+        interaction=sum(interactions) / number**2,
+        rest=sum(rests) / number**2,
+        items=total,
+        items_freedom=np.maximum(items_freedom, 1.0),
+        units=units.shape[-1] * units.shape[-2],
+        freedom=freedom,
+        clusters=sum(freedoms) + 1,
+    )
+
+
+def _totals(values: Array, clusters: NDArray[np.intp] | None) -> Array:
+    """Return the sums over each cluster of items."""
+    if clusters is None:
+        return values
+    order = np.argsort(clusters, kind="stable")
+    starts = np.searchsorted(clusters[order], np.arange(int(clusters.max()) + 1))
+    return np.add.reduceat(values[..., order], starts, axis=-1)
+
+
+def _is_binary(differences: Array) -> bool:
+    """Whether the outcomes are right or wrong."""
+    return bool(np.isin(differences, (-1.0, 0.0, 1.0)).all())
+
+
+def _mcnemar(differences: Array) -> Any:
+    """Return the p-value of McNemar's exact test (1947)."""
+    won, lost = ((sign * differences > 0).sum(axis=(-1, -2, -3)) for sign in (1, -1))
+    return np.minimum(1.0, 2 * special.bdtr(np.minimum(won, lost), won + lost, 0.5))
+
+
+def _quantile(share: Any, freedom: Any) -> Any:
+    """Return Student's t quantile."""
+    return special.stdtrit(freedom, share)
