@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
-from mft_core.evaluation import vllm_server
+from mft_core.evaluation import code_metrics, code_sandbox, vllm_server
 from mft_core.evaluation.benchmarks import Definition, Function, definitions
 from mft_core.evaluation.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
@@ -72,10 +71,7 @@ def evaluate(
     """
     runtime = runtime or Runtime.model_validate({})
     with seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
-        tasks = load_tasks(recipe, benchmark)
-    unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values())
-    if unsafe:
-        _refuse_unconfirmed_code(recipe.task)
+        tasks = load_tasks(recipe, benchmark, report)
     draws = benchmark is None or any(map(_samples, tasks.values()))
     with (
         settled(runtime),
@@ -92,7 +88,7 @@ def evaluate(
             log_samples=True,
             apply_chat_template=recipe.apply_chat_template,
             fewshot_as_multiturn=recipe.apply_chat_template,
-            confirm_run_unsafe_code=unsafe,
+            confirm_run_unsafe_code=True,  # in a sandbox, or refused by now
         )
     assert results is not None  # None is for the other ranks of a distributed run
     return per_item(recipe, results["samples"], _higher_is_better(recipe, tasks.values()))
@@ -113,20 +109,21 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
     process. `mft_core.evaluation.rehearsal` goes on from here.
 
     Raises:
-        ConfigError: unknown task, metric or filter, incomplete items, or code execution that was not allowed.
+        ConfigError: unknown task, metric or filter, incomplete items, code of the folder's that was not allowed, or no
+            sandbox for code that the model writes.
     """
     if benchmark is not None:
         for one in definitions(benchmark, recipe.task):
             one.refuse_code(recipe.allow_code)
-            if one.config.get("unsafe_code"):
-                _refuse_unconfirmed_code(recipe.task)
+            if code_metrics.executes(one.config):
+                code_sandbox.require()
             check_scoring(recipe.metric, recipe.filter, one.task, one.config)
             one.check_items()
         return
     check_known(recipe.task)
     for leaf in task_leaves(recipe.task, _task_manager().task_index):
-        if leaf.cfg.get("unsafe_code"):
-            _refuse_unconfirmed_code(recipe.task)
+        if code_metrics.executes(leaf.cfg):
+            code_sandbox.require()
         check_scoring(recipe.metric, recipe.filter, leaf.name, leaf.cfg)
 
 
@@ -155,6 +152,8 @@ def task_leaves(task: str, index: Mapping[str, Any]) -> list[Any]:
 def check_scoring(metric: str, filter_name: str | None, task: str, config: Mapping[str, Any]) -> None:
     """Check by a task's definition that it has the filter, and the metric, whose mean over the items is a share.
 
+    And, where code that the model writes is scored, enough answers.
+
     Raises:
         ConfigError: with the valid ones.
     """
@@ -170,6 +169,11 @@ def check_scoring(metric: str, filter_name: str | None, task: str, config: Mappi
     found = [entry for entry in entries if entry["metric"] == metric]
     if not found and not (code and named):
         raise unknown(f"metric of task '{task}'", metric, [str(entry["metric"]) for entry in entries])
+    if (code_metrics.answers_needed(metric) or 0) > (repeats := config.get("repeats") or 1):
+        raise ConfigError(
+            f"metric '{metric}' of task '{task}' needs that many answers of an item, and the task asks for {repeats}; "
+            "set its repeats, and have them sampled (generation_kwargs: do_sample, temperature)."
+        )
     for entry in found:
         aggregation = entry.get("aggregation") or _default_aggregation(metric)
         if aggregation not in _MEANS:
@@ -212,17 +216,11 @@ def _default_metrics(output_type: str) -> list[dict[str, str]]:
 
 
 def _default_aggregation(metric: str) -> str | None:
+    if code_metrics.answers_needed(metric):
+        return "mean"
     from lm_eval.api import metrics, registry  # noqa: F401
 
     return getattr(registry.get_metric_aggregation(metric), "__name__", None)
-
-
-def _refuse_unconfirmed_code(task: str) -> None:
-    if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        raise ConfigError(
-            f"task = {task}: this benchmark executes code that the model writes. Run it in a container or sandbox, "
-            "and allow it with the environment variable HF_ALLOW_CODE_EVAL=1."
-        )
 
 
 @functools.cache
@@ -232,13 +230,16 @@ def _task_manager() -> TaskManager:
     return TaskManager()
 
 
-def load_tasks(recipe: Evaluate, benchmark: Path | None) -> dict[str, Task]:
+def load_tasks(
+    recipe: Evaluate, benchmark: Path | None, report: Callable[[Progress], None] = lambda progress: None
+) -> dict[str, Task]:
     """Return the task, or a group's tasks, by name, with few-shot number and seed as `simple_evaluate` sets them."""
     tame_lm_eval()
     if benchmark is not None:
         tasks = {one.task: _local_task(one, recipe.allow_code) for one in definitions(benchmark, recipe.task)}
     else:
         check_task(recipe)
+        code_metrics.register()
         tasks = dict(_task_manager().load([recipe.task])["tasks"])
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
@@ -247,6 +248,8 @@ def load_tasks(recipe: Evaluate, benchmark: Path | None) -> dict[str, Task]:
             raise ConfigError(f"num_fewshot = {wanted}: task '{name}' is defined for 0 examples; leave it null or 0.")
         task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
         task.set_fewshot_seed(seed=recipe.seed)
+        if code_metrics.executes({key: task.get_config(key) for key in ("metric_list", "unsafe_code")}):
+            code_metrics.run_ahead(name, task, report)
     return tasks
 
 
@@ -257,7 +260,11 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
     from lm_eval.api.task import ConfigurableTask
 
     one.refuse_code(allow_code)
+    if code_metrics.executes(one.config):
+        code_metrics.register()
     for entry in one.config.get("metric_list") or ():
+        if code_metrics.answers_needed(entry["metric"]):
+            code_metrics.register_metric(entry["metric"])
         known = entry["metric"] in registry.metric_registry or one.config.get("process_results") is not None
         if isinstance(entry["metric"], str) and not known and not allow_code:  # it would be sought on the hub, and run
             raise unknown(f"metric of task '{one.task}'", entry["metric"], list(registry.metric_registry))

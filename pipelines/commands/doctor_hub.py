@@ -7,7 +7,6 @@ gets its report in seconds. Used by `pipelines.commands.doctor` alone.
 from __future__ import annotations
 
 import ast
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mft_core.errors import ConfigError, did_you_mean
+from mft_core.evaluation import code_sandbox
+from mft_core.evaluation.code_metrics import executes
 from mft_core.evaluation.lm_eval_harness import check_scoring, task_leaves
 from mft_core.store.sources import PICKLED
 from pipelines.config import resolve
@@ -120,7 +121,7 @@ def _token() -> str:
 
 
 def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
-    """Check lm-eval's own tasks: metric and filter, packages, items, and the right to execute code."""
+    """Check lm-eval's own tasks: metric and filter, packages, items, and a sandbox for code that the model writes."""
     named = list(dict.fromkeys(bench for setup in domains for bench in setup.benchmarks if not bench.path))
     findings: list[Finding] = []
     if not named:
@@ -135,8 +136,8 @@ def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
         findings.append(task_finding(bench, leaves, index))
         for name in sorted({leaf.cfg["dataset_path"] for leaf in leaves if "/" in str(leaf.cfg.get("dataset_path"))}):
             findings.append(_repository(f"items of {bench.name}: {name}", "dataset", name, "main", online))
-        findings += _fetched_by_code(bench, leaves, online)
-        if any(leaf.cfg.get("unsafe_code") for leaf in leaves):
+        findings += _fetched_by_code(bench, leaves)
+        if any(map(executes, (leaf.cfg for leaf in leaves))):
             findings.append(_code_execution(bench))
     return findings
 
@@ -171,8 +172,8 @@ def _imports(leaves: Iterable[Any]) -> set[str]:
     return names - {path.stem for path in files}
 
 
-def _fetched_by_code(bench: BenchmarkSpec, leaves: Iterable[Any], online: bool) -> list[Finding]:
-    """Look for what the code of lm-eval's tasks downloads when imported: nltk's punkt_tab, the metric code_eval."""
+def _fetched_by_code(bench: BenchmarkSpec, leaves: Iterable[Any]) -> list[Finding]:
+    """Look for what the code of lm-eval's tasks downloads when imported: nltk's punkt_tab."""
     findings, imports = [], _imports(leaves)
     if "nltk" in imports and find_spec("nltk"):
         import nltk
@@ -183,17 +184,12 @@ def _fetched_by_code(bench: BenchmarkSpec, leaves: Iterable[Any], online: bool) 
         except LookupError:
             advice = "punkt_tab is not installed: run `python -m nltk.downloader punkt_tab`"
             findings.append(Finding(f"nltk data of {bench.name}", False, advice))
-    if "evaluate" in imports:
-        from evaluate import config
-
-        metric = Path(config.HF_MODULES_CACHE) / "evaluate_modules" / "metrics" / "evaluate-metric--code_eval"
-        detail = "in the local cache" if metric.is_dir() else "to be had from the hub" if online else "needs the hub"
-        findings.append(Finding(f"metric code_eval of {bench.name}", metric.is_dir() or online, detail))
     return findings
 
 
 def _code_execution(bench: BenchmarkSpec) -> Finding:
-    allowed = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-    advice = "in a container or sandbox, allow it with HF_ALLOW_CODE_EVAL=1"
-    detail = "allowed by HF_ALLOW_CODE_EVAL=1" if allowed else f"it executes code that the model writes; {advice}"
-    return Finding(f"code execution for {bench.name}", allowed, detail)
+    try:
+        code_sandbox.require()
+    except ConfigError as error:
+        return Finding(f"code execution for {bench.name}", False, str(error))
+    return Finding(f"code execution for {bench.name}", True, "what the model writes is run in a sandbox")

@@ -295,7 +295,7 @@ def test_planning_a_local_task_imports_neither_torch_nor_lm_eval(benchmark: Path
 
 @pytest.fixture
 def named_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two named tasks, their group, and one that executes code, in place of lm-eval's own index (10-20 s to build)."""
+    """Two named tasks and their group, in place of lm-eval's own index (10-20 s to build)."""
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path / "named"
@@ -303,7 +303,6 @@ def named_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         files = {"test": str(folder / f"{name}.jsonl")}
         kwargs = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
         write_task(folder, name, [answer] * len(QUESTIONS), dataset_kwargs=kwargs)
-    write_task(folder, "writes_code", ["a"] * len(QUESTIONS), unsafe_code=True)
     (folder / "group.yaml").write_text(yaml.safe_dump({"group": "sums", "task": ["sums_one", "sums_two"]}))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(evaluation, "_task_manager", lambda: manager)
@@ -336,14 +335,6 @@ def test_an_unknown_lm_eval_task_is_refused_with_the_nearest_one(named_tasks: Pa
     check_task(Evaluate(task="sums"))
     with pytest.raises(ConfigError, match=r"unknown lm-eval task 'sums_ones'. Did you mean 'sums_one'"):
         check_task(Evaluate(task="sums_ones"))
-
-
-def test_a_benchmark_that_executes_code_must_be_allowed(named_tasks: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    with pytest.raises(ConfigError, match=r"writes_code.*HF_ALLOW_CODE_EVAL=1"):
-        check_task(Evaluate(task="writes_code"))
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    check_task(Evaluate(task="writes_code"))
 
 
 @pytest.mark.slow

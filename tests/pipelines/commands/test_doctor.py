@@ -236,12 +236,6 @@ def test_a_task_that_lm_eval_has_not_is_named_with_the_nearest():
     assert "Did you mean 'gsm8k_cot'?" in finding.detail
 
 
-@pytest.mark.parametrize(("value", "ok"), [("1", True), ("0", False)])
-def test_the_permission_to_execute_code_is_the_environments(monkeypatch, value, ok):
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", value)
-    assert doctor_hub._code_execution(BenchmarkSpec(name="b", task="humaneval")).ok is ok
-
-
 def test_a_port_in_use_is_said_and_no_obstacle():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -267,7 +261,6 @@ def test_the_command_says_what_an_offline_machine_lacks_for_llama2_7b_without_a_
         "MISSING  model meta-llama/Llama-2-7b-hf",
         "MISSING  data KKHYA/metamath_converted",
         "MISSING  items of math: EleutherAI/hendrycks_math",
-        "MISSING  code execution for humaneval",
     ):
         assert any(line.startswith(words) for line in lines), words
     for name in ("gsm8k", "math", "humaneval", "humaneval-plus", "ifeval"):

