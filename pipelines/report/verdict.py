@@ -41,7 +41,7 @@ def decision(report: Report) -> Decision:
         return Decision("undecided", "Undecided: there was no time for a single mask; give more time.", None)
     name, high = _mask_named(row), 100 * row["gain_high"]
     judged = f"{100 * row['gain']:+.1f} points [{100 * row['gain_low']:+.1f}, {high:+.1f}]"
-    judged += f" on the {row['n']:,} items that had no part in its choice" if contest else f" on {row['n']:,} items"
+    judged += f" on {row['n']:,} items" + (", chosen on one half and judged on the other" if contest else "")
     if row["verdict"] == "better":
         return Decision("better", f"Better: {name} gains {judged}.", row)
     if row["gain_high"] < MARGIN:
@@ -50,8 +50,7 @@ def decision(report: Report) -> Decision:
     return Decision(
         "undecided",
         f"Undecided: gains up to {high:.1f} points are possible; the best of {_count_of(row)}, {name}: {judged}. "
-        f"To find a gain of {100 * MARGIN:.0f} point takes about {_items_needed(row):,} items beside as many to choose "
-        "on.",
+        f"To find a gain of {100 * MARGIN:.0f} point takes about {_items_needed(row):,} items.",
         row,
     )
 
@@ -73,7 +72,9 @@ def _items_needed(row: Row) -> int:
 
 
 def sentence(report: Report) -> str:
-    """Say in one line what the study shows: its declared contrasts, or else what exploring found."""
+    """Say in one line what the study shows: its contest, its declared contrasts, or else what exploring found."""
+    if report.plan.study.contest:
+        return decision(report).sentence
     if primaries := [row for row in report.contrasts if row["family"] == "primary"]:
         return "; ".join(f"{row['contrast']}: {row['verdict']}, {row['sentence']}" for row in primaries) + "."
     tests = _tests(report)

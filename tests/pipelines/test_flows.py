@@ -11,5 +11,5 @@ def test_a_caller_who_has_planned_gives_a_flow_its_work_and_leaves_the_served_fl
         assert (here.name, here.flow_run_name) == (served.name, served.flow_run_name)
         assert here.parameters == served.parameters
         assert served.fn is before
-        asked = {"study": "a", "profile": "b", "overrides": [], "seeds": [0], "rerun": []}
+        asked = {"study": "a", "profile": "b", "overrides": [], "seeds": [0], "replicates": None, "rerun": []}
         assert here.validate_parameters(asked) == asked

@@ -10,7 +10,7 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.graph.variants import unique_nodes
 from pipelines.plan.plan import make_plan
-from tests.support.mini import TRAINING, write_profile, write_study
+from tests.support.mini import PLAIN_METHODS, TRAINING, write_profile, write_study
 
 BENCH = {"name": "sums", "task": "mini_sums", "path": "benchmarks"}
 
@@ -390,7 +390,7 @@ def replicated(plan, *variants, replicates=2, seeds=(0, 1)):
 
 
 def test_every_method_of_a_replicate_starts_from_and_is_compared_with_its_own_fine_tuning(plan):
-    methods = [{"method": name} for name in METHODS]
+    methods = [{"method": name} for name in PLAIN_METHODS]
     the_plan, items = replicated(plan, *methods)
     recipe, nodes = the_plan.comparison()
     for row, node in zip(recipe.variants, nodes, strict=True):
@@ -422,7 +422,7 @@ def test_no_two_trainings_of_a_method_draw_the_same_numbers(plan):
 
 
 def test_the_first_replicate_is_the_study_without_replicates(plan):
-    methods = [{"method": name} for name in METHODS]
+    methods = [{"method": name} for name in PLAIN_METHODS]
     alone, _ = replicated(plan, *methods, replicates=1)
     several, _ = replicated(plan, *methods, replicates=3)
     first = [item for item in several.variants if not item.setup.replicate]

@@ -65,7 +65,7 @@ def test_a_study_of_several_fine_tunings_has_its_report(tmp_path: Path) -> None:
     page = write_report(report, tmp_path / "pages", Asked("s", "p"))
     markdown = (page.parent / "report.md").read_text()
     assert "could not be made" not in markdown
-    assert "fft fine_tune.seed=42 | 2 | 0.5000 | fine_tune.seed = 42 (tried: 42, 43) | 50.0 |" in markdown
+    assert "fft fine_tune.seed=42 | 2 | 0.5000 | - | 50.0 |" in markdown
 
 
 def test_a_part_that_fails_is_a_line_on_the_page_and_a_warning(
