@@ -21,13 +21,18 @@ from mft_core.recipes import LearnMask, Recipe, Runtime
 
 @dataclass(frozen=True)
 class Progress:
-    """One measurement of running work; speeds and times are for people, never part of a payload."""
+    """One measurement of running work; speeds and times are for people, never part of a payload.
+
+    Work that has begun and measured nothing yet has a total of 0.
+    """
 
     step: int
     total: int
     unit: str = "step"
     metrics: Mapping[str, float] = field(default_factory=dict)
     """e.g. loss (nats/token), learning_rate, validation_loss, tokens (count so far), tokens_per_second"""
+    doing: str = ""
+    """what goes on in place of steps, e.g. 'waiting for the lock of PID 12', 'resuming after step 40 of 900'"""
 
 
 @dataclass(frozen=True)

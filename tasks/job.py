@@ -39,6 +39,8 @@ class Job:
     """One artifact to build: all that a worker needs besides the home or the store that it shares with the sender."""
 
     home: Path
+    holder: str
+    """that locks are held for: the sender"""
     shared: str | None
     """URL of the shared store; with one, a worker's own `$MFT_HOME` is its copy, and need not be the sender's"""
     stage: str
@@ -84,7 +86,7 @@ def _build(job: Job, report: Callable[[Progress], None], tell: Callable[[object]
             f"MFT_HOME = {home}: there is no such directory on {platform.node()}, where a worker of the cluster runs; "
             "all machines need the same one under the same path, or an MFT_STORE that they share."
         )
-    stage, store = get_stage(job.stage), ArtifactStore(home, job.shared)
+    stage, store = get_stage(job.stage), ArtifactStore(home, job.shared, job.holder)
     log, handler = logging.getLogger("mft"), QueueHandler(SimpleNamespace(put_nowait=tell))
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -92,7 +94,7 @@ def _build(job: Job, report: Callable[[Progress], None], tell: Callable[[object]
     try:
         assert stage.run  # imports its libraries, which are not what the stage itself takes in seconds and memory
         turn = os.environ.get(TURN)
-        with store.lock(turn, log) if turn else contextlib.nullcontext():
+        with store.lock(turn, report) if turn else contextlib.nullcontext():
             inputs = dict(job.inputs)
             return store.build(
                 stage, job.recipe, inputs, job.runtime, report=report, log=log, force=job.force, notes=job.notes

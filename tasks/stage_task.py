@@ -143,8 +143,9 @@ def _build(
     if stage.heavy:
         from tasks.job import Job  # imports Dask
 
+        home, holder = place.store.home, place.store.holder
         url = place.store.shared.url if place.store.shared else None
-        job = Job(place.store.home, url, stage.name, call.recipe, inputs, runtime, call.rerun, notes)
+        job = Job(home, holder, url, stage.name, call.recipe, inputs, runtime, call.rerun, notes)
         return place.cluster.build(job, call.label, key, report, log)
     with _LIGHT:
         return place.store.build(

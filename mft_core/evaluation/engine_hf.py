@@ -72,7 +72,8 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
         prompt = max(map(len, prompts))
         answer = max(int(normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"]) for r in requests)
         self._settle(len(requests), sum(of_a_sequence(self._geometry, self._number, prompt + answer, prompt)))
-        self._expect(requests, self._end.text if self._end and self._end.token is None else None)
+        self._end_with(requests, self._end.text if self._end and self._end.token is None else None)
+        self._expect(len(requests))
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
@@ -85,7 +86,11 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         logits = (2 * self._number + 4) * self._geometry.vocabulary * longest
         self._settle(len(requests), logits + sum(of_a_sequence(self._geometry, self._number, longest, longest)))
+        # one pass answers all continuations that differ in their last token only
+        self._expect(len({tuple(context + continuation[:-1]) for _, context, continuation in requests}))
+        done = self._done
         while True:
+            self._done = done
             try:
                 answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
                 return answers
@@ -93,6 +98,11 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
                 if self.batch_size_per_gpu == 1:
                     raise
                 self.batch_size_per_gpu //= 2
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+        self._answered(len(inps), inps.numel())
+        return logits
 
     def _settle(self, sequences: int, each: float) -> None:
         """Choose how many sequences of so many bytes are asked together."""
@@ -105,9 +115,10 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
         if any(asked.values()):
             given = {key: value for key, value in asked.items() if value is not None}
             tokens: torch.Tensor = super()._model_generate(context, max_length, stop, **settings, **given)
+            self._answered(0, tokens[:, context.shape[1] :].numel())
         else:
             tokens = self._greedy(context, settings.pop("attention_mask"), max_length, stop, settings)
-        self._answered(len(context))
+        self._answered(len(context), 0)
         return tokens
 
     def _greedy(
@@ -162,6 +173,7 @@ class _Ended(StoppingCriteria):
 
     def __init__(self, model: HuggingFace, stop: list[str], prompt: int) -> None:
         self._tokenizer, self._stop, self._prompt = model.tokenizer, [text for text in stop if text], prompt
+        self._answered = model._answered
         ends = model.model.generation_config.eos_token_id
         self._tokens = torch.tensor([] if ends is None else ends, dtype=torch.long, device=model.device).flatten()
         # a text may come in other tokens than it is encoded to: lm-eval looks back two further
@@ -169,7 +181,8 @@ class _Ended(StoppingCriteria):
         self._back = 2 + max(map(len, encoded), default=0)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Say of every row whether it has ended, or of all that they are to stop."""
+        """Say of every row whether it has ended, or of all that they are to stop; tell that it goes on."""
+        self._answered(0, len(input_ids))
         self.rows |= torch.isin(input_ids[:, -1], self._tokens)
         if self._stop:
             said = self._tokenizer.batch_decode(input_ids[:, max(self._prompt, input_ids.shape[1] - self._back) :])

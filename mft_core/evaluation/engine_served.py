@@ -80,12 +80,14 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Answer prompts."""
-        self._expect(requests, self._end.text if self._end else None)
+        self._end_with(requests, self._end.text if self._end else None)
+        self._expect(len(requests))
         answers: list[str] = self._asking(super().generate_until, requests)
         ends = [handle_stop_sequences(request.args[1].get("until"), self.eos_string) for request in requests]
         return [postprocess_generated_text(*pair, None) for pair in zip(answers, ends, strict=True)]
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        self._expect(len(requests))
         answers: list[tuple[float, bool]] = self._asking(super()._loglikelihood_tokens, requests, **kwargs)
         return answers
 
@@ -111,14 +113,14 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
             payload["stop_token_ids"] = [self._end.token]  # the texts of such tokens are left out, and so never seen
         return payload
 
-    async def amodel_call(self, *args: Any, **kwargs: Any) -> Any:
+    async def amodel_call(self, session: Any, sem: Any, messages: Any, **kwargs: Any) -> Any:
         """Ask once, and report; who refuses to go on is heard when all requests under way are back."""
         if self._refusal:
             return []
-        answers = await super().amodel_call(*args, **kwargs)
-        if kwargs.get("generate"):
-            try:
-                self._answered(1)
-            except BaseException as error:
-                self._refusal = error
+        answers = await super().amodel_call(session, sem, messages, **kwargs)
+        made = self.tokenizer(answers)["input_ids"] if kwargs.get("generate") else messages
+        try:
+            self._answered(len(messages), sum(map(len, made)))
+        except BaseException as error:
+            self._refusal = error
         return answers

@@ -5,6 +5,7 @@ A base of `mft_core.evaluation.engine_hf.HuggingFace` and `mft_core.evaluation.e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mft_core.data.chat_template import EndOfTurn, chat_prompt
 from mft_core.stage import Progress
+
+SECONDS_BETWEEN = 1.0
+"""reports while no item is answered"""
 
 
 class Prompting:
@@ -27,19 +31,30 @@ class Prompting:
             report: told how many items are answered.
         """
         self._chat, self._end, self._report = tokenizer, end, report
-        self._done, self._asked = 0, 0
+        self._done, self._asked, self._told = 0, 0, 0.0
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as a prompt."""
         return chat_prompt(self._chat, chat_history, answer_begins=not add_generation_prompt)
 
-    def _expect(self, requests: Sequence[Any], end: str | None) -> None:
-        """Count what is asked, and let answers end with a text besides the task's own."""
-        self._asked += len(requests)
+    def _end_with(self, requests: Sequence[Any], end: str | None) -> None:
+        """Let answers end with a text besides the task's own."""
         for request in requests if end else ():
             until = request.args[1].get("until") or []
             request.args[1]["until"] = [*([until] if isinstance(until, str) else until), end]
 
-    def _answered(self, count: int) -> None:
-        self._done += count
+    def _expect(self, count: int) -> None:
+        """Begin to ask so many items."""
+        self._asked += count
+        self._tokens, self._began = 0, time.perf_counter()
         self._report(Progress(self._done, self._asked, "item"))
+
+    def _answered(self, count: int, tokens: int) -> None:
+        """Count items that are done and tokens that were computed; told at once, and now and then within one."""
+        self._done += count
+        self._tokens += tokens
+        now = time.perf_counter()
+        if count or now - self._told > SECONDS_BETWEEN:
+            self._told = now
+            speed = {"tokens_per_second": self._tokens / (now - self._began)}
+            self._report(Progress(self._done, self._asked, "item", speed))

@@ -4,7 +4,7 @@
     $MFT_HOME/artifacts/<stage>/<key>/...             the payload
     $MFT_HOME/work/<key>/                             resumable state of unfinished work
     $MFT_HOME/work/<key>/.rerun                       that work began with `force`; a later `force` goes on with it
-    $MFT_HOME/locks/<key>                             held with flock while the key is computed
+    $MFT_HOME/locks/<key>                             held with flock while the key is computed; names who holds it
 
 A stage writes into a temporary directory; payload and manifest are fsynced, then the directory is renamed into place.
 flock is released by the kernel when its holder dies, so a killed run never blocks the next. Where `MFT_STORE` names a
@@ -20,11 +20,13 @@ import contextlib
 import fcntl
 import logging
 import os
+import platform
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -38,6 +40,8 @@ from mft_core.store.shared import SharedStore
 from mft_core.store.usage import Meter, compare
 
 _RERUN = ".rerun"
+_SECONDS_TO_LOOK = 1.0
+"""while waiting for a lock: who holds it, and whether to go on waiting"""
 _FOLDERS = ("artifacts", "work", "locks", "logs", "prefect", "reports")
 
 
@@ -91,18 +95,20 @@ class Built:
 class ArtifactStore:
     """The artifacts under one `MFT_HOME`, and those of the store that it shares with other machines, if any."""
 
-    def __init__(self, home: Path, shared: str | None = None) -> None:
+    def __init__(self, home: Path, shared: str | None = None, holder: str | None = None) -> None:
         """Open the store; nothing is read or written yet.
 
         Args:
             home: where this machine's artifacts and resumable state lie.
             shared: a URL of fsspec.
+            holder: PID and machine of the run that locks are held for; by default this process.
 
         Raises:
             ConfigError: the URL cannot be understood here.
         """
         self.home = home.absolute()
         self.shared = SharedStore(shared) if shared else None
+        self.holder = holder or f"{os.getpid()} {platform.node()}"
         self._verified: dict[Path, tuple[int, int, int]] = {}
 
     @classmethod
@@ -247,8 +253,8 @@ class ArtifactStore:
         """
         log = log or logging.getLogger("mft")
         key = self.key(stage, recipe, inputs)
-        held = self.shared.lease(key, log) if self.shared else contextlib.nullcontext()
-        with self.lock(key, log), held:
+        held = self.shared.lease(key, log, report) if self.shared else contextlib.nullcontext()
+        with self.lock(key, report), held:
             problem = "rerun asked for" if force else self.damage(stage.name, key)
             if problem is None:
                 manifest = self.manifest(stage.name, key)
@@ -272,6 +278,7 @@ class ArtifactStore:
         notes: Mapping[str, Any],
         force: bool,
     ) -> Built:
+        report(Progress(0, 0))
         final = self.directory(stage.name, key)
         temporary = final.parent / f".incomplete-{key}"
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: the lock is ours
@@ -352,14 +359,41 @@ class ArtifactStore:
                 )
 
     @contextlib.contextmanager
-    def lock(self, name: str, log: logging.Logger | None = None) -> Iterator[None]:
-        """Hold the lock of that name, waiting (and saying so) while another process or thread holds it."""
+    def lock(self, name: str, report: Callable[[Progress], None] | None = None) -> Iterator[None]:
+        """Hold the lock of that name, waiting while another process or thread holds it.
+
+        Args:
+            report: told again and again whom it waits for, and ends the waiting by raising; None: it is logged once.
+        """
         path = self.home / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as handle:
+        with path.open("a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                (log or logging.getLogger("mft")).info("waiting for another run that holds the lock of %s", name[:12])
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                self._wait(handle, report)
+            with contextlib.suppress(OSError):  # the name is for people: a full disk must not stop the work
+                handle.truncate(0)
+                handle.write(self.holder)
+                handle.flush()
             yield
+
+    def _wait(self, handle: IO[str], report: Callable[[Progress], None] | None) -> None:
+        """Take one's turn among those who wait; in a thread, since nothing ends a call of flock but the lock."""
+        taken, told = threading.Event(), False
+
+        def take() -> None:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # where nobody waits any more, it ends with the closed file
+            taken.set()
+
+        threading.Thread(target=take, daemon=True).start()
+        while not taken.wait(_SECONDS_TO_LOOK if told else 0.05):
+            handle.seek(0)
+            pid, _, machine = handle.read().partition(" ")
+            where = "" if machine in ("", platform.node()) else f" on {machine}"
+            text = f"waiting for the lock of PID {pid or '(not known yet)'}{where}"
+            if report:
+                report(Progress(0, 0, doing=text))
+            elif not told:
+                logging.getLogger("mft").warning("%s: %s", text, Path(handle.name).name)
+            told = True

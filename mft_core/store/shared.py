@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mft_core.cache_key import digest_file
 from mft_core.errors import ConfigError, StageError
+from mft_core.stage import Progress
 from mft_core.store import manifests
 
 BEAT_SECONDS = 10.0
@@ -118,12 +119,12 @@ class SharedStore:
         manifests.commit(temporary, final, manifest)
 
     @contextlib.contextmanager
-    def lease(self, key: str, log: logging.Logger) -> Iterator[None]:
+    def lease(self, key: str, log: logging.Logger, report: Callable[[Progress], None]) -> Iterator[None]:
         """Hold the lease of a key, waiting (and saying so) while another machine does; a dead holder loses it."""
         path = f"{self._root}/locks/{key}"
         mine = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex}"
         self._make_parent(path)
-        self._wait_for(path, mine, key, log)
+        self._wait_for(path, mine, key, log, report)
         ended = threading.Event()
         beating = threading.Thread(target=self._beat, args=(path, mine, ended, log), name="lease", daemon=True)
         beating.start()
@@ -136,15 +137,17 @@ class SharedStore:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(path)
 
-    def _wait_for(self, path: str, mine: str, key: str, log: logging.Logger) -> None:
+    def _wait_for(
+        self, path: str, mine: str, key: str, log: logging.Logger, report: Callable[[Progress], None]
+    ) -> None:
         seen: bytes | None = None
         since = time.monotonic()
         while not self._create(path, mine.encode()):
             now = self._read(path)
+            if now is not None:
+                who = now.decode(errors="replace").split(", ")[:2]
+                report(Progress(0, 0, doing=f"waiting for another machine that computes {key[:12]} ({', '.join(who)})"))
             if now != seen:
-                if seen is None and now is not None:
-                    who = now.decode(errors="replace").rpartition(", ")[0]
-                    log.info("waiting for another machine that computes %s (%s)", key[:12], who)
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > LOST_SECONDS:
                 log.warning(

@@ -336,4 +336,6 @@ class _Loop:
         steps = len(self.history.rows)
         parallel.check_agreed("the number of steps done before", steps, self.device)  # and all have read the state
         if steps and parallel.is_first():
-            self.context.log.info("resuming after step %d of %d", steps, self.steps)
+            text = f"resuming after step {steps} of {self.steps}"
+            self.context.log.info(text)
+            self.context.report(Progress(steps, self.steps, doing=text))

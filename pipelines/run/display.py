@@ -1,19 +1,53 @@
-"""What a person sees while a study runs: one progress bar per running stage, and a line for each finished one.
+"""What a person sees while a study runs: what each running stage is at, and a line for each finished one.
 
-On a terminal: bars with step, loss, tokens/s and time left. Elsewhere (CI, a log file): one plain line per finished
-stage. Called from several threads at once.
+On a terminal: bars with step, loss, tokens/s and time left. Elsewhere (nohup, Slurm, CI): the same as plain lines, for
+each running stage one every `SECONDS_BETWEEN_LINES`; so it is in the log. Called from several threads at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
+from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mft_core.stage import Progress as StageProgress
+
+SECONDS_BETWEEN_LINES = 25.0
+log = logging.getLogger("mft")
+
+
+@dataclass
+class _Running:
+    """A stage that was heard of and has not ended."""
+
+    bar: TaskID
+    began: float
+    last: StageProgress
+    since: float
+    """when its total was first told, at the step `first`: from there on its pace is measured"""
+    first: int
+
+    def heard(self, progress: StageProgress) -> None:
+        """Take the next measurement."""
+        if progress.total != self.last.total:
+            self.since, self.first = time.monotonic(), progress.step
+        self.last = progress
+
+    def line(self) -> str:
+        """Say in plain words what it is at."""
+        last, now = self.last, time.monotonic()
+        at = f"{last.unit} {last.step:,} of {last.total:,}" if last.total else "begun"
+        ahead = f"running for {_span(now - self.began)}"
+        if last.step > self.first:
+            ahead = f"{_span((last.total - last.step) * (now - self.since) / (last.step - self.first))} left"
+        return ", ".join([last.doing or at, *_measured(last), ahead])
 
 
 class Display:
@@ -23,7 +57,7 @@ class Display:
         """Prepare for `total` stages."""
         self.console = console or Console(stderr=True)
         self._lock = threading.Lock()
-        self._bars: dict[str, TaskID] = {}
+        self._running: dict[str, _Running] = {}
         self._total = total
         self._done = 0
         self._cached = 0
@@ -38,28 +72,40 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self._overall: TaskID | None = None
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
 
     def __enter__(self) -> Display:
         self._progress.start()
         self._overall = self._progress.add_task("stages", total=self._total, detail="")
+        self._ticker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._progress.stop()
 
     def update(self, label: str, progress: StageProgress) -> None:
         """Show one measurement of a running stage."""
-        detail = _detail(progress)
+        now, detail = time.monotonic(), "  ".join(filter(None, [progress.doing, *_measured(progress)]))
         with self._lock:
-            if label not in self._bars:
-                self._bars[label] = self._progress.add_task(label, total=progress.total, detail=detail)
-            self._progress.update(self._bars[label], completed=progress.step, total=progress.total, detail=detail)
+            known = self._running.get(label)
+            news = progress.doing if known is None or progress.doing != known.last.doing else ""
+            if known is None:
+                bar = self._progress.add_task(label, total=None, detail=detail)
+                known = self._running[label] = _Running(bar, now, progress, now, progress.step)
+            known.heard(progress)
+            self._progress.update(known.bar, completed=progress.step, total=progress.total or None, detail=detail)
+        if news:
+            log.info("%s: %s", label, news)
+            self.say(f"{label}: {news}")
 
     def expect(self, total: int) -> None:
         """Take a new total: a search knows its stages only as it goes."""
         with self._lock:
+            self._total = total
             if self._overall is not None:
                 self._progress.update(self._overall, total=total)
 
@@ -73,22 +119,37 @@ class Display:
         with self._lock:
             self._done += 1
             self._cached += outcome == "cached"
-            bar = self._bars.pop(label, None)
-            if bar is not None:
-                self._progress.remove_task(bar)
+            known = self._running.pop(label, None)
+            if known is not None:
+                self._progress.remove_task(known.bar)
             if outcome not in ("cached", "not run"):
-                seconds = time.monotonic() - self._started
-                line = f"[{seconds:5.0f} s] {outcome:<8} {label}"
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self.say(f"{outcome:<8} {label}")
             if self._overall is not None:
                 self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")
 
+    def _tick(self) -> None:
+        """Write down now and then what every running stage is at, and print it where there are no bars."""
+        while not self._ended.wait(SECONDS_BETWEEN_LINES):
+            with self._lock:
+                lines = [f"{label}: {known.line()}" for label, known in self._running.items()]
+                if not lines and self._done < self._total:
+                    lines = [f"{self._done} of {self._total} stages are done, none is running"]
+            for line in lines:
+                log.info("%s", line)
+                if not self.console.is_terminal:
+                    with contextlib.suppress(OSError):  # a full disk, a reader who has gone: the work goes on
+                        self.say(line)
 
-def _detail(progress: StageProgress) -> str:
+
+def _measured(progress: StageProgress) -> list[str]:
     metrics = progress.metrics
     parts = []
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.3f}")
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-    return "  ".join(parts)
+    return parts
+
+
+def _span(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

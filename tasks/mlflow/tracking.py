@@ -143,7 +143,7 @@ class Writer:
             self._warn(f"{self.problem}. The run goes on; `mft report {self._study} --sync` records it later.")
 
     def _connect(self) -> None:
-        with ArtifactStore(self.home).lock("mlflow-init", log):  # two processes must not make one database at once
+        with ArtifactStore(self.home).lock("mlflow-init"):  # two processes must not make one database at once
             if self.uri == f"sqlite:///{self.home / 'mlflow.db'}":
                 with contextlib.closing(sqlite3.connect(self.home / "mlflow.db")) as database:
                     database.execute("PRAGMA journal_mode=WAL")  # stays: the UI can read while a run writes

@@ -55,15 +55,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def build(cluster: Cluster, job: Job, report: Callable[[Progress], None] = lambda progress: None) -> ArtifactRef:
-    """Build a job's artifact on a cluster."""
+    """Build a job's artifact on a cluster; tells of measurements, not of the beginning."""
     key = ArtifactStore(job.home).key(get_stage(job.stage), job.recipe, job.inputs)
-    return cluster.build(job, job.stage, key, report, LOG)
+    return cluster.build(job, job.stage, key, lambda progress: progress.total and report(progress), LOG)
 
 
 def job(home: Path, inputs: dict[str, Any], layers: str = "1-2", **training: Any) -> Job:
     recipe = LearnMask(sparsity=0.3, layers=layers, score_init="normal", training=make_recipe(**training))
     home.mkdir(exist_ok=True)
-    return Job(home, None, "learn-mask", recipe, inputs, RUNTIME, force=False, notes={"note": "kept"})
+    return Job(home, "1 here", None, "learn-mask", recipe, inputs, RUNTIME, force=False, notes={"note": "kept"})
 
 
 def processes(cluster: Cluster) -> list[psutil.Process]:

@@ -14,6 +14,7 @@ import yaml
 
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation import lm_eval_harness as evaluation
+from mft_core.evaluation import prompting
 from mft_core.evaluation.benchmarks import read_items
 from mft_core.evaluation.engine_hf import HuggingFace
 from mft_core.evaluation.lm_eval_harness import Evaluation, check_task, evaluate
@@ -194,7 +195,37 @@ def test_a_local_task_needs_no_network_and_writes_nothing_outside(
 def test_progress_ends_at_the_number_of_items(model: Path, benchmark: Path):
     seen: list[Progress] = []
     evaluate(RECIPE, model, benchmark, Runtime(eval_batch_size=10), seen.append)
-    assert [(p.step, p.total) for p in seen] == [(10, 24), (20, 24), (24, 24)]
+    assert sorted({(p.step, p.total) for p in seen}) == [(0, 24), (10, 24), (20, 24), (24, 24)]
+    assert seen[-1].metrics["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(("choices", "total"), [(["a dozen", "two dozens"], 48), (["1", "2"], 24)])
+def test_log_likelihoods_tell_their_progress_too(model: Path, tmp_path: Path, choices: list[str], total: int):
+    changes = {"output_type": "multiple_choice", "doc_to_choice": choices, "doc_to_target": "0"}
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    write_task(tmp_path, "tiny_sums", ["no"] * len(QUESTIONS), **changes, metric_list=metrics)
+    seen: list[Progress] = []
+    recipe = RECIPE.model_copy(update={"metric": "acc"})
+    evaluate(recipe, model, tmp_path, Runtime(eval_batch_size=20), seen.append)
+    done = [*range(0, total, 20), total]
+    assert [(p.step, p.total) for p in seen] == [(step, total) for step in done]
+    assert seen[-1].metrics["tokens_per_second"] > 0
+
+
+def test_whoever_is_told_of_progress_can_stop_in_the_midst_of_a_batch(
+    model: Path, benchmark: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class EnoughError(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.metrics:
+            assert progress.step == 0, "nothing is answered yet"
+            raise EnoughError
+
+    monkeypatch.setattr(prompting, "SECONDS_BETWEEN", 0.0)
+    with pytest.raises(EnoughError):
+        evaluate(RECIPE, model, benchmark, report=stop)
 
 
 def test_the_same_question_in_another_prompt_is_another_item(model: Path, benchmark: Path, result: Evaluation):

@@ -18,7 +18,7 @@ import pytest
 
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.recipes import Evaluate, Runtime
-from mft_core.stage import Stage
+from mft_core.stage import Progress, Stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import MANIFEST
 from mft_core.store.sources import Source, local_checkpoint, local_file, pinned
@@ -216,6 +216,29 @@ def test_the_lock_of_a_killed_holder_does_not_block(tmp_path):
     started = time.monotonic()
     with ArtifactStore(tmp_path).lock("abc"):
         assert time.monotonic() - started < 5
+
+
+def test_who_waits_for_a_lock_says_for_whom_again_and_again_and_can_be_stopped(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from mft_core.store.artifacts import ArtifactStore\n"
+        "with ArtifactStore(Path(sys.argv[1])).lock('abc'): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    told: list[str] = []
+
+    def report(progress: Progress) -> None:
+        told.append(progress.doing)
+        if len(told) == 2:
+            raise StageError("enough")
+
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(StageError, match="enough"), ArtifactStore(tmp_path).lock("abc", report):
+            pass
+        assert told == [f"waiting for the lock of PID {holder.pid}"] * 2
+        holder.stdin.close()
+    with ArtifactStore(tmp_path).lock("abc"):  # whoever gave up does not hold it
+        assert (tmp_path / "locks" / "abc").read_text().startswith(f"{os.getpid()} ")
 
 
 def test_what_a_killed_run_left_is_cleared_and_never_taken_for_an_artifact(store):

@@ -100,7 +100,10 @@ def test_whoever_stops_two_processes_from_the_report_loses_no_step(
     assert not workers(tmp_path)
     with caplog.at_level(logging.INFO):
         run_stage(mask_recipe(), tmp_path, told.append)
-    assert [progress.step for progress in told] == [5, 6, 7, 8, 9, 10]
+    assert [(progress.step, progress.doing) for progress in told] == [
+        (4, "resuming after step 4 of 10"),
+        *((step, "") for step in range(5, 11)),
+    ]
     assert caplog.messages.count("resuming after step 4 of 10") == 1
 
 

@@ -177,11 +177,11 @@ def test_no_state_is_saved_before_its_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [1, 17])
 def test_whoever_stops_a_training_from_its_report_loses_no_step(step: int, tmp_path: Path) -> None:
-    recipe, steps = make_recipe(epochs=8), []
+    recipe, steps, doing = make_recipe(epochs=8), [], []
 
     def report(progress: Progress) -> None:
-        steps.append(progress.step)
-        if steps == list(range(1, step + 1)):
+        (doing if progress.doing else steps).append(progress.doing or progress.step)
+        if steps == list(range(1, step + 1)) and not doing:
             raise _Killed
 
     context = make_context(tmp_path, checkpoint_seconds=1e9)
@@ -192,6 +192,7 @@ def test_whoever_stops_a_training_from_its_report_loses_no_step(step: int, tmp_p
     undisturbed = make_context(tmp_path / "undisturbed")
     assert resumed == train(make_trainable("mask", make_model(), recipe), make_data(), recipe, undisturbed)
     assert steps == list(range(1, 41))
+    assert doing == [f"resuming after step {step} of 40"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, *DAMAGES.values()], ids=["missing", *DAMAGES.keys()])
