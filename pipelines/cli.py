@@ -281,6 +281,17 @@ def fetch(name: Annotated[str, typer.Argument(help="the model of a shipped profi
 
 
 @app.command()
+def status(as_json: AsJson = False) -> None:
+    """Say what runs under MFT_HOME and how far it is, and what became of what ran lately; from any terminal."""
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.commands.status import text
+    from pipelines.servers.runs import runs
+
+    home = ArtifactStore.from_environment().home
+    print(json.dumps(runs(home), indent=2) if as_json else text(runs(home), home))
+
+
+@app.command()
 def up() -> None:
     """Start the Prefect server, the MLflow UI and the served deployments; Ctrl-C stops them."""
     from mft_core.store.artifacts import ArtifactStore

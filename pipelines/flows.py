@@ -42,6 +42,7 @@ from pipelines.run.execute import Outcome, run_nodes, workplace
 from pipelines.run.logs import log_to, warn
 from pipelines.run.search import run_search
 from pipelines.run.verdict import reached
+from pipelines.servers.runs import told_of
 from tasks.mlflow.tracking import Writer
 from tasks.stage_task import StageCall, Workplace
 
@@ -121,10 +122,12 @@ def run_study(
     """
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
-        logfile = stack.enter_context(_logged(store, "-".join(plan.study.name for plan in plans)[:80]))
+        display = Display(len(nodes))
+        name = "-".join(plan.study.name for plan in plans)[:80]
+        logfile = stack.enter_context(_logged(store, name, asked.command, display))
         writer = stack.enter_context(Writer(store.home, asked.study, warn))
         recorders = [stack.enter_context(Recorder(plan, store, logfile, writer, rerun=bool(rerun))) for plan in plans]
-        display = stack.enter_context(Display(len(nodes)))
+        stack.enter_context(display)
 
         def record(call: StageCall, progress: Progress) -> None:
             for recorder in recorders:
@@ -162,7 +165,8 @@ def run_verdict(
     Returns:
         the answer, where the merged checkpoint of the best mask lies, and what `run_study` returns.
     """
-    with _logged(store, "verdict"), Display(0) as display:
+    display = Display(0)
+    with _logged(store, "verdict", question.command, display), display:
         plan = reached(question, store, display)
     asked = Asked(plan.study.name, str(question.path), started_by=question.command)
     rows, table, page = run_study([plan], store, plan.study, asked, [])
@@ -207,9 +211,9 @@ def _show(report: Report, links: str) -> None:
 
 
 @contextlib.contextmanager
-def _logged(store: ArtifactStore, name: str) -> Iterator[Path]:
-    """Write a log for as long as the context lasts; a stage that fails in it says where the log is."""
-    with log_to(store.home, name) as path:
+def _logged(store: ArtifactStore, name: str, command: str, display: Display) -> Iterator[Path]:
+    """Write a log for as long as the context lasts, and tell of the run; a stage that fails says where the log is."""
+    with log_to(store.home, name) as path, told_of(store, command, path, display.snapshot):
         try:
             yield path
         except StageError as error:
@@ -239,9 +243,11 @@ def run_stage(
 ) -> list[dict[str, str]]:
     """Run one stage of planned studies, and what it needs; `study` is what the user called them."""
     wanted = _up_to(stage, plans)
+    display = Display(len(wanted))
+    command = shlex.join(["mft", "stage", stage, study, "--profile", plans[0].profile.name])
     with (
-        _logged(store, f"{Path(study).stem}-{stage}"),
-        Display(len(wanted)) as display,
+        _logged(store, f"{Path(study).stem}-{stage}", command, display),
+        display,
         workplace(plans, store, display) as place,
     ):
         outcomes = run_nodes(wanted, place, display, rerun)

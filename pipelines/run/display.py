@@ -10,9 +10,11 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -44,10 +46,14 @@ class _Running:
         """Say in plain words what it is at."""
         last, now = self.last, time.monotonic()
         at = f"{last.unit} {last.step:,} of {last.total:,}" if last.total else "begun"
-        ahead = f"running for {_span(now - self.began)}"
-        if last.step > self.first:
-            ahead = f"{_span((last.total - last.step) * (now - self.since) / (last.step - self.first))} left"
+        left = self.left(now)
+        ahead = f"running for {_span(now - self.began)}" if left is None else f"{_span(left)} left"
         return ", ".join([last.doing or at, *_measured(last), ahead])
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds to its end at its pace up to now; None before there is a pace."""
+        done = self.last.step - self.first
+        return (self.last.total - self.last.step) * (now - self.since) / done if done > 0 else None
 
 
 class Display:
@@ -74,6 +80,8 @@ class Display:
         self._overall: TaskID | None = None
         self._ended = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._promised: dict[str, float] = {}
+        self._work = 0.0
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -109,6 +117,33 @@ class Display:
             if self._overall is not None:
                 self._progress.update(self._overall, total=total)
 
+    def promise(self, seconds: Mapping[str, float]) -> None:
+        """Learn how long stages were said to take, by label: shares of the work."""
+        with self._lock:
+            self._promised, self._work = dict(seconds), sum(seconds.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return how far everything is; what is left takes as long, for its share of the work, as what is done."""
+        with self._lock:
+            running, now = self._running.items(), time.monotonic()
+            left = self._work and sum(self._promised.values()) - sum(
+                self._promised.get(label, 0) * known.last.step / known.last.total
+                for label, known in running
+                if known.last.total
+            )
+            elapsed, done = now - self._started, self._work - left
+            return {
+                "total": self._total,
+                "done": self._done,
+                "cached": self._cached,
+                "seconds_left": round(left * (elapsed / done if done > 0 else 1)) if self._work else None,
+                "stages": [
+                    {"label": label, "step": known.last.step, "total": known.last.total,
+                     "detail": known.last.doing or "  ".join(_measured(known.last)), "seconds_left": known.left(now)}
+                    for label, known in running
+                ],
+            }  # fmt: skip
+
     def say(self, text: str) -> None:
         """Print a line that no stage ends with."""
         seconds = time.monotonic() - self._started
@@ -119,6 +154,7 @@ class Display:
         with self._lock:
             self._done += 1
             self._cached += outcome == "cached"
+            self._promised.pop(label, None)
             known = self._running.pop(label, None)
             if known is not None:
                 self._progress.remove_task(known.bar)

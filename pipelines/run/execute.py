@@ -157,6 +157,7 @@ def workplace(
         record(call, progress)
 
     promised = {key: told for plan in plans for key, told in promises(plan).items()}
+    display.promise({s.node.label: promised[s.node.id]["seconds"] for plan in plans for s in plan.to_compute})
     run_id = getattr(flow_run, "id", None)
     notes = {"prefect_flow_run": run_id}
     runtime = plans[0].runtime

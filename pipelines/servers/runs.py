@@ -1,0 +1,129 @@
+"""What runs under an `MFT_HOME` tell of themselves, for `mft status`, in other terminals and on other machines.
+
+    $MFT_HOME/runs/<id>.json   what runs, how far it is, since when, where its log is; at its end, what became of it
+    $MFT_HOME/runs/<id>.lock   held with flock while the run lives: the kernel lets go of it however the run ends
+
+A thread writes the file anew every few seconds; from a machine whose locks are not seen here, that is the sign of life.
+A run says that it is there, and `mft gc` works, under one lock (`LOCK`), so that neither begins beside the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mft_core.errors import told
+from mft_core.names import without_secrets
+from mft_core.store.artifacts import ArtifactStore
+
+LOCK = "runs"
+SECONDS = 2.0
+"""between two writings"""
+SILENT = 60.0
+"""a run on another machine that has not written for so many seconds is taken for dead"""
+KEPT = 7 * 86400
+"""seconds for which what became of a run is told"""
+
+Entry = dict[str, Any]
+
+
+@contextlib.contextmanager
+def told_of(store: ArtifactStore, command: str, log: Path, snapshot: Callable[[], Entry]) -> Iterator[None]:
+    """Tell of a run for as long as the context lasts, and what became of it; never in the run's way.
+
+    Args:
+        command: that goes on with it, or does it again.
+        snapshot: tells how far it is.
+    """
+    path = store.home / "runs" / f"{log.stem}-{platform.node()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"command": command, "pid": os.getpid(), "host": platform.node(), "log": str(log), "started": time.time()}
+    last = _Last()
+    ended = threading.Event()
+
+    def write(**outcome: Any) -> None:
+        now = {"state": "running", **entry, **snapshot(), "latest": last.message, **outcome}
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):  # a full disk stops the run where it matters
+            unfinished.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(path)
+
+    def beat() -> None:
+        while not ended.wait(SECONDS):
+            write()
+
+    with path.with_suffix(".lock").open("w") as lock:
+        with store.lock(LOCK, logging.getLogger("mft")):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write()
+        logging.getLogger("mft").addHandler(last)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        outcome: Entry = {"state": "finished"}
+        try:
+            yield
+        except BaseException as error:
+            outcome = {"state": "failed" if isinstance(error, Exception) else "stopped"}
+            outcome["reason"] = without_secrets(told(error)) or type(error).__name__
+            raise
+        finally:
+            ended.set()
+            thread.join()
+            logging.getLogger("mft").removeHandler(last)
+            write(**outcome, ended=time.time())
+            _forget_earlier(store.home, path, command)
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def runs(home: Path) -> list[Entry]:
+    """Return what is known of runs, the latest first; one that has died without a word is `killed`."""
+    found = []
+    for path in sorted((home / "runs").glob("*.json"), reverse=True):
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            silent = time.time() - path.stat().st_mtime
+        except (OSError, ValueError):  # gone meanwhile, or damaged
+            continue
+        elsewhere = entry["host"] != platform.node() and silent < SILENT
+        if entry["state"] == "running" and not elsewhere and not _held(path.with_suffix(".lock")):
+            entry |= {"state": "killed", "reason": f"its process {entry['pid']} on {entry['host']} is gone: killed?"}
+        found.append({"id": path.stem, **entry, "silent": round(silent, 1)})
+    return found
+
+
+def _held(path: Path) -> bool:
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _forget_earlier(home: Path, own: Path, command: str) -> None:
+    """Drop what became of earlier runs of the same command, and of all long ago."""
+    for entry in runs(home):
+        path = home / "runs" / f"{entry['id']}.json"
+        if path != own and entry["state"] != "running" and (entry["command"] == command or entry["silent"] > KEPT):
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+class _Last(logging.Handler):
+    """Keeps the latest message: what a run that does not get on waits for."""
+
+    message = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.message = record.getMessage()
