@@ -292,6 +292,31 @@ def status(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="delete it; without this, it is only shown")] = False,
+    older: Annotated[int, typer.Option(min=1, metavar="DAYS", help="keep what is younger")] = 7,
+    as_json: AsJson = False,
+) -> None:
+    """Show (or delete) what no study with a page under MFT_HOME/reports reaches: artifacts, states, logs, rows."""
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.commands.gc import collect
+
+    store = ArtifactStore.from_environment()
+    waste = collect(store, older, delete)
+    if as_json:
+        paths = {kind: [str(path) for path in found] for kind, found in waste.paths.items()}
+        rows = {"prefect_runs": waste.prefect_runs, "mlflow_runs": list(waste.mlflow_runs)}
+        print(json.dumps({"deleted": delete, "bytes": waste.sizes, "paths": paths, **rows}, indent=2))
+        return
+    print(f"{'deleted' if delete else 'would be deleted'}, older than {older} days, under {store.home}:")
+    print("\n".join(waste.lines()))
+    if store.shared:
+        print(f"Of this machine only: what lies in {printable(without_secrets(store.shared.url))} stays.")
+    if not delete:
+        print("nothing is deleted yet; that is done by: mft gc --delete")
+
+
+@app.command()
 def up() -> None:
     """Start the Prefect server, the MLflow UI and the served deployments; Ctrl-C stops them."""
     from mft_core.store.artifacts import ArtifactStore

@@ -19,6 +19,7 @@ from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands import doctor_hub
 from pipelines.commands.doctor_hub import Finding, attempt
+from pipelines.commands.gc import size
 from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile
 from pipelines.config.compose import setups
 from pipelines.plan.plan import Plan, make_plans
@@ -43,6 +44,7 @@ def examine(profile: str) -> list[Finding]:
         *doctor_hub.model_and_data(domains),
         *_planned(study, loaded, store),
         *doctor_hub.benchmarks(domains),
+        Finding("size of MFT_HOME", True, f"{_gigabytes(size(store.home))} in {store.home}; `mft gc` says what may go"),
         _port(4200, "the Prefect server", store),
         _port(5000, "the MLflow server", store),
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
+from pipelines.commands.gc import keep
 from pipelines.config import compose
 from pipelines.config.catalogue import Study, load_profile, load_studies, load_study
 from pipelines.plan.analyses import analysis_nodes
@@ -20,7 +21,7 @@ from pipelines.report.chosen import refuse_edges
 from pipelines.report.composite import composite_report
 from pipelines.report.looks import declared, undecided
 from pipelines.report.page import write_report
-from pipelines.report.report import Report, find_report
+from pipelines.report.report import Report, find_report, rests_on, result_key
 
 
 def write(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Path]:
@@ -91,7 +92,10 @@ def check_choices(reports: Sequence[Report]) -> None:
 
 def write_part(report: Report, whole: Study, asked: Asked, store: ArtifactStore, out: Path | None = None) -> Path:
     """Write the pages of one part; returns the HTML page."""
-    return write_report(report, _folder(report, whole, asked, store, out), _asked_of(report, whole, asked))
+    own = _asked_of(report, whole, asked)
+    page = write_report(report, _folder(report, whole, asked, store, out), own)
+    keep(page, own.command, result_key(report.plan, store), rests_on(report.plan, store))
+    return page
 
 
 def write_index(
@@ -99,7 +103,9 @@ def write_index(
 ) -> Path:
     """Write the index of a study that is made of studies, whose pages are written; returns the HTML page."""
     parts = [(report, _folder(report, whole, asked, store, out)) for report in reports]
-    return composite_report(whole, parts, out or asked.directory(store), asked)
+    page = composite_report(whole, parts, out or asked.directory(store), asked)
+    keep(page, asked.command, None, [])  # its parts say it
+    return page
 
 
 def _folder(report: Report, whole: Study, asked: Asked, store: ArtifactStore, out: Path | None) -> Path:

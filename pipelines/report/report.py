@@ -97,11 +97,21 @@ def slug(name: str) -> str:
 
 def result_key(plan: Plan, store: ArtifactStore) -> str | None:
     """Return the key of all that a study has found on a profile; None while something is to be computed."""
-    nodes = [*answers(plan), *(plan.search.nodes if plan.search else ())]
+    nodes = _asked_for(plan)
     manifests = _manifests(closure(nodes), store)
     if any(node.id not in manifests for node in nodes):
         return None
     return digest([plan.profile.name, *(manifests[node.id]["key"] for node in nodes)])
+
+
+def rests_on(plan: Plan, store: ArtifactStore) -> list[str]:
+    """Return `stage/key` of every artifact behind a study's result."""
+    manifests = _manifests(closure(_asked_for(plan)), store).values()
+    return [f"{manifest['stage']}/{manifest['key']}" for manifest in manifests]
+
+
+def _asked_for(plan: Plan) -> list[Node]:
+    return [*answers(plan), *(plan.search.nodes if plan.search else ())]
 
 
 def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None) -> Report:

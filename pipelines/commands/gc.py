@@ -1,0 +1,246 @@
+"""What under `MFT_HOME` no kept study reaches, and its removal; called by `mft gc`.
+
+A study is kept as long as its page lies in `reports/`: beside it stands which artifacts its result rests on (`ROOTS`,
+written with the page). Kept are also comparisons, which later ones look back on, and what is younger than some days,
+with its inputs. While a run lives nothing is done, and none begins meanwhile; a store that machines share is not
+touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mft_core.errors import ConfigError
+from mft_core.store import manifests
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.servers.runs import LOCK, runs
+from pipelines.servers.services import mlflow_store, prefect_home
+
+ROOTS = "artifacts.json"
+_ROWS = (
+    "FROM flow_run WHERE parent_task_run_id IS NULL AND state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') "
+)
+
+
+def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str]) -> None:
+    """Say beside a page what its result rests on; what other commands have written there stays kept.
+
+    Args:
+        result: key by which MLflow knows it.
+        artifacts: `stage/key` each.
+    """
+    path = page.with_name(ROOTS)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    entry = {"result": result, "artifacts": sorted(artifacts)}
+    unfinished.write_text(json.dumps({**before, command: entry}, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """What nobody needs, by kind."""
+
+    paths: Mapping[str, Sequence[Path]]
+    prefect_runs: int
+    """flow runs, with their tasks and logs"""
+    mlflow_runs: Sequence[str]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sizes.update({kind: sum(map(size, paths)) for kind, paths in self.paths.items()})
+
+    def lines(self) -> Iterator[str]:
+        """Tell it to people."""
+        for kind, paths in self.paths.items():
+            if paths:
+                yield f"{self.sizes[kind] / 1e6:>12,.1f} MB  {len(paths):>6,}  {kind}"
+        yield f"{'':>12}     {self.prefect_runs:>6,}  flow runs in Prefect's database"
+        yield f"{'':>12}     {len(self.mlflow_runs):>6,}  runs in MLflow's database"
+        yield f"{sum(self.sizes.values()) / 1e6:>12,.1f} MB          in all"
+
+
+def collect(store: ArtifactStore, days: int, delete: bool) -> Waste:
+    """Find what no kept study reaches and nobody has touched for so many days, and delete it if asked to.
+
+    Raises:
+        ConfigError: a run lives here, or a page does not say what its result rests on.
+    """
+    if not store.home.is_dir():
+        raise ConfigError(f"MFT_HOME = {store.home}: there is no such directory; set MFT_HOME.")
+    with store.lock(LOCK):
+        living = [entry for entry in runs(store.home) if entry["state"] == "running"]
+        if living:
+            which = "\n".join(f"  {entry['command']} (process {entry['pid']} on {entry['host']})" for entry in living)
+            raise ConfigError(f"a run needs what lies under MFT_HOME = {store.home}; wait for it, or stop it:\n{which}")
+        waste = _find(store, time.time() - days * 86400)
+        if delete:
+            _delete(store, waste, days)
+    return waste
+
+
+def size(path: Path) -> int:
+    """Return the bytes of a file, or of all files of a directory."""
+    if not path.is_dir() or path.is_symlink():
+        return path.lstat().st_size if path.is_symlink() or path.exists() else 0
+    return sum((Path(folder) / name).lstat().st_size for folder, _, names in os.walk(path) for name in names)
+
+
+def _find(store: ArtifactStore, before: float) -> Waste:
+    home = store.home
+    roots = _roots(home)
+
+    def old(found: Iterator[Path]) -> list[Path]:
+        return sorted(path for path in found if _touched(path) < before)
+
+    artifacts = old(path.parent for path in (home / "artifacts").glob("[!.]*/[!.]*/manifest.json"))
+    needed = _needed(home, {name for entry in roots for name in entry["artifacts"]}, set(artifacts))
+    unreached = [path for path in artifacts if path not in needed and path.parent.name != "compare"]
+    references = [home / "prefect" / "results" / path.name for path in unreached]
+    paths = {
+        "artifacts that no kept study reaches": unreached,
+        "Prefect's references to them": [path for path in references if path.exists()],
+        "states of unfinished work": old((home / "work").glob("*")),
+        "what killed runs left half made": old((home / "artifacts").glob("*/.*")) + old(home.glob("reports/*/.unf*")),
+        "logs": old((home / "logs").glob("*.log")),
+        "records of runs": old((home / "runs").glob("*")),
+    }
+    results = {entry["result"] for entry in roots}
+    return Waste(paths, _prefect_runs(home, before), _mlflow_runs(home, before, results))
+
+
+def _touched(path: Path) -> float:
+    """Return when a file, or anything directly within a directory, was last written."""
+    within = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    return max(each.lstat().st_mtime for each in (path, *within))
+
+
+def _roots(home: Path) -> list[dict[str, Any]]:
+    found = []
+    for page in sorted((home / "reports").glob("*/report.html")):
+        try:
+            found += list(json.loads(page.with_name(ROOTS).read_text(encoding="utf-8")).values())
+        except (OSError, ValueError):
+            text = page.with_suffix(".md").read_text(encoding="utf-8") if page.with_suffix(".md").is_file() else ""
+            ran = re.search(r"\bmft run ([^`\n]+)", text)
+            raise ConfigError(
+                f"{page.parent}: does not say which artifacts it rests on (no {ROOTS}). Write it: mft report "
+                f"{ran[1].strip() if ran else 'STUDY --profile PROFILE'}; or remove the folder if nobody needs it."
+            ) from None
+    return found
+
+
+def _needed(home: Path, roots: set[str], old: set[Path]) -> set[Path]:
+    """Return the artifacts that are roots, or young, and the inputs of all these."""
+    read = {path: manifests.read(path) for path in (home / "artifacts").glob("[!.]*/[!.]*")}
+    there = {path: manifest for path, manifest in read.items() if manifest}
+    made = {manifest["digest"]: path for path, manifest in there.items()}
+    to_see = [path for path in there if path not in old or f"{path.parent.name}/{path.name}" in roots]
+    needed: set[Path] = set()
+    while to_see:
+        path = to_see.pop()
+        if path not in needed:
+            needed.add(path)
+            to_see += [made[digest] for digest in there[path]["inputs"].values() if digest in made]
+    return needed
+
+
+def _prefect_runs(home: Path, before: float) -> int:
+    database = home / "prefect" / "prefect.db"
+    if not database.is_file():
+        return 0
+    with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        until = datetime.fromtimestamp(before, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            return int(connection.execute(f"SELECT count(*) {_ROWS} AND end_time < ?", (until,)).fetchone()[0])
+        except sqlite3.OperationalError:  # a database that no server has filled yet
+            return 0
+
+
+def _mlflow_runs(home: Path, before: float, results: set[str]) -> list[str]:
+    """Return the runs of old results that are not kept, with the runs nested in them, and those deleted before."""
+    if not (home / "mlflow.db").is_file() or not mlflow_store(home).startswith("sqlite:"):
+        return []
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow_store(home)
+    from mlflow.entities import ViewType
+    from mlflow.tracking import MlflowClient
+
+    client, token = MlflowClient(), None
+    found: list[Any] = []
+    experiments = [experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)]
+    while experiments:
+        page = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=1000, page_token=token)
+        found += page
+        if not (token := page.token):
+            break
+    kept = {run.info.run_id for run in found if run.data.tags.get("mft.result") in results
+            and run.info.lifecycle_stage == "active"}  # fmt: skip
+
+    def goes(run: Any) -> bool:
+        written = max(run.info.start_time or 0, run.info.end_time or 0) / 1000
+        return written < before and run.data.tags.get("mlflow.parentRunId", run.info.run_id) not in kept
+
+    return [run.info.run_id for run in found if goes(run)]
+
+
+def _delete(store: ArtifactStore, waste: Waste, days: int) -> None:
+    for kind, paths in waste.paths.items():
+        for path in paths:
+            if kind.startswith("artifacts"):
+                with store.lock(path.name):
+                    manifests.discard(path)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    if waste.mlflow_runs:
+        _delete_from_mlflow(waste.mlflow_runs)
+        _shrink(store.home / "mlflow.db")
+    if waste.prefect_runs:
+        _delete_from_prefect(store.home, days)
+        _shrink(store.home / "prefect" / "prefect.db")
+
+
+def _delete_from_mlflow(run_ids: Sequence[str]) -> None:
+    """Delete runs for good, with their files, by MLflow's own command."""
+    from mlflow.cli import cli
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    for run_id in run_ids:
+        if client.get_run(run_id).info.lifecycle_stage == "active":
+            client.delete_run(run_id)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for at in range(0, len(run_ids), 500):
+            some = ",".join(run_ids[at : at + 500])
+            uri = os.environ["MLFLOW_TRACKING_URI"]
+            cli.main(["gc", "--backend-store-uri", uri, "--run-ids", some], standalone_mode=False)
+
+
+def _delete_from_prefect(home: Path, days: int) -> None:
+    """Delete old flow runs by the server's own clean-up, called here: no server need run."""
+    os.environ["PREFECT_HOME"] = str(prefect_home(home))
+    os.environ["PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD"] = str(days * 86400)
+    from prefect.server.database import provide_database_interface
+    from prefect.server.services.db_vacuum import vacuum_old_flow_runs
+
+    asyncio.run(vacuum_old_flow_runs(db=provide_database_interface()))
+
+
+def _shrink(database: Path) -> None:
+    """Give the room of deleted rows back, unless a server has the database open."""
+    with contextlib.closing(sqlite3.connect(database)) as connection, contextlib.suppress(sqlite3.OperationalError):
+        connection.execute("VACUUM")

@@ -1,0 +1,124 @@
+"""What no kept study reaches goes when it is old, and nothing else; a run that lives keeps everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mft_core.errors import ConfigError
+from mft_core.store.artifacts import ArtifactStore
+from pipelines.commands.gc import ROOTS, collect, keep
+from pipelines.servers.runs import told_of
+from tests.support.faults import Study, digests
+
+DAY = 86400.0
+STATES = "states of unfinished work"
+
+
+def mft(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MFT_HOME": str(home)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "pipelines.cli", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def gc(home: Path, *words: str) -> dict[str, Any]:
+    done = mft(home, "gc", "--json", *words)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def make_old(home: Path, days: float) -> None:
+    """Let everything under a home be as old as that, the rows of the databases too."""
+    then = time.time() - days * DAY
+    for path in sorted(home.rglob("*"), reverse=True):
+        os.utime(path, (then, then))
+    with closing(sqlite3.connect(home / "mlflow.db")) as rows, rows:
+        rows.execute("UPDATE runs SET start_time = ?, end_time = ?", (then * 1000, then * 1000 + 1))
+    with closing(sqlite3.connect(home / "prefect" / "prefect.db")) as rows, rows:
+        rows.execute(f"UPDATE flow_run SET end_time = datetime(end_time, '-{days} days')")
+
+
+def count(database: Path, table: str) -> int:
+    with closing(sqlite3.connect(database)) as rows:
+        return int(rows.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_kept_study_loses_nothing_and_one_without_a_page_all_but_its_comparison(tmp_path: Path) -> None:
+    study, home = Study(tmp_path), tmp_path / "home"
+    code, rows, err = study.run(home)
+    assert code == 0, err
+    made = digests(home)
+    (home / "work" / "0123").mkdir(parents=True)
+    (home / "work" / "0123" / "state.pt").write_bytes(b"x" * 1000)
+    assert not any(gc(home)["paths"].values())  # all is young
+
+    make_old(home, 30)
+    (page,) = home.glob("reports/*/report.html")
+    said = page.with_name(ROOTS).read_text()
+    page.with_name(ROOTS).unlink()
+    refused = mft(home, "gc", "--delete")
+    assert refused.returncode == 2
+    told = refused.stderr.split("Write it: ")[1].split("; or")[0]
+    again = mft(home, *shlex.split(told)[1:])  # the command that it names
+    assert again.returncode == 0, again.stderr
+    assert json.loads(page.with_name(ROOTS).read_text()) == json.loads(said)
+
+    shown = gc(home)
+    assert shown["bytes"][STATES] == 1000
+    assert count(home / "mlflow.db", "runs") > 1
+    runs = count(home / "mlflow.db", "runs")
+    assert (shown["mlflow_runs"], shown["prefect_runs"]) == ([], 1)
+    assert (home / "work" / "0123").exists()  # shown, not deleted
+    gc(home, "--delete")
+    assert not (home / "work" / "0123").exists()
+    assert not list((home / "logs").glob("*.log"))
+    assert digests(home) == made
+    assert count(home / "mlflow.db", "runs") == runs
+    assert count(home / "prefect" / "prefect.db", "flow_run") == 0
+    assert count(home / "prefect" / "prefect.db", "task_run") == 0
+
+    code, again_rows, err = study.run(home)
+    assert code == 0, err
+    assert again_rows == rows
+    assert " computed " not in err
+
+    make_old(home, 30)
+    shutil.rmtree(page.parent)
+    deleted = gc(home, "--delete")
+    assert len(deleted["mlflow_runs"]) == runs
+    assert count(home / "mlflow.db", "runs") == 0
+    assert {name.split("/")[0] for name in digests(home)} == {"compare"}
+    assert len(list((home / "prefect" / "results").iterdir())) == 1
+
+
+def test_nothing_goes_while_a_run_lives(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    (tmp_path / "work" / "0123").mkdir(parents=True)
+    os.utime(tmp_path / "work" / "0123", (0, 0))
+    with told_of(store, "mft run x", tmp_path / "a.log", dict), pytest.raises(ConfigError, match="mft run x"):
+        collect(store, 7, delete=True)
+    assert collect(store, 7, delete=True).paths[STATES] == [tmp_path / "work" / "0123"]
+    assert not (tmp_path / "work" / "0123").exists()
+
+
+def test_what_several_commands_have_written_to_one_page_is_all_kept(tmp_path: Path) -> None:
+    for command, key in (("a", "1"), ("b", "2"), ("a", "3")):
+        keep(tmp_path / "report.html", command, key, [f"evaluate/{key}"])
+    said = json.loads((tmp_path / ROOTS).read_text())
+    assert {command: entry["artifacts"] for command, entry in said.items()} == {
+        "a": ["evaluate/3"], "b": ["evaluate/2"]}  # fmt: skip
