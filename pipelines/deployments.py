@@ -1,4 +1,8 @@
-"""The served deployments: every flow under a deployment of its own name. Started by `mft up`, or run as a module."""
+"""The served deployments: every flow under a deployment of its own name. Started by `mft up`, or run as a module.
+
+`prefect.yaml` has the same for work pools; there a flow is named by where it is imported from: this module has the
+flow of each stage, as `learn_mask`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from typing import Any
 from prefect import Flow, serve
 
 from pipelines.flows import STAGE_FLOWS, mft_ablation, mft_pipeline
+
+globals().update({name.replace("-", "_"): flow for name, flow in STAGE_FLOWS.items()})
 
 
 def serve_deployments() -> None:
