@@ -62,7 +62,7 @@ def told_of(store: ArtifactStore, command: str, log: Path, snapshot: Callable[[]
             write()
 
     with path.with_suffix(".lock").open("w") as lock:
-        with store.lock(LOCK, logging.getLogger("mft")):
+        with store.lock(LOCK):
             fcntl.flock(lock, fcntl.LOCK_EX)
             write()
         logging.getLogger("mft").addHandler(last)
