@@ -43,11 +43,18 @@ class Method:
     """of `mask.scope`, those that the selector can have"""
     rewinds: bool = False
     """masked entries go back to the base model's values, instead of to zero"""
+    matches: str | None = None
+    """the method that makes, of the same settings, the mask that the selector is given as the input `mask`"""
+
+    @property
+    def sees_base(self) -> bool:
+        """Whether its selector has the base model as the input `base`."""
+        return self.rewinds or self.matches is not None
 
     @property
     def needs_base(self) -> bool:
         """Whether it cannot be had where nothing is known but the fine-tuned model."""
-        return self.rewinds or (self.starts_from == "base" and self.name != "fft")
+        return self.sees_base or (self.starts_from == "base" and self.name != "fft")
 
 
 _DATA = frozenset({"data", "fine_tune"})
@@ -72,6 +79,14 @@ _ROWS = (
     Method("random", "random mask", "control", _MASK, color="#E69F00", marker="s", selector="random"),
     Method(
         "magnitude", "magnitude mask", "control", _MASK, color="#009E73", marker="^", selector="magnitude", seeded=False
+    ),
+    Method(
+        "matched-random", "matched random mask", "control", _MASK, color="#F0C040", marker="8", selector="matched",
+        scopes=_LEARNED, matches="mft",
+    ),
+    Method(
+        "delta-magnitude", "smallest updates undone", "control", _MASK, color="#882255", marker="*",
+        selector="delta_magnitude", seeded=False, rewinds=True,
     ),
     Method(
         "wanda", "Wanda mask", "control", _MASK, color="#D55E00", marker="D", selector="wanda", observes="inputs",
@@ -108,6 +123,8 @@ def uses(method: str, key: str) -> bool:
     section, _, name = key.partition(".")
     if section == "seed":
         return row.seeded
+    if section == "mask" and row.matches:
+        return uses(row.matches, key)
     if section == "mask" and row.selector:
         looked_at = {
             **dict.fromkeys(("training", "score_init"), row.trained),

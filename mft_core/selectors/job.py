@@ -48,7 +48,8 @@ class Job:
     recipe: LearnMask
     sites: list[Site]
     inputs: Mapping[str, Path]
-    """`model`; `data` for the selectors that look at it, and `base` for those that rewind to it"""
+    """`model`; `data` for the selectors that look at it, `base` for those that rewind to it or look at what fine-tuning
+    has changed, `mask` for those that resemble another one"""
     context: StageContext
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
@@ -58,7 +59,7 @@ class Job:
             yield site, files.tensor(site.name)
 
     def base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the values of every matrix that masked entries go back to, by the site's name."""
+        """Yield every matrix as the base model has it, in the fine-tuned one's type, by the site's name."""
         base = WeightFiles(self.inputs["base"])
         for site, weight in self.weights():
             yield site.name, base.tensor_like(site.name, weight)

@@ -36,6 +36,8 @@ _STEP = 56
 """bytes per entry of the largest parameter that a step of the 8-bit optimizer takes where it is not compiled"""
 _SELECTION = 21
 """bytes per entry among which a mask selects, for a moment: magnitudes twice, their order with indices, the mask"""
+_STRATA = 64
+"""bytes per entry of a matrix whose strata are numbered, ordered at random and counted"""
 _BETWEEN = 0.5
 """share of the activations that stays resident besides on a CPU once micro-batches of many shapes have been freed:
 SmolLM2-135M, bfloat16, 2,048 tokens a micro-batch, 3.0 GB of activations: 1.0 GB after 15,000 tokens, more later"""
@@ -124,12 +126,18 @@ def learn_mask(recipe: LearnMask, facts: Facts) -> Needs:
         }
         return _trains(training, facts, lowest, own, masked, memory, masked // 8 * _checkpoints(training))
     rows = min(recipe.calibration_rows or 0, facts.train)
-    memory = {"masks": masked, "scores": (4 + number) * one + selecting}
+    row = SELECTORS[recipe.selector]
+    memory = {
+        "masks": masked,
+        "scores": (4 + number) * one + selecting,
+        "base model's matrix": 2 * (4 + number) * one if row.sees_base else 0,
+        "strata": _STRATA * one if row.matches else 0,
+    }
     flops = 0.0
     if recipe.calibration_rows is not None:
         memory["weights"] = number * geometry.weights
         squares = [16 * max(matrix.inputs for matrix in matrices)]  # Wanda's, in float64, and squared
-        moves = SELECTORS[recipe.selector].observes == "gradients"
+        moves = row.observes == "gradients"
         memory["gradients"] = 4 * masked if moves else 0
         memory["activations"] = _activations(facts, recipe.calibration_rows, kept if moves else squares, number, number)
         each = _both(facts, lowest, own) if moves else forward(geometry, facts.length)

@@ -27,7 +27,7 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
     With keep 'all' there is a mask of every validated step too, `checkpoints/<step>/mask/`.
 
     Args:
-        inputs: `model`; `data` where the selector looks at data, and `base` where the mask rewinds to it.
+        inputs: `model`, and what the selector looks at besides (`mft_core.selectors.job.Job.inputs`).
 
     Raises:
         ConfigError: not a decoder, layers outside the model, no maskable matrix there.

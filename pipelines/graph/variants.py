@@ -152,7 +152,9 @@ def _whole(model: ResolvedModel) -> Source | Edge:
 
 
 def _merged(model: Source | Edge, mask: Source | Edge, label: str, resolved: Resolved) -> Edge:
-    inputs = {"model": model, "mask": mask, **_rewound(resolved)}
+    inputs = {"model": model, "mask": mask}
+    if METHODS[resolved.setup.method].rewinds:
+        inputs["base"] = _whole(_base(resolved))
     return Edge(Node("merge-mask", MergeMask(), inputs, label), "model")
 
 
@@ -278,10 +280,16 @@ def _seeded(training: Training, setup: Setup) -> Training:
 
 def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     setup = resolved.setup
-    selector, mask = METHODS[setup.method].selector, setup.mask
+    method, mask = METHODS[setup.method], setup.mask
+    selector = method.selector
     assert selector is not None  # masks are made for methods that have one
     details: dict[str, Any] = {}
-    inputs: dict[str, Source | Edge] = {"model": model, **_rewound(resolved)}
+    inputs: dict[str, Source | Edge] = {"model": model}
+    if method.sees_base:
+        inputs["base"] = _whole(_base(resolved))
+    if method.matches:
+        like = replace(resolved, setup=setup.model_copy(update={"method": method.matches}))
+        inputs["mask"] = Edge(_mask(like, model, suffix), "mask")
     label = " ".join(["learn-mask", *_mask_words(setup)])
     if selector in TRAINED:
         details = {"training": _seeded(mask.training, setup), "score_init": mask.score_init}
@@ -292,7 +300,7 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
         inputs["data"] = Edge(_data(resolved, data, data.fraction * mask.fraction, mask.domain or setup.domain))
     if uses(setup.method, "mask.scope"):
         details |= {"scope": mask.scope, "min_kept": mask.min_kept}
-    if METHODS[setup.method].seeded:
+    if method.seeded:
         details["seed"] = setup.draw
         label += f" seed={setup.seed}"
     if selector != "learned":
@@ -305,11 +313,6 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     except ValidationError as error:
         raise explain(error, LearnMask, f"mask of {setup.method}") from error
     return Node("learn-mask", recipe, inputs, label)
-
-
-def _rewound(resolved: Resolved) -> dict[str, Source | Edge]:
-    """Return the model that masked entries go back to, where the method rewinds."""
-    return {"base": _whole(_base(resolved))} if METHODS[resolved.setup.method].rewinds else {}
 
 
 def _evaluation(

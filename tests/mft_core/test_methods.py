@@ -42,7 +42,10 @@ def learn(row: Method, inputs: dict[str, Path], out: Path, seed: int = 0) -> Pat
     details: dict[str, Any] = {"calibration_rows": 9} if row.observes else {}
     if row.trained:
         details = {"training": make_recipe(max_steps=2), "score_init": "normal"}
-    needed = {"model", *(["data"] if row.trained or row.observes else []), *(["base"] if row.rewinds else [])}
+    needed = {"model", *(["data"] if row.trained or row.observes else []), *(["base"] if row.sees_base else [])}
+    if row.matches:
+        inputs = {**inputs, "mask": learn(METHODS[row.matches], inputs, out.with_name(f"{out.name}-like"), seed)}
+        needed.add("mask")
     out.mkdir()
     recipe = LearnMask(selector=row.selector, sparsity=0.3, layers="1-2", seed=seed, **details)
     get_stage("learn-mask").run(
@@ -93,13 +96,14 @@ def test_the_sections_of_a_method_are_those_of_a_setup(row: Method) -> None:
 @MASKING
 def test_a_setting_of_masks_makes_a_difference_exactly_where_the_selector_looks_at_it(row: Method) -> None:
     used = {name for name in MaskSpec.model_fields if uses(row.name, f"mask.{name}")}
+    trained = row.trained or row.matches is not None  # what makes a difference to the mask that it resembles
     expected = {"sparsity", "layers", "modules"}
-    expected |= {"training", "score_init"} if row.trained else set()
+    expected |= {"training", "score_init"} if trained else set()
     expected |= {"calibration_rows"} if row.observes else set()
-    expected |= {"domain", "data", "fraction"} if row.trained or row.observes else set()
+    expected |= {"domain", "data", "fraction"} if trained or row.observes else set()
     expected |= {"scope", "min_kept"} if "global" in row.scopes else set()
     assert used == expected
-    assert uses(row.name, "mask.training.learning_rate") == row.trained
+    assert uses(row.name, "mask.training.learning_rate") == trained
 
 
 @pytest.mark.parametrize(

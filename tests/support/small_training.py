@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from mft_core.data.tokens import TokenDataset
 from mft_core.layers import format_layers
 from mft_core.masks.masking import MaskTuner
 from mft_core.masks.sites import choose_sites, find_sites
+from mft_core.methods import SELECTORS
 from mft_core.optimizers.factory import optimizer_factory
 from mft_core.recipes import LearnMask, Runtime, Training
 from mft_core.selectors.job import Job
 from mft_core.selectors.rewind import RewindMaskTuner
 from mft_core.stage import StageContext
+from mft_core.stages import get_stage
 from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData
 
@@ -64,10 +67,18 @@ def make_context(work: Path, **runtime: Any) -> StageContext:
 def make_job(
     model: Path, data: Path | None = None, base: Path | None = None, layers: tuple[int, ...] = (1, 2), **recipe: Any
 ) -> Job:
-    """Return the job of a selector on a saved checkpoint, by default at sparsity 0.3 of two layers."""
+    """Return the job of a selector on a saved checkpoint, by default at sparsity 0.3 of two layers.
+
+    A selector that resembles a mask is given a random one.
+    """
     made = LearnMask.model_validate({"sparsity": 0.3, "layers": format_layers(layers), "seed": 5, **recipe})
     sites = choose_sites(find_sites(skeleton(model)), layers, made.modules)
     inputs = {"model": model} | ({"data": data} if data else {}) | ({"base": base} if base else {})
+    if SELECTORS[made.selector].matches:
+        out = Path(tempfile.mkdtemp(dir=model.parent))
+        given = made.model_copy(update={"selector": "random", "seed": 99})
+        get_stage("learn-mask").run(given, inputs, out, make_context(model.parent / "work"))
+        inputs["mask"] = out / "mask"
     return Job(made, sites, inputs, make_context(model.parent / "work"))
 
 

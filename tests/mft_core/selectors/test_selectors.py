@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pandas
 import pytest
 import torch
+from peft.utils.merge_utils import magnitude_based_pruning
 from torch import Tensor
 
 from mft_core.checkpoints.files import load_model
 from mft_core.data.tokens import TokenDataset
 from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
+from mft_core.masks.mask_file import load_mask
 from mft_core.masks.masking import initial_scores
 from mft_core.masks.selection import remove_least, select
 from mft_core.methods import CALIBRATED, TRAINED
 from mft_core.selectors import SELECTORS
+from mft_core.selectors.matched import deciles
 from mft_core.selectors.soft import SoftMaskTuner
 from mft_core.training.loss import LossHead
 from tests.support.small_training import make_job, make_recipe, save_data
@@ -177,3 +183,52 @@ def test_the_selectors_settings_reach_what_learns(checkpoint: Path, data: Path) 
     choice = SELECTORS["learned"](make_job(checkpoint, data, scope="global-threshold", **_settings("learned")))
     assert choice.thresholds is not None
     assert set(choice.thresholds) == {"attention", "mlp"}
+
+
+def test_a_matched_random_mask_has_the_learned_counts_in_every_stratum_and_chance_alone_within_them(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    base = save_checkpoint(tmp_path / "base", seed=1)
+    jobs = [make_job(checkpoint, None, base, selector="matched", seed=seed) for seed in range(40)]
+    drawn = [SELECTORS["matched"](job).kept for job in jobs]
+    given = load_mask(jobs[0].inputs["mask"]).kept
+    for (site, weight), (_, earlier) in zip(jobs[0].weights(), jobs[0].base_weights(), strict=True):
+        flats = [pandas.Series(values.abs().flatten().numpy()) for values in (weight, weight - earlier)]
+        parts = [(flat.rank(method="min") - 1) * 10 // len(flat) for flat in flats]
+        frame = pandas.DataFrame({"w": parts[0], "d": parts[1], "like": ~given[site.name].flatten().numpy()})
+        for index, kept in enumerate(drawn):
+            frame[index] = ~kept[site.name].flatten().numpy()
+        counts = frame.groupby(["w", "d"]).sum()
+        assert all((counts[index] == counts["like"]).all() for index in range(len(drawn)))
+        own = frame.groupby(["w", "d"])["like"].transform("mean").to_numpy()  # what a draw within the stratum expects
+        share = frame[list(range(len(drawn)))].mean(axis=1).to_numpy()
+        mixed = (own > 0) & (own < 1)
+        spread = numpy.sqrt(own[mixed] * (1 - own[mixed]) / len(drawn))
+        z = (share[mixed] - own[mixed]) / spread
+        assert abs(z.mean()) < 0.2
+        assert 0.8 < z.std() < 1.2, "every entry of a stratum is as likely as another"
+
+
+def test_equal_values_share_a_decile() -> None:
+    assert deciles(torch.tensor([0.0] * 5 + [-1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [0] * 5 + [5, 6, 7, 8, 9]
+
+
+def test_a_matched_mask_of_other_matrices_weights_or_sparsity_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    job = make_job(checkpoint, None, checkpoint, selector="matched")
+    for change in ({"sparsity": 0.2}, {"layers": (0, 1)}):
+        other = make_job(checkpoint, None, checkpoint, **{"selector": "matched", **change})
+        with pytest.raises(ConfigError, match=r"give a mask of the same \d+ matrices and sparsity"):
+            SELECTORS["matched"](replace(other, inputs={**other.inputs, "mask": job.inputs["mask"]}))
+    another = save_checkpoint(tmp_path / "another", seed=2)
+    with pytest.raises(ConfigError, match="made for other weights"):
+        SELECTORS["matched"](replace(job, inputs={**job.inputs, "model": another}))
+
+
+def test_the_smallest_updates_are_those_that_peft_prunes(checkpoint: Path, tmp_path: Path) -> None:
+    job = make_job(checkpoint, None, save_checkpoint(tmp_path / "base", seed=1), selector="delta_magnitude")
+    kept = SELECTORS["delta_magnitude"](job).kept
+    for (site, weight), (_, earlier) in zip(job.weights(), job.base_weights(), strict=True):
+        change = weight - earlier
+        count = int((~kept[site.name]).sum())
+        pruned = magnitude_based_pruning(change, 1 - count / change.numel() + 1e-9)
+        assert torch.equal(pruned != 0, kept[site.name])

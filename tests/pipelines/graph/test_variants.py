@@ -285,6 +285,20 @@ def test_a_rewind_goes_back_to_the_base_and_is_else_learned_as_mft_is(plan):
     assert "base" not in mft.evaluations["sums"].inputs["model"].node.inputs
 
 
+def test_a_matched_random_mask_is_given_the_learned_mask_of_the_same_settings_seed_and_fine_tuning(plan):
+    grid = {"mask.sparsity": [0.1, 0.3]}
+    the_plan = plan({"method": "base"}, {"method": "mft", "grid": grid}, {"method": "matched-random", "grid": grid})
+    found = {(item.setup.method, item.setup.mask.sparsity, item.setup.seed): item for item in the_plan.variants}
+    matched = {key[1:]: item for key, item in found.items() if key[0] == "matched-random"}
+    assert len(matched) >= 2
+    for key, item in matched.items():
+        learned = found["mft", *key]
+        assert item.trained.inputs["mask"].node.id == learned.trained.id
+        assert item.trained.inputs["model"].node.id == learned.trained.inputs["model"].node.id
+        assert item.trained.inputs["base"] == the_plan.variants[0].evaluations["sums"].inputs["model"]
+        assert "base" not in item.evaluations["sums"].inputs["model"].node.inputs, "it sets weights to zero"
+
+
 def test_a_wanda_mask_can_stand_beside_a_global_scope(plan):
     the_plan = plan({"method": "mft"}, {"method": "wanda"}, overrides=["mask.scope=global"])
     scopes = {item.setup.method: item.trained.recipe.scope for item in the_plan.variants if item.setup.method != "fft"}

@@ -208,7 +208,9 @@ def test_every_selector_is_estimated(selector, parts):
     row = SELECTORS[selector]
     assert ("weights" in found) == (selector in TRAINED | CALIBRATED)
     assert ("gradients" in found) == (row.trained or row.observes == "gradients")
-    assert ("base model's masked weights" in found) == row.rewinds
+    assert ("base model's masked weights" in found) == (row.rewinds and row.trained)
+    assert ("base model's matrix" in found) == (row.sees_base and not row.trained)
+    assert ("strata" in found) == (row.matches is not None)
     assert total(found) > PROCESS
 
 
