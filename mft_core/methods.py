@@ -43,13 +43,15 @@ class Method:
     """of `mask.scope`, those that the selector can have"""
     rewinds: bool = False
     """masked entries go back to the base model's values, instead of to zero"""
+    rescales: bool = False
+    """of one that rewinds: kept entries are moved away from the base by as much as makes up for the others"""
     matches: str | None = None
     """the method that makes, of the same settings, the mask that the selector is given as the input `mask`"""
 
     @property
     def sees_base(self) -> bool:
-        """Whether its selector has the base model as the input `base`."""
-        return self.rewinds or self.matches is not None
+        """Whether the base model is needed beside the fine-tuned one, as the input `base` of what makes it."""
+        return self.rewinds or self.matches is not None or "interpolation" in self.sections
 
     @property
     def needs_base(self) -> bool:
@@ -65,6 +67,7 @@ _ROWS = (
     Method("base", "base", "reference", frozenset(), seeded=False, starts_from="base"),
     Method("fft", "FFT", "reference", _DATA, seeded=False, starts_from="base"),
     Method("existing", "existing", "treatment", _DATA | {"existing"}, seeded=False, color="#117733", marker="X"),
+    Method("wise-ft", "WiSE-FT", "treatment", _DATA | {"interpolation"}, seeded=False, color="#332288", marker="d"),
     Method("continued-fft", "continued FFT", "treatment", _DATA | {"continued"}, color="#CC79A7", marker=">"),
     Method("lora", "LoRA", "treatment", _LORA, starts_from="base", marker="h"),  # `fine_tune` is what it stands beside
     Method("continued-lora", "LoRA on FFT", "treatment", _LORA, color="#9A9A9A", marker="p"),
@@ -87,6 +90,10 @@ _ROWS = (
     Method(
         "delta-magnitude", "smallest updates undone", "control", _MASK, color="#882255", marker="*",
         selector="delta_magnitude", seeded=False, rewinds=True,
+    ),
+    Method(
+        "dare", "DARE", "control", _MASK, color="#AA4499", marker="H", selector="dare", scopes=frozenset({"local"}),
+        rewinds=True, rescales=True,
     ),
     Method(
         "wanda", "Wanda mask", "control", _MASK, color="#D55E00", marker="D", selector="wanda", observes="inputs",

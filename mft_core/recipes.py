@@ -190,6 +190,12 @@ class MergeMask(Recipe):
     """Recipe of the stage `merge-mask`: W ⊙ M written as an ordinary checkpoint; nothing to choose."""
 
 
+class Interpolate(Recipe):
+    """Recipe of the stage `interpolate`: weights between the base model's and the fine-tuned one's."""
+
+    alpha: float = Field(ge=0, le=1, description="share of the fine-tuned weights; 0 is the base")
+
+
 class PickCheckpoint(Recipe):
     """Recipe of the stage `pick-checkpoint`: one of the states that a training with keep 'all' has left."""
 

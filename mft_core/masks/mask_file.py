@@ -29,7 +29,7 @@ from mft_core.layers import format_layers
 from mft_core.masks.masked_sites import MaskedSite, Sha256, dtype_name, tensor_digest
 from mft_core.masks.packing import PackedMasks, packed_size
 from mft_core.masks.selection import masked_count
-from mft_core.methods import Selector
+from mft_core.methods import SELECTORS, Selector
 from mft_core.recipes import Modules, SiteClass
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
@@ -91,6 +91,11 @@ class MaskConfig(BaseModel):
     def rewinds(self) -> bool:
         """Whether masked entries go back to the values of an earlier model, instead of to zero."""
         return self.sites[0].rewound_sha256 is not None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether kept entries change too: their distance from the earlier values is divided by the kept share."""
+        return self.selector in SELECTORS and SELECTORS[self.selector].rescales
 
     def to_json(self) -> str:
         """Return the file's text; fields newer than the format are left out where they stand at their defaults."""
@@ -154,6 +159,11 @@ class Mask:
     def weights(self) -> int:
         """Entries under the mask, over all sites."""
         return self.config.weights
+
+    def changed(self, name: str) -> Tensor:
+        """Return which entries of a matrix have other values in the merged model."""
+        kept = self.kept[name]
+        return kept | True if self.config.rescales else ~kept
 
     def __str__(self) -> str:
         config, layers = self.config, format_layers(self.config.layers_to_transform)

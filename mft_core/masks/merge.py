@@ -1,4 +1,5 @@
-"""W ⊙ M as an ordinary checkpoint, and back; or W ⊙ M + V ⊙ (1 − M), where a mask rewinds to an earlier model's V.
+"""W ⊙ M as an ordinary checkpoint, and back; or W ⊙ M + V ⊙ (1 − M), where a mask rewinds to an earlier model's V; or
+V + (W − V) ⊙ M / (1 − p), where it also rescales what it keeps, p being the share that the matrix rewinds.
 
 Works on the checkpoint's tensors: what is not masked keeps its bytes, so every other weight is bit-identical to the
 base, in its dtype, its shard and under its name. Used by the stage `merge-mask` and by the command `mft mask`.
@@ -8,7 +9,7 @@ folder, because loaders take every *.safetensors beside config.json for weights 
 
     mask/mask.safetensors, mask_config.json    the mask, as `mft_core.masks.mask_file` has it
     mask/removed.safetensors                   one 1-D tensor per masked matrix, under its `Site.name` and in its dtype:
-                                               the values that were set to zero, in the matrix's row-major order. The
+                                               the values that were changed, in the matrix's row-major order. The
                                                header's metadata `merged` is JSON: sha256 of each weight file as written
 """
 
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,7 +83,7 @@ def merge(
         weight = files.tensor(site.name) if site.name in files.pieces else None
         check_base(site, weight)
         assert weight is not None  # it would have been refused
-        cut = ~mask.kept[site.name]
+        cut = mask.changed(site.name)
         if keep_removed:
             removed[site.name] = weight[cut]
         put[site.name] = weight.new_zeros(1).expand(site.zeros)
@@ -92,6 +94,9 @@ def merge(
                     f"rewind_to = {rewind_to}: the mask goes back to other values of {site.name} (sha256 differs); "
                     "give the model that the mask was learned with."
                 )
+            if mask.config.rescales:
+                further = (weight.float() - value.float()) / (1 - site.zeros / site.numel)
+                value = torch.where(mask.kept[site.name], (value.float() + further).to(value.dtype), value)
             put[site.name] = value[cut]
     with whole_or_absent(Path(out)) as target:
         _rewrite(files, mask, target, report, put)
@@ -128,7 +133,7 @@ def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Ma
     removed = _load_removed(merged, mask, files)
     for site in mask.config.sites:
         weight = files.tensor(site.name)
-        weight[~mask.kept[site.name]] = removed[site.name]
+        weight[mask.changed(site.name)] = removed[site.name]
         if tensor_digest(weight) != site.base_sha256:
             raise ConfigError(
                 f"merged = {merged}: the values kept of {site.name} do not give the base weight (sha256 differs); "
@@ -152,7 +157,7 @@ def _rewrite(files: WeightFiles, mask: Mask, target: Path, report: Report, value
             metadata = handle.metadata()
             tensors = {tensor: handle.get_tensor(tensor) for tensor in handle.keys()}  # noqa: SIM118 (not a mapping)
         for matrix, piece, rows in regions[name]:
-            cut = ~mask.kept[matrix]
+            cut = mask.changed(matrix)
             above, inside = int(cut[: rows.start].sum()), cut[rows]
             piece.of(tensors)[inside] = values[matrix][above : above + int(inside.sum())]
         save_file(tensors, target / name, metadata=metadata)
@@ -168,7 +173,10 @@ def _load_removed(merged: Path, mask: Mask, files: WeightFiles) -> dict[str, Ten
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"merged = {merged}: no readable {KEPT}/{REMOVED} ({error}).") from error
     found = {name: (str(values.dtype), tuple(values.shape)) for name, values in removed.items()}
-    if found != {site.name: (f"torch.{site.base_dtype}", (site.zeros,)) for site in mask.config.sites}:
+    if found != {
+        site.name: (f"torch.{site.base_dtype}", (site.numel if mask.config.rescales else site.zeros,))
+        for site in mask.config.sites
+    }:
         raise ConfigError(f"merged = {merged}: {KEPT}/{REMOVED} does not hold what its mask removes; it was altered.")
     if written != {name: digest_file(merged / name) for name in files.files}:
         raise ConfigError(

@@ -7,6 +7,7 @@
 | rewind | as learned, where masked entries go back to the base's values | arXiv 2509.16596 restores updates too |
 | random | a uniform draw | control |
 | matched | a draw within the deciles of abs(W) and abs(ΔW), as many as a learned mask removes there | control |
+| dare | a uniform draw, rewound, and what is kept rescaled | Yu et al. 2024, DARE |
 | delta_magnitude | abs(ΔW), rewound | TIES' trimming, Yadav et al. 2023 |
 | magnitude | abs(W) | Han et al. 2015; the paper's L1 control |
 | wanda | abs(W) · norm of the input feature | Sun et al. 2024, Wanda |

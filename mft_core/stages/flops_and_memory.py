@@ -63,6 +63,13 @@ def merge_adapter(recipe: Any, facts: Facts) -> Needs:
     return _needs({"weights": stored}, seconds=2 * stored / _DISK, left=stored)
 
 
+def interpolate(recipe: Any, facts: Facts) -> Needs:
+    """Two models are loaded, and the result written; a parameter is made in float32."""
+    stored = NUMBER[facts.precision] * facts.geometry.weights
+    memory: dict[str, float] = {"weights": 2 * stored, "one parameter": 12 * facts.geometry.largest}
+    return _needs(memory, seconds=3 * stored / _DISK, left=stored)
+
+
 def pick_checkpoint(recipe: Any, facts: Facts) -> Needs:
     """Files are linked, not copied."""
     return _needs()

@@ -29,7 +29,7 @@ Point = tuple[Setup, dict[str, Any]]
 _FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
 _SETTABLE = (
     *("precision", "engine", "engine_version"),
-    *("model", "base", "data", "fine_tune", "existing", "continued", "lora", "mask", "benchmarks"),
+    *("model", "base", "data", "fine_tune", "existing", "interpolation", "continued", "lora", "mask", "benchmarks"),
 )
 
 

@@ -160,6 +160,7 @@ class Setup(Recipe):
     data: DataSpec
     fine_tune: Training | None = Field(None, description="null: the model has been fine-tuned before")
     base: ModelSpec | None = Field(None, description="without fine_tune: what the model was fine-tuned from")
+    interpolation: float = Field(0.5, ge=0, le=1, description="of method 'wise-ft': share of the fine-tuned weights")
     existing: str | None = Field(
         None, description="of method 'existing': directory of a mask or checkpoint, a hub name"
     )
@@ -244,7 +245,10 @@ def own_training(setup: Setup) -> Training | None:
     method = METHODS[setup.method]
     if method.selector and not method.trained:
         return None
-    return next(reversed(trainings(setup).values()), None)
+    found = trainings(setup)
+    if method.name != "fft":
+        found.pop("fine_tune", None)
+    return next(reversed(found.values()), None)
 
 
 def other_data(setup: Setup, key: str) -> DataSpec | None:

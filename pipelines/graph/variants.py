@@ -18,6 +18,7 @@ from mft_core.methods import CALIBRATED, METHODS, REFERENCES, TRAINED, uses
 from mft_core.recipes import (
     Evaluate,
     FineTune,
+    Interpolate,
     LearnMask,
     Lora,
     MergeAdapter,
@@ -114,6 +115,9 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
     elif "lora" in method.sections:
         of = of if method.starts_from == "fft" else _base(resolved)
         trained = _adapted(resolved, of, model if method.starts_from == "fft" else _whole(of), suffix)
+    elif "interpolation" in method.sections:
+        inputs = {"model": model, "base": _whole(_base(resolved))}
+        trained = Node("interpolate", Interpolate(alpha=setup.interpolation), inputs, f"interpolate{suffix}")
     elif method.selector:
         trained = _mask(resolved, model, suffix)
     elif "existing" in method.sections:

@@ -70,8 +70,12 @@ def test_every_mask_is_exact_reproducible_of_its_seed_and_can_be_undone(
     before, base, after = (WeightFiles(path) for path in (inputs["model"], inputs["base"], merged))
     for name in before.pieces:
         kept = mask.kept[name] if name in mask.kept else torch.tensor(True)
-        instead = base.tensor(name) if row.rewinds else torch.tensor(0.0)
-        assert torch.equal(after.tensor(name), torch.where(kept, before.tensor(name), instead)), name
+        weight, instead = before.tensor(name), base.tensor(name) if row.rewinds else torch.tensor(0.0)
+        if row.rescales and name in mask.kept:
+            weight = instead + (weight - instead) / kept.double().mean().item()
+            torch.testing.assert_close(after.tensor(name)[kept], weight[kept])
+            weight[kept] = after.tensor(name)[kept]
+        assert torch.equal(after.tensor(name), torch.where(kept, weight, instead)), name
     unmerge(merged, tmp_path / "undone")
     undone = WeightFiles(tmp_path / "undone")
     assert all(torch.equal(undone.tensor(name), before.tensor(name)) for name in before.pieces)

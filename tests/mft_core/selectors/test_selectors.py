@@ -11,22 +11,26 @@ import numpy
 import pandas
 import pytest
 import torch
-from peft.utils.merge_utils import magnitude_based_pruning
+from peft.utils.merge_utils import magnitude_based_pruning, random_pruning
 from torch import Tensor
 
-from mft_core.checkpoints.files import load_model
+from mft_core.checkpoints.files import WeightFiles, load_model
 from mft_core.data.tokens import TokenDataset
 from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import load_mask
 from mft_core.masks.masking import initial_scores
+from mft_core.masks.merge import merge
 from mft_core.masks.selection import remove_least, select
 from mft_core.methods import CALIBRATED, TRAINED
+from mft_core.methods import SELECTORS as ROWS
+from mft_core.recipes import LearnMask
 from mft_core.selectors import SELECTORS
 from mft_core.selectors.matched import deciles
 from mft_core.selectors.soft import SoftMaskTuner
+from mft_core.stages import get_stage
 from mft_core.training.loss import LossHead
-from tests.support.small_training import make_job, make_recipe, save_data
+from tests.support.small_training import make_context, make_job, make_recipe, save_data
 from tests.support.tiny import make_model, save_checkpoint
 
 
@@ -50,7 +54,7 @@ def _settings(selector: str) -> dict[str, Any]:
 def test_every_selector_removes_the_exact_count_in_every_scope(
     selector: str, scope: str, checkpoint: Path, data: Path
 ) -> None:
-    if (selector, scope) == ("wanda", "global"):
+    if scope not in ROWS[selector].scopes:
         with pytest.raises(ValueError, match="has no scope 'global'; valid: local"):
             make_job(checkpoint, data, scope=scope, **_settings(selector))
         return
@@ -73,7 +77,7 @@ def test_magnitude_masks_the_smallest_weights(checkpoint: Path) -> None:
         assert torch.equal(kept[site.name], select(weight, 0.3))
 
 
-@pytest.mark.parametrize("selector", ["random", "wanda", "movement"])
+@pytest.mark.parametrize("selector", ["random", "dare", "wanda", "movement"])
 def test_a_seed_draws_its_own_mask(selector: str, checkpoint: Path, data: Path) -> None:
     one, two = (
         SELECTORS[selector](make_job(checkpoint, data, **{**_settings(selector), "seed": seed})).kept for seed in (1, 2)
@@ -232,3 +236,21 @@ def test_the_smallest_updates_are_those_that_peft_prunes(checkpoint: Path, tmp_p
         count = int((~kept[site.name]).sum())
         pruned = magnitude_based_pruning(change, 1 - count / change.numel() + 1e-9)
         assert torch.equal(pruned != 0, kept[site.name])
+
+
+def test_dare_is_peft_s_pruning_with_rescaling_and_keeps_the_model_on_average(checkpoint: Path, tmp_path: Path) -> None:
+    base, merged = save_checkpoint(tmp_path / "base", seed=1), []
+    for seed in range(60):
+        out = tmp_path / str(seed)
+        inputs, context = {"model": checkpoint, "base": base}, make_context(tmp_path / "work")
+        recipe = LearnMask(selector="dare", sparsity=0.5, layers="1", modules="q_proj", seed=seed)
+        get_stage("learn-mask").run(recipe, inputs, out, context)
+        merge(checkpoint, out / "mask", out / "model", rewind_to=base)
+        name = load_mask(out / "mask").config.sites[0].name
+        merged.append(WeightFiles(out / "model").tensor(name))
+    weight, earlier = (WeightFiles(path).tensor(name) for path in (checkpoint, base))
+    pruned = random_pruning(weight - earlier, 0.5, rescale=True)
+    both = (pruned != 0) & (merged[0] != earlier)
+    torch.testing.assert_close((merged[0] - earlier)[both], pruned[both])
+    off = torch.stack(merged).mean(0) - weight
+    assert off.square().mean() < 2 * (weight - earlier).square().mean() / len(merged)  # p / (1 − p) = 1 of the variance

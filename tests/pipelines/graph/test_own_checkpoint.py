@@ -81,7 +81,7 @@ def test_masks_and_further_training_start_from_the_given_checkpoint_and_the_rest
 
 def test_what_needs_a_base_that_nobody_named_is_left_out_and_said(folder):
     plan, _ = planned(folder)
-    without = {"base", "lora", "rewind", "matched-random", "delta-magnitude"}
+    without = {"base", "lora", "rewind", "matched-random", "delta-magnitude", "dare", "wise-ft"}
     assert {item.setup.method for item in plan.variants} == {*PLAIN_METHODS} - without
     assert f"Left out, since the profile names no `base`: {', '.join(sorted(without))}." in plan.notes
     with pytest.raises(ConfigError, match="name it as `base:`"):

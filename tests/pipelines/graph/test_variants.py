@@ -5,9 +5,10 @@ import yaml
 
 from mft_core.errors import ConfigError
 from mft_core.methods import METHODS
-from mft_core.recipes import FineTune
+from mft_core.recipes import FineTune, Interpolate
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.setup import own_training
 from pipelines.graph.variants import unique_nodes
 from pipelines.plan.plan import make_plan
 from tests.support.mini import PLAIN_METHODS, TRAINING, write_profile, write_study
@@ -297,6 +298,18 @@ def test_a_matched_random_mask_is_given_the_learned_mask_of_the_same_settings_se
         assert item.trained.inputs["model"].node.id == learned.trained.inputs["model"].node.id
         assert item.trained.inputs["base"] == the_plan.variants[0].evaluations["sums"].inputs["model"]
         assert "base" not in item.evaluations["sums"].inputs["model"].node.inputs, "it sets weights to zero"
+
+
+def test_an_interpolation_is_of_the_fine_tuned_model_and_its_base_and_has_no_training_of_its_own(plan):
+    grid = {"interpolation": [0.25, 0.5]}
+    base, fft, quarter, half = plan({"method": "base"}, {"method": "wise-ft", "grid": grid}).variants
+    assert (quarter.name, half.name) == ("wise-ft interpolation=0.25", "wise-ft interpolation=0.5")
+    for item, alpha in ((quarter, 0.25), (half, 0.5)):
+        assert item.trained.recipe == Interpolate(alpha=alpha)
+        assert item.trained.inputs["base"] == base.model
+        assert item.trained.inputs["model"].node.id == fft.model.node.id
+        assert item.model.node.id == item.trained.id
+        assert own_training(item.setup) is None
 
 
 def test_a_wanda_mask_can_stand_beside_a_global_scope(plan):
