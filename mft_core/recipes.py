@@ -88,6 +88,11 @@ class Training(Recipe):
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    loss: Literal["token", "sequence"] = Field(
+        "token",
+        description="mean over the loss tokens of all sequences of a step; or mean over those of each sequence, then "
+        "over the sequences, so that a short answer counts as much as a long one",
+    )
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = Field(
         "adamw",
         description="'adamw-8bit' has quantised moments; 'adafactor' factored ones, and a learning rate relative to "

@@ -86,14 +86,19 @@ class StepBatches:
 
     batches: list[dict[str, torch.Tensor]]
     """arguments of the model's forward pass: input_ids, labels (the model shifts them), and attention_mask
-    (padded) or position_ids (packed); each int64 [rows, width]"""
+    (padded) or position_ids (packed); each int64 [rows, width]. For a mean per sequence also `loss_weights`, float32
+    [rows, width]: what each label counts in the summed loss"""
     loss_tokens: int
-    """labels in the loss over the whole step: what the summed loss is divided by"""
+    """labels in the loss over the whole step"""
     tokens: int
     """tokens of the step's examples, without padding"""
+    divisor: int
+    """what the summed loss is divided by: `loss_tokens`; or, for a mean per sequence, the sequences that have some"""
 
 
-def micro_batches(dataset: TokenDataset, indices: np.ndarray, micro_batch_tokens: int, packing: bool) -> StepBatches:
+def micro_batches(
+    dataset: TokenDataset, indices: np.ndarray, micro_batch_tokens: int, packing: bool, per_sequence: bool = False
+) -> StepBatches:
     """Cut one optimizer step into micro-batches of at most `micro_batch_tokens` tokens, padding included.
 
     Args:
@@ -101,6 +106,8 @@ def micro_batches(dataset: TokenDataset, indices: np.ndarray, micro_batch_tokens
         indices: the step's examples, int64 [batch].
         micro_batch_tokens: rows × width of one forward pass; only a single longer example goes beyond it.
         packing: several examples per row, told apart by restarting positions, instead of one padded example.
+        per_sequence: the loss is the mean over sequences of the mean over their tokens, so each label weighs one over
+            the labels of its sequence; otherwise the mean over all labels.
     """
     lengths = dataset.lengths[indices]
     longest_first = np.argsort(-lengths, kind="stable")
@@ -112,9 +119,10 @@ def micro_batches(dataset: TokenDataset, indices: np.ndarray, micro_batch_tokens
     for group in _group(width_of, micro_batch_tokens):
         members = [rows[position] for position in group]
         width = max(width_of[position] for position in group)
-        batches.append(_collate(dataset, members, width, packing))
-    in_loss = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-    return StepBatches(batches, in_loss, int(lengths.sum()))
+        batches.append(_collate(dataset, members, width, packing, per_sequence))
+    in_loss = [int(dataset.example(index)[1].sum()) for index in order]
+    divisor = sum(count > 0 for count in in_loss) if per_sequence else sum(in_loss)
+    return StepBatches(batches, sum(in_loss), int(lengths.sum()), divisor)
 
 
 def _pack(order: list[int], lengths: np.ndarray) -> list[list[int]]:
@@ -147,12 +155,15 @@ def _group(widths: list[int], limit: int) -> list[list[int]]:
     return groups
 
 
-def _collate(dataset: TokenDataset, rows: list[list[int]], width: int, packing: bool) -> dict[str, torch.Tensor]:
+def _collate(
+    dataset: TokenDataset, rows: list[list[int]], width: int, packing: bool, per_sequence: bool
+) -> dict[str, torch.Tensor]:
     """Lay rows out as tensors [rows, width]; padding is token 0, outside loss and the examples' attention."""
     ids = np.zeros((len(rows), width), np.int64)
     labels = np.full((len(rows), width), IGNORED, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
     attended = np.zeros((len(rows), width), np.int64)
+    weights = np.zeros((len(rows), width), np.float32)
     for row, members in enumerate(rows):
         start = 0
         for index in members:
@@ -162,7 +173,8 @@ def _collate(dataset: TokenDataset, rows: list[list[int]], width: int, packing: 
             labels[row, start:stop] = np.where(in_loss, tokens, IGNORED)  # never the first, see TokenDataset
             positions[row, start:stop] = np.arange(len(tokens))
             attended[row, start:stop] = 1
+            weights[row, start:stop] = in_loss / max(1, in_loss.sum())
             start = stop
     extra = {"position_ids": positions} if packing else {"attention_mask": attended}
-    tensors = {"input_ids": ids, "labels": labels, **extra}
+    tensors = {"input_ids": ids, "labels": labels, **extra, **({"loss_weights": weights} if per_sequence else {})}
     return {name: torch.from_numpy(array) for name, array in tensors.items()}

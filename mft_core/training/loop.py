@@ -1,7 +1,8 @@
 """The one training loop: full fine-tuning, continued fine-tuning and masks differ only in what is `Trainable`.
 
 The loss of an optimizer step is the mean over all its loss tokens: sum over micro-batches of the summed cross-entropy,
-divided by the tokens of the whole step, so the result does not depend on how the step is cut (but for rounding).
+divided by the tokens of the whole step, so the result does not depend on how the step is cut (but for rounding). With
+loss 'sequence' each token weighs one over the tokens of its sequence, and the divisor is the step's sequences.
 
 Everything at step k is a function of (recipe, data, state after step k - 1): the examples and the learning rate by
 random access, the noise (dropout, random rounding) because every step seeds torch anew. (torch's generators belong to
@@ -191,7 +192,7 @@ class _Loop:
         batches = self._cut(self.data.train, self.plan[step])
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch, counts in self._mine(batches):
-            loss = self._loss(batch) / batches.loss_tokens * counts
+            loss = self._loss(batch) / batches.divisor * counts
             loss.backward()
             loss_sum += loss.detach()
         loss_value = self._prepare_gradients(step, loss_sum)
@@ -217,7 +218,8 @@ class _Loop:
         limit = self.context.runtime.micro_batch_tokens
         if parallel.processes() > 1:
             limit = min(limit, math.ceil(int(dataset.lengths[indices].sum()) / parallel.processes()))
-        return micro_batches(dataset, indices, limit, self.packing)
+        per_sequence = self.recipe.loss == "sequence"
+        return micro_batches(dataset, indices, limit, self.packing, per_sequence)
 
     def _mine(self, batches: StepBatches) -> list[tuple[dict[str, Tensor], float]]:
         """Return this process's micro-batches and what each counts: 1.
@@ -234,7 +236,7 @@ class _Loop:
         return mine
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the summed cross-entropy (nats) over the loss tokens of one micro-batch."""
+        """Return the summed, perhaps weighted, cross-entropy (nats) over the loss tokens of one micro-batch."""
         bfloat16 = self.recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
             return self.head.summed_loss(batch, self.device)
@@ -270,13 +272,13 @@ class _Loop:
         )
 
     def _validate(self, step: int) -> float:
-        """Return the mean loss over the validation tokens, and keep a snapshot if it is the best so far."""
+        """Return the mean loss over the validation data, of the kind that is trained, and keep a snapshot if it is the best so far."""
         self.trainable.model.eval()
         batches = self._cut(self.data.validation, np.arange(len(self.data.validation)))
         with torch.no_grad(), self.trainable.evaluating():
             nats = sum(self._loss(batch).double().item() * counts for batch, counts in self._mine(batches))
         total = parallel.add_up(torch.tensor(nats, dtype=torch.float64, device=self.device))
-        loss = float(total) / batches.loss_tokens
+        loss = float(total) / batches.divisor
         if not math.isfinite(loss):
             raise StageError(
                 f"step {step} of {self.steps}: the validation loss is not finite ({loss}); the last state saved before "

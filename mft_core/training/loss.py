@@ -48,11 +48,11 @@ class LossHead:
         return (inputs[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *inputs[1:])
 
     def summed_loss(self, batch: dict[str, Any], device: torch.device) -> Tensor:
-        """Return the cross-entropy (nats) summed over the loss tokens of a batch.
+        """Return the cross-entropy (nats) summed over the loss tokens of a batch, weighted where it has weights.
 
         Args:
-            batch: arguments of the model's forward pass; `labels` int64 [rows, width], -100 outside the loss, are
-                shifted here: position t predicts label t + 1.
+            batch: arguments of the model's forward pass; `labels` int64 [rows, width], -100 outside the loss, and
+                their `loss_weights`, if any, are shifted here: position t predicts label t + 1.
         """
         next_labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
         positions = (next_labels != IGNORED).nonzero().squeeze(1)
@@ -60,30 +60,35 @@ class LossHead:
         arguments = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
-            if name != "labels"
+            if name not in ("labels", "loss_weights")
         }
         targets = next_labels[positions].to(device)
+        weights: Tensor | None = batch.get("loss_weights")
+        if weights is not None:
+            weights = functional.pad(weights[:, 1:], (0, 1)).flatten()[positions].to(device)
         rows = max(1, MOST_LOGITS // self._model.config.get_text_config().vocab_size)
         if self._divisible and len(targets) > rows:
-            with self._losses_for_logits(targets, rows):
+            with self._losses_for_logits(targets, weights, rows):
                 losses: Tensor = self._model(**arguments, use_cache=False).logits
                 return losses.sum()
         logits = self._model(**arguments, use_cache=False).logits.squeeze(0)  # with a cache, packed rows would mix
-        return _summed(logits, targets)
+        return _summed(logits, targets, weights)
 
     @contextlib.contextmanager
-    def _losses_for_logits(self, targets: Tensor, rows: int) -> Iterator[None]:
+    def _losses_for_logits(self, targets: Tensor, weights: Tensor | None, rows: int) -> Iterator[None]:
         """Have the output embedding return its summed loss [1, 1, 1] instead of the logits, made `rows` at a time."""
         head: Any = self._model.get_output_embeddings()
         logits = head.forward
 
         def loss(hidden: Tensor) -> Tensor:
-            parts = zip(hidden.squeeze(0).split(rows), targets.split(rows), strict=True)
+            targets_of = targets.split(rows)
+            weights_of = [None] * len(targets_of) if weights is None else weights.split(rows)
+            parts = zip(hidden.squeeze(0).split(rows), targets_of, weights_of, strict=True)
             nats = torch.stack([checkpoint(part_loss, *part, **_AS_BEFORE) for part in parts])
             return nats.view(-1, 1, 1).sum(0, keepdim=True)
 
-        def part_loss(hidden: Tensor, targets: Tensor) -> Tensor:
-            return _summed(logits(hidden), targets)
+        def part_loss(hidden: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+            return _summed(logits(hidden), targets, weights)
 
         head.forward = loss
         try:
@@ -96,8 +101,10 @@ _AS_BEFORE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": Fals
 """the head draws no random numbers"""
 
 
-def _summed(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+def _summed(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return functional.cross_entropy(logits.float(), targets, reduction="none") @ weights
 
 
 @torch.no_grad()

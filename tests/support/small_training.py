@@ -29,8 +29,12 @@ from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData
 
 
-def make_data(examples: int = 40, validation: int = 8, vocabulary: int = 60) -> TrainingData:
-    """Return sequences of 6 to 14 tokens in which each token follows from the one before."""
+def make_data(examples: int = 40, validation: int = 8, vocabulary: int = 60, answers: int = 1) -> TrainingData:
+    """Return sequences of 6 to 14 tokens in which each token follows from the one before.
+
+    Args:
+        answers: with more than 1, that many lengths of what is in the loss: 4 tokens, 3, ... by the sequence's length.
+    """
     rng = np.random.default_rng(0)
 
     def sequences(count: int) -> TokenDataset:
@@ -38,7 +42,7 @@ def make_data(examples: int = 40, validation: int = 8, vocabulary: int = 60) -> 
         for _ in range(count):
             length = int(rng.integers(6, 15))
             ids = (int(rng.integers(vocabulary)) + 7 * np.arange(length)) % vocabulary + 3
-            pairs.append((ids, np.arange(length) >= length - 4))
+            pairs.append((ids, np.arange(length) >= length - 4 + length % answers))
         return TokenDataset.from_examples(pairs)
 
     return TrainingData(sequences(examples), sequences(validation))

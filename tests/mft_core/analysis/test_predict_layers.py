@@ -90,7 +90,7 @@ def test_the_cost_of_the_magnitude_mask_has_a_fisher_term_of_single_sequences(sc
     count = len(batches.batches)
     expected = dict.fromkeys((site.name for site in sites), 0.0)
     for batch in batches.batches:
-        alone = type(batches)([batch], batches.loss_tokens / count, 0)  # L is the mean of these
+        alone = type(batches)([batch], batches.loss_tokens / count, 0, 0)  # L is the mean of these
         _, gradients = loss_and_gradients(model, sites, alone)
         for site in sites:
             removed = ~select(site.of(parameters), SPARSITY)

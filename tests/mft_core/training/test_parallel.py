@@ -55,7 +55,7 @@ def run_training(
     rows: list[dict[str, float]] = []
     stopped = ""
     try:
-        rows = train(trainable, make_data(), recipe, context).rows
+        rows = train(trainable, make_data(answers=4), recipe, context).rows
     except (StageError, KeyboardInterrupt) as error:
         stopped = f"{type(error).__name__}: {error}"
     masks = trainable.masks() if kind == "mask" else {}  # type: ignore[union-attr]
@@ -97,6 +97,17 @@ def test_two_processes_learn_the_masks_that_one_learns(tokens: int, tmp_path: Pa
     assert same_weights(first, alone)
     assert same_weights(second, alone)
     assert (first["told"], second["told"]) == (list(range(1, 25)), [])  # only the first reports
+
+
+def test_the_loss_per_sequence_is_the_same_for_two_processes(tmp_path: Path) -> None:
+    changes = {"loss": "sequence", "max_steps": 3, "validations": 1, "batch_size": 7}
+    alone = run_training("mask", tmp_path / "one", changes, 40)
+    first, _ = together(run_training, "mask", tmp_path / "two", changes, 40)
+    assert losses(first) == pytest.approx(losses(alone), abs=1e-6)
+    assert losses(first, "validation_loss") == pytest.approx(losses(alone, "validation_loss"), abs=1e-6)
+    assert same_weights(first, alone)
+    by_token = run_training("mask", tmp_path / "token", {**changes, "loss": "token"}, 40)
+    assert losses(by_token)[0] != pytest.approx(losses(alone)[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=SLOW), "mask"])

@@ -87,6 +87,7 @@ def test_fine_tuning_and_mask_have_the_papers_optimisation(profile):
         assert (training.learning_rate, training.epochs, training.batch_size) == (2e-5, 2, 128)
         assert (training.schedule, training.warmup_share, training.weight_decay) == ("linear", 0.03, 0)
         assert (training.max_grad_norm, training.dropout, training.precision) == (None, 0, "bfloat16")
+        assert training.loss == setup.lora.training.loss == "sequence"
         assert (training.seed, training.max_steps) == (42, None)
         assert (setup.mask.sparsity, setup.mask.modules, setup.mask.score_init) == (0.1, "both", "normal")
         assert (setup.data.max_length, setup.data.seed, setup.data.fraction) == (4096, 42, 1)
