@@ -215,6 +215,9 @@ class Evaluate(Recipe):
     num_fewshot: int | None = Field(None, ge=0, description="null leaves the task's own number")
     metric: str = Field("exact_match", description="the metric of the task whose per-item outcome is compared")
     filter: str | None = Field(None, description="lm-eval filter; null takes the task's only or first one")
+    average: Literal["items", "tasks"] = Field(
+        "items", description="of a group: over all items, or over its tasks (MATH's subjects) of the means over theirs"
+    )
     limit: int | None = Field(None, gt=0, description="items of each (sub)task, for a quick look only")
     apply_chat_template: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -30,6 +30,8 @@ from mft_core.names import inside
 from mft_core.sandbox import environment, render
 from mft_core.yaml_files import read_yaml
 
+TASKS = Path(__file__).parent / "tasks"
+"""definitions of ours beside lm-eval's own: benchmarks as the paper measured them, where lm-eval's differ"""
 _OF_GROUPS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "task_list"})
 """what a group's definition says of itself; the rest holds for its tasks"""
 _TEMPLATES = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix")

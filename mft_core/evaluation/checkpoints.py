@@ -17,7 +17,7 @@ from mft_core.evaluation import lm_eval_harness
 from mft_core.evaluation.outcomes import Evaluation
 from mft_core.recipes import Runtime
 from mft_core.statistics import comparison
-from mft_core.statistics.comparison import Comparison, Outcomes
+from mft_core.statistics.comparison import Comparison, Grouping, Outcomes
 
 
 def evaluate(
@@ -75,4 +75,5 @@ def _outcomes(evaluation: Evaluation, label: str) -> Outcomes:
         metric=evaluation.summary["metric"],
         items=tuple(row["item"] for row in evaluation.items),
         values=np.array([row["outcome"] for row in evaluation.items], dtype=float),
+        grouping=Grouping.of(evaluation.items),
     )

@@ -31,7 +31,7 @@ import numpy as np
 
 from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
 from mft_core.evaluation import code_metrics, code_sandbox, vllm_server
-from mft_core.evaluation.benchmarks import Definition, Function, definitions
+from mft_core.evaluation.benchmarks import TASKS, Definition, Function, definitions
 from mft_core.evaluation.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.sandbox import environment, render
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-_MEANS = ("mean", "nanmean")
+_MEANS = ("mean", "nanmean", "agg_inst_level_acc")
+"""the last is IFEval's, over the instructions of all prompts"""
 _USUAL = ("exact_match", "acc_norm", "acc", "pass@1")
 """metrics of which the first that a task has is its usual one"""
 
@@ -121,7 +122,7 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
             one.check_items()
         return
     check_known(recipe.task)
-    for leaf in task_leaves(recipe.task, _task_manager().task_index):
+    for leaf in task_leaves(recipe.task, task_manager().task_index):
         if code_metrics.executes(leaf.cfg):
             code_sandbox.require()
         check_scoring(recipe.metric, recipe.filter, leaf.name, leaf.cfg)
@@ -129,7 +130,7 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
 
 def check_known(task: str) -> None:
     """Raise a ConfigError if lm-eval has no task or group of that name."""
-    index = _task_manager().task_index
+    index = task_manager().task_index
     if task not in index:
         raise ConfigError(
             f"unknown lm-eval task '{task}'.{did_you_mean(task, index)} "
@@ -175,10 +176,9 @@ def check_scoring(metric: str, filter_name: str | None, task: str, config: Mappi
             "set its repeats, and have them sampled (generation_kwargs: do_sample, temperature)."
         )
     for entry in found:
-        aggregation = entry.get("aggregation") or _default_aggregation(metric)
+        aggregation = _aggregation(entry)
         if aggregation not in _MEANS:
-            means = [str(each["metric"]) for each in entries
-                     if (each.get("aggregation") or _default_aggregation(str(each["metric"]))) in _MEANS]  # fmt: skip
+            means = [str(each["metric"]) for each in entries if _aggregation(each) in _MEANS]
             raise ConfigError(
                 f"metric '{metric}' of task '{task}' is no share of the items (aggregation: {aggregation}): models are "
                 f"compared item by item, in %. Valid: {', '.join(means) or 'none of this task'}."
@@ -198,7 +198,7 @@ def usual_metric(task: str, folder: Path | None) -> str:
         named = [(one.task, one.config) for one in definitions(folder, task)]
     else:
         check_known(task)
-        named = [(leaf.name, leaf.cfg) for leaf in task_leaves(task, _task_manager().task_index)]
+        named = [(leaf.name, leaf.cfg) for leaf in task_leaves(task, task_manager().task_index)]
     name, config = named[0]
     entries = config.get("metric_list") or _default_metrics(config.get("output_type") or "generate_until")
     metrics = [getattr(entry["metric"], "name", str(entry["metric"])) for entry in entries]
@@ -215,6 +215,12 @@ def _default_metrics(output_type: str) -> list[dict[str, str]]:
     return [{"metric": name} for name in registry.DEFAULT_METRIC_REGISTRY.get(output_type, [])]
 
 
+def _aggregation(entry: Mapping[str, Any]) -> str | None:
+    """Return the name by which a task's metric becomes one number."""
+    named = entry.get("aggregation") or _default_aggregation(str(entry["metric"]))
+    return str(getattr(named, "__name__", getattr(named, "name", named))).rpartition(".")[2] if named else None
+
+
 def _default_aggregation(metric: str) -> str | None:
     if code_metrics.answers_needed(metric):
         return "mean"
@@ -224,10 +230,11 @@ def _default_aggregation(metric: str) -> str | None:
 
 
 @functools.cache
-def _task_manager() -> TaskManager:
+def task_manager() -> TaskManager:
+    """Return lm-eval's index of tasks, and ours; it costs 10-20 s."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_path=TASKS)
 
 
 def load_tasks(
@@ -240,7 +247,9 @@ def load_tasks(
     else:
         check_task(recipe)
         code_metrics.register()
-        tasks = dict(_task_manager().load([recipe.task])["tasks"])
+        for leaf in task_leaves(recipe.task, task_manager().task_index):
+            _register_metrics(leaf.cfg)
+        tasks = dict(task_manager().load([recipe.task])["tasks"])
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         wanted = recipe.num_fewshot
@@ -262,9 +271,8 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
     one.refuse_code(allow_code)
     if code_metrics.executes(one.config):
         code_metrics.register()
+    _register_metrics(one.config)
     for entry in one.config.get("metric_list") or ():
-        if code_metrics.answers_needed(entry["metric"]):
-            code_metrics.register_metric(entry["metric"])
         known = entry["metric"] in registry.metric_registry or one.config.get("process_results") is not None
         if isinstance(entry["metric"], str) and not known and not allow_code:  # it would be sought on the hub, and run
             raise unknown(f"metric of task '{one.task}'", entry["metric"], list(registry.metric_registry))
@@ -274,6 +282,13 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
             self.dataset = {split: Dataset.from_list([row for _, row in one.items(split)]) for split in one.data_files}
 
     return LocalTask(config=_with_functions(one.config))
+
+
+def _register_metrics(config: Mapping[str, Any]) -> None:
+    """Give lm-eval the metrics of a definition that it lacks: pass@K."""
+    for entry in config.get("metric_list") or ():
+        if code_metrics.answers_needed(entry["metric"]):
+            code_metrics.register_metric(entry["metric"])
 
 
 def _with_functions(value: Any) -> Any:

@@ -16,7 +16,7 @@ from mft_core.data.assistant_tokens import check_same_tokens
 from mft_core.data.chat_template import chat_prompt, read_tokenizer
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
-from mft_core.evaluation.outcomes import outcome
+from mft_core.evaluation.outcomes import outcomes_of
 from mft_core.recipes import Evaluate, Runtime
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _check_lengths(
 
 
 def _check_scores(recipe: Evaluate, name: str, task: Task) -> None:
-    """Check that the first item, answered somehow, is scored with one number from 0 to 1."""
+    """Check that the first item, answered somehow, is scored with numbers from 0 to 1."""
     answer: Any = "" if task.OUTPUT_TYPE == "generate_until" else (-1.0, False)
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         answer = -1.0
@@ -121,6 +121,6 @@ def _check_scores(recipe: Evaluate, name: str, task: Task) -> None:
         chosen = recipe.filter or next(iter(requests[0].filtered_resps))
         metrics = task.process_results(requests[0].doc, [each.filtered_resps[chosen] for each in requests])
         try:
-            outcome(recipe, metrics)
+            outcomes_of(recipe, metrics)
         except StageError as error:
             raise ConfigError(str(error)) from error

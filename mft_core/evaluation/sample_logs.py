@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mft_core.errors import ConfigError, unknown
+from mft_core.statistics.comparison import Grouping
 from mft_core.statistics.effects import Stratum
 
 _NAME = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT.+)\.jsonl")
@@ -37,6 +38,8 @@ class Log:
     hashes: Mapping[str, tuple[Any, ...]]
     """by id: question, prompt, target"""
     clusters: Mapping[str, str] | None
+    subjects: Mapping[str, str] | None
+    """of an evaluation of ours whose accuracy is a mean over subjects"""
     higher_is_better: bool
 
 
@@ -137,8 +140,10 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
     theirs = np.array([value for name in first.scores for value in second.scores[name]])
     differences = theirs - ours if first.higher_is_better else ours - theirs
     clusters = [first.clusters[name] for name in owner] if first.clusters else owner
+    subjects = tuple(first.subjects[name] for name in owner) if first.subjects else None
+    grouping, stratum = Grouping(subjects=subjects), Stratum.of(differences, clusters, subjects)
     shown = f"{first.metric},{first.filter}" if first.filter else first.metric
-    return Paired(task, shown, float(ours.mean()), float(theirs.mean()), Stratum.of(differences, clusters), ids)
+    return Paired(task, shown, grouping.mean(ours), grouping.mean(theirs), stratum, ids)
 
 
 def _metrics(path: Path) -> list[str]:
@@ -163,6 +168,7 @@ def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None
     scores: dict[str, tuple[float, ...]] = {}
     hashes: dict[str, tuple[Any, ...]] = {}
     clusters: dict[str, str] = {}
+    subjects: dict[str, str] = {}
     filters: dict[str, None] = {}
     for row in _rows(path):
         if name := row.get("filter"):
@@ -177,13 +183,15 @@ def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None
             raise ConfigError(f"{path}: item {item} is there twice; every item counts once. Give one run's log.")
         scores[item] = _scores(path, item, row, "outcome" if field == "item" and metric not in row else metric)
         hashes[item] = tuple(row.get(name) for name in _HASHES)
-        if cluster:
-            clusters[item] = _cluster(path, item, row, cluster)
+        if field == "item" and "subject" in row:
+            subjects[item] = str(row["subject"])
+        if named := cluster or ("cluster" if field == "item" and "cluster" in row else None):
+            clusters[item] = _cluster(path, item, row, named)
     if not scores:
         raise unknown(f"filter of {path}", asked_filter or "", filters)
     chosen = asked_filter or next(iter(filters), None)
     higher = _higher_is_better(path, metric)
-    return Log(path, metric, chosen, scores, hashes, clusters or None, higher)
+    return Log(path, metric, chosen, scores, hashes, clusters or None, subjects or None, higher)
 
 
 def _scores(path: Path, item: str, row: Mapping[str, Any], metric: str) -> tuple[float, ...]:

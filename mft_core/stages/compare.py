@@ -39,7 +39,16 @@ from mft_core.methods import Contrast
 from mft_core.recipes import Compare
 from mft_core.stage import Progress, StageContext
 from mft_core.statistics import tables
-from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, compare, pair, require_same_items, strata_of
+from mft_core.statistics.comparison import (
+    Comparison,
+    Grouping,
+    Outcomes,
+    Pairs,
+    compare,
+    pair,
+    require_same_items,
+    strata_of,
+)
 from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate, unit_variance
 from mft_core.statistics.verdicts import (
     Tested,
@@ -112,7 +121,7 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
         context.report(Progress(done, len(variants), "comparison"))
     rows, contrasts = _judged(recipe, drafts, declared), [row for one in declared for row in one.rows(recipe)]
     entries = [
-        Entry(variant.columns, name, members[0].outcomes[0].items, strata[0], variant.prior(recipe))
+        Entry(variant.columns, name, _names(members[0].outcomes[0]), strata[0], variant.prior(recipe))
         for variant in variants
         if variant.in_question
         for name, members in variant.benchmarks.items()
@@ -135,6 +144,11 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
     }
 
 
+def _names(outcomes: Outcomes) -> tuple[str, ...]:
+    """Return what the items are split by: what belongs to one cluster is on one side."""
+    return outcomes.grouping.clusters or outcomes.items
+
+
 def _rival(entry: Entry) -> Entry:
     """Return an entry of a contest: all its methods are one sweep."""
     return replace(entry, columns={**entry.columns, "method": CONTEST, "mask": entry.columns["method"]})
@@ -152,6 +166,7 @@ def _read(directory: Path, described: Mapping[str, Any]) -> tuple[Outcomes, floa
         items=tuple(row["item"] for row in rows),
         values=np.array([row["outcome"] for row in rows], dtype=float),
         higher_is_better=summary.get("higher_is_better", True),
+        grouping=Grouping.of(rows),
     )
     return outcomes, summary["commonest_target_share"]
 
@@ -283,7 +298,7 @@ def _row(
     one = first.name + (f" replicate={first.replicate}" if first.replicate else "")
     outcomes = [[[group.outcomes[index]] if index is not None else group.outcomes for group in each]
                 for each in benchmarks]  # fmt: skip
-    means = [[np.mean([answers.values.mean() for answers in group]) for group in each] for each in outcomes]
+    means = [[np.mean([answers.accuracy for answers in group]) for group in each] for each in outcomes]
     accuracies = np.mean(means, axis=0) if len({len(each) for each in means}) == 1 else np.mean(means[0])
     row = {
         **{key: value for key, value in first.described.items() if key != "baseline"},
@@ -388,7 +403,9 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
 
 
 def _mean(benchmarks: Mapping[Any, Sequence[Pairs]], side: str) -> float:
-    return float(np.mean([[getattr(pairs, side).mean() for pairs in each] for each in benchmarks.values()]))
+    return float(
+        np.mean([[pairs.grouping.mean(getattr(pairs, side)) for pairs in each] for each in benchmarks.values()])
+    )
 
 
 def _is(variant: _Variant, words: Sequence[str]) -> bool:
@@ -418,7 +435,7 @@ def _against(treated: _Variant, control: _Variant, benchmark: str) -> list[Pairs
                 values = np.broadcast_to(values, against.shape)
             elif len(other.seeds) > 1:
                 raise StageError(f"'{group.name}' and '{other.name}' have other seeds: {group.seeds}, {other.seeds}.")
-        found.append(Pairs.of(against, values, group.outcomes[0].higher_is_better))
+        found.append(Pairs.of(against, values, group.outcomes[0].higher_is_better, group.outcomes[0].grouping))
     return found
 
 

@@ -7,17 +7,41 @@ tests: `mft_core.statistics.verdicts`. Used by the stage `compare`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mft_core.errors import StageError
-from mft_core.statistics.effects import Estimate, Over, Stratum, UnitVariance, estimate
+from mft_core.statistics.effects import Estimate, Over, Stratum, UnitVariance, estimate, weights
 from mft_core.statistics.verdicts import verdict
 
 Array = NDArray[np.float64]
+
+
+class Grouping(NamedTuple):
+    """How items hang together, a name for each; see `mft_core.statistics.effects.Stratum`."""
+
+    clusters: tuple[str, ...] | None = None
+    subjects: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Grouping:
+        """Read it from the rows of an evaluation, which have `cluster` and `subject` where there are any."""
+        found = (tuple(str(row[key]) for row in rows) if rows and key in rows[0] else None
+                 for key in ("cluster", "subject"))  # fmt: skip
+        return cls(*found)
+
+    def mean(self, values: Array) -> float:
+        """Return the mean of (…, items): over the items, or over subjects of the means over their items."""
+        if self.subjects is None:
+            return float(values.mean())
+        return float((values * weights(self.subjects)).mean())
+
+
+ALONE = Grouping()
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,12 @@ class Outcomes:
     values: Array
     """one outcome per item, 0/1 or a number"""
     higher_is_better: bool = True
+    grouping: Grouping = ALONE
+
+    @property
+    def accuracy(self) -> float:
+        """The mean outcome."""
+        return self.grouping.mean(self.values)
 
 
 @dataclass(frozen=True)
@@ -42,9 +72,12 @@ class Pairs:
     baseline: Array
     variant: Array
     higher_is_better: bool = True
+    grouping: Grouping = ALONE
 
     @classmethod
-    def of(cls, baseline: ArrayLike, variant: ArrayLike, higher_is_better: bool = True) -> Pairs:
+    def of(
+        cls, baseline: ArrayLike, variant: ArrayLike, higher_is_better: bool = True, grouping: Grouping = ALONE
+    ) -> Pairs:
         """Pair outcomes, of shape (items,) or (seeds, items); one baseline may serve all seeds.
 
         Raises:
@@ -54,7 +87,7 @@ class Pairs:
         theirs = np.atleast_2d(np.asarray(baseline, dtype=float))
         if theirs.shape[1] != ours.shape[1] or theirs.shape[0] not in (1, ours.shape[0]) or ours.size == 0:
             raise ValueError(f"outcomes do not pair: baseline {theirs.shape}, variant {ours.shape}")
-        return cls(np.broadcast_to(theirs, ours.shape), ours, higher_is_better)
+        return cls(np.broadcast_to(theirs, ours.shape), ours, higher_is_better, grouping)
 
     @property
     def differences(self) -> Array:
@@ -129,8 +162,8 @@ def compare(
     return Comparison(
         n=sum(stratum.differences.shape[-1] for stratum in strata),
         seeds=strata[0].differences.shape[-2],
-        accuracy=float(np.mean([pairs.variant.mean() for pairs in everything])),
-        baseline=float(np.mean([pairs.baseline.mean() for pairs in everything])),
+        accuracy=float(np.mean([pairs.grouping.mean(pairs.variant) for pairs in everything])),
+        baseline=float(np.mean([pairs.grouping.mean(pairs.baseline) for pairs in everything])),
         estimate=estimate(strata, over, confidence, prior),
         wins=sum(int((stratum.differences > 0).sum()) for stratum in strata),
         losses=sum(int((stratum.differences < 0).sum()) for stratum in strata),
@@ -139,7 +172,10 @@ def compare(
 
 def strata_of(replicates: Sequence[Sequence[Pairs]]) -> list[Stratum]:
     """Return the differences of each benchmark: (replicates, seeds, items)."""
-    return [Stratum(np.stack([pairs.differences for pairs in each])) for each in zip(*replicates, strict=True)]
+    return [
+        Stratum.of(np.stack([pairs.differences for pairs in each]), *each[0].grouping)
+        for each in zip(*replicates, strict=True)
+    ]
 
 
 def require_same_items(baseline: Outcomes, variant: Outcomes) -> None:
@@ -171,4 +207,4 @@ def pair(baselines: Sequence[Outcomes], variants: Sequence[Outcomes]) -> Pairs:
         require_same_items(baseline, variant)
         require_same_items(variants[0], variant)
     theirs, ours = (np.stack([one.values for one in side]) for side in (baselines, variants))
-    return Pairs(theirs, ours, variants[0].higher_is_better)
+    return Pairs(theirs, ours, variants[0].higher_is_better, variants[0].grouping)

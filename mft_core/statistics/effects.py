@@ -15,8 +15,8 @@ variance (Searle, Casella & McCulloch 1992, section 4.3) the variance of the mea
 with Student's t and the degrees of freedom of Satterthwaite (1946). Negative components are not cut off at zero. As two
 or three units can agree by luck, an interval is never narrower than that of units which do not differ (a = e), and `a`
 is pooled with what earlier studies measured (`UnitVariance`, a scaled inverse-χ² prior; Gelman et al. 2013, section
-2.6). Several benchmarks: the unweighted mean. Clusters of items are drawn whole (Liang & Zeger 1986). For right/wrong
-outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012).
+2.6). Several benchmarks, or subjects of one: the unweighted mean. Clusters of items are drawn whole (Liang &
+Zeger 1986). For right/wrong outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012).
 
 Every function takes leading axes before (replicates, seeds, items), so simulations are one call. Imports neither pandas
 nor scipy.stats: `mft compare` has to answer at once.
@@ -51,24 +51,46 @@ class Stratum:
     differences: Array
     clusters: NDArray[np.intp] | None = None
     """of each item the group that it belongs to (the instructions of one prompt); None: every item is its own"""
+    subjects: NDArray[np.intp] | None = None
+    """of each item the part of the benchmark that counts as much as any other part; None: every item counts alike"""
 
     @classmethod
-    def of(cls, differences: ArrayLike, clusters: Sequence[Any] | None = None) -> Stratum:
+    def of(
+        cls, differences: ArrayLike, clusters: Sequence[Any] | None = None, subjects: Sequence[Any] | None = None
+    ) -> Stratum:
         """Take differences of shape (items,), (seeds, items) or (replicates, seeds, items)."""
         values = np.asarray(differences, dtype=float)
         values = values.reshape((1,) * (3 - values.ndim) + values.shape) if values.ndim < 3 else values
-        if clusters is None or len(set(clusters)) == len(clusters):
-            return cls(values)
-        order, groups = np.unique([str(name) for name in clusters], return_inverse=True)
-        return cls(values, None if len(order) == values.shape[-1] else groups)
+        return cls(values, _groups(clusters, values.shape[-1]), _groups(subjects, 1))
 
     def first(self, replicates: int) -> Stratum:
         """Return the differences of the first replicates alone."""
-        return Stratum(self.differences[..., :replicates, :, :], self.clusters)
+        return Stratum(self.differences[..., :replicates, :, :], self.clusters, self.subjects)
 
     def items(self, kept: NDArray[np.bool_]) -> Stratum:
         """Return some of the items."""
-        return Stratum.of(self.differences[..., kept], None if self.clusters is None else self.clusters[kept].tolist())
+        groups = (None if of is None else of[kept].tolist() for of in (self.clusters, self.subjects))
+        return Stratum.of(self.differences[..., kept], *groups)
+
+    def parts(self) -> list[Stratum]:
+        """Return the subjects, each a stratum of its own; without subjects the whole."""
+        if self.subjects is None:
+            return [self]
+        return [self.items(self.subjects == one) for one in range(int(self.subjects.max()) + 1)]
+
+
+def _groups(names: Sequence[Any] | None, trivial: int) -> NDArray[np.intp] | None:
+    """Number the groups that items are named by; None: there is one group, or as many as `trivial`."""
+    if names is None:
+        return None
+    order, groups = np.unique([str(name) for name in names], return_inverse=True)
+    return None if len(order) == trivial else groups
+
+
+def weights(subjects: Sequence[Any]) -> Array:
+    """Return what each item counts, 1 on average, so that every subject counts as much as any other."""
+    _, groups, sizes = np.unique([str(name) for name in subjects], return_inverse=True, return_counts=True)
+    return np.asarray(len(groups) / (len(sizes) * sizes[groups]), dtype=float)
 
 
 @dataclass(frozen=True)
@@ -194,7 +216,13 @@ def estimate(
     half = _quantile((1 + confidence) / 2, freedom) * error
     with np.errstate(divide="ignore", invalid="ignore"):
         p_value = np.where(error > 0, 2 * special.stdtr(freedom, -np.abs(found.centre) / error), 1.0)
-    if len(strata) == 1 and not found.freedom and strata[0].clusters is None and _is_binary(strata[0].differences):
+    if (
+        len(strata) == 1
+        and not found.freedom
+        and strata[0].clusters is None
+        and strata[0].subjects is None
+        and _is_binary(strata[0].differences)
+    ):
         p_value = _mcnemar(strata[0].differences)
     values = found.gain, found.centre - half, found.centre + half, p_value, error, freedom, found.centre
     gain, low, high, p_value, error, freedom, centre = (np.asarray(value)[()] for value in values)
@@ -221,7 +249,8 @@ def _moments(strata: Sequence[Stratum], over: Over, least: int = LEAST_REPLICATE
     if over == "recipe" and replicates < least:
         raise TooFewReplicatesError(f"{replicates} replicates; a claim about the recipe needs {least} or more")
     means, centres, items, interactions, rests, freedoms = [], [], [], [], [], []
-    for stratum in strata:
+    parts = [(part, 1 / len(of)) for of in (stratum.parts() for stratum in strata) for part in of]
+    for stratum, weight in parts:
         values = stratum.differences
         if over == "recipe":
             values = values.mean(axis=-2, keepdims=True).swapaxes(-3, -2)
@@ -247,11 +276,11 @@ def _moments(strata: Sequence[Stratum], over: Over, least: int = LEAST_REPLICATE
             interaction = correction * squares / freedom
         else:
             interaction = np.zeros_like(gain)
-        means.append(units)
-        centres.append(centre)
-        items.append(item)
-        interactions.append(interaction)
-        rests.append(interaction * count)
+        means.append(units * weight)
+        centres.append(centre * weight)
+        items.append(item * weight**2)
+        interactions.append(interaction * weight**2)
+        rests.append(interaction * count * weight**2)
         freedoms.append(max(1, clusters - 1))
     number = len(strata)
     units = sum(means) / number

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate
+from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate, weights
 from mft_core.statistics.verdicts import MARGIN, Verdict, holm, verdict
 
 SPLITS = 25
@@ -81,7 +81,7 @@ def winner(
         confidence: of the interval.
         prior: what earlier studies measured of the trainings' variance.
     """
-    of_items = [[stratum.differences.mean(axis=(0, 1)) for stratum in strata] for strata in candidates]
+    of_items = [[_of_items(stratum) for stratum in strata] for strata in candidates]
     replicates = candidates[0][0].differences.shape[0]
     over: Over = "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
     choices: Counter[int] = Counter()
@@ -114,6 +114,11 @@ def winner(
     )
 
 
+def _of_items(stratum: Stratum) -> NDArray[np.float64]:
+    means: NDArray[np.float64] = stratum.differences.mean(axis=(0, 1))
+    return means if stratum.subjects is None else means * weights(stratum.subjects.tolist())
+
+
 @dataclass(frozen=True)
 class Entry:
     """One variant, with all its trainings, on one benchmark."""
@@ -122,6 +127,7 @@ class Entry:
     """what the variant is: `variant`, `method`, `domain` and whatever tells it apart"""
     benchmark: str
     items: tuple[str, ...]
+    """their names, or those of their clusters, which are not split"""
     stratum: Stratum
     prior: UnitVariance | None = None
 

@@ -272,7 +272,7 @@ class _Loop:
         )
 
     def _validate(self, step: int) -> float:
-        """Return the mean loss over the validation data, of the kind that is trained, and keep a snapshot if it is the best so far."""
+        """Return the loss on the validation data, of the kind that is trained; keep a snapshot of the best so far."""
         self.trainable.model.eval()
         batches = self._cut(self.data.validation, np.arange(len(self.data.validation)))
         with torch.no_grad(), self.trainable.evaluating():

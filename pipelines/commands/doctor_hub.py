@@ -19,7 +19,7 @@ from typing import Any, Literal
 from mft_core.errors import ConfigError, did_you_mean
 from mft_core.evaluation import code_sandbox
 from mft_core.evaluation.code_metrics import executes
-from mft_core.evaluation.lm_eval_harness import check_scoring, task_leaves
+from mft_core.evaluation.lm_eval_harness import check_scoring, task_leaves, task_manager
 from mft_core.store.sources import PICKLED
 from pipelines.config import resolve
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Setup, SourceSpec
@@ -127,9 +127,7 @@ def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
     if not named:
         return findings
     print("reading lm-eval's index of tasks (10 s) ...", file=sys.stderr, flush=True)
-    from lm_eval.tasks import TaskManager
-
-    index = TaskManager().task_index
+    index = task_manager().task_index
     online = hub_finding().ok
     for bench in named:
         leaves = task_leaves(bench.task, index)
@@ -160,15 +158,22 @@ def task_finding(bench: BenchmarkSpec, leaves: Sequence[Any], index: dict[str, A
 
 
 def _imports(leaves: Iterable[Any]) -> set[str]:
-    """Return the packages that the Python files in the tasks' folders import."""
-    files = {path for leaf in leaves for path in Path(leaf.yaml_path).parent.glob("*.py")}
+    """Return the packages that the Python files in the tasks' folders import, and lm-eval's on which they build."""
+    import lm_eval
+
+    folders = {Path(leaf.yaml_path).parent for leaf in leaves}
+    files: set[Path] = set()
     names: set[str] = set()
-    for path in files:
+    while new := {path for folder in folders for path in folder.glob("*.py")} - files:
+        path = new.pop()
+        files.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.split(".")[0])
+                if node.module.startswith("lm_eval.tasks."):  # rules that build on lm-eval's
+                    folders.add(Path(lm_eval.__file__).parent.joinpath(*node.module.split(".")[1:3]))
     return names - {path.stem for path in files}
 
 

@@ -16,13 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from mft_core.cache_key import digest
+from mft_core.cache_key import digest, digest_files
 from mft_core.checkpoints.gguf import dequantised
 from mft_core.data.overlap import has_runs, question_of
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
 from mft_core.evaluation import vllm_server
-from mft_core.evaluation.benchmarks import Definition, definitions, questions
+from mft_core.evaluation.benchmarks import TASKS, Definition, definitions, questions
 from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
 from mft_core.methods import SELECTORS, uses
@@ -220,7 +220,7 @@ def benchmark(spec: BenchmarkSpec) -> Source:
     That is the folder, known by its tasks' definitions and all their data files alone.
     """
     if not spec.path:
-        return _harness()
+        return _harness(spec.task)
     names: set[str] = set()
     for one in _definitions(spec):
         for split, paths in one.data_files.items():
@@ -245,8 +245,12 @@ def _names(one: Definition, split: str) -> list[str]:
 
 
 @functools.cache
-def _harness() -> Source:
-    return Source(location="lm-eval", digest=digest({"lm-eval": metadata.version("lm-eval")}))
+def _harness(task: str) -> Source:
+    """Return lm-eval by its version; with it, where the task is one that we define, the files that do."""
+    known: dict[str, str] = {"lm-eval": metadata.version("lm-eval")}
+    if own := next(TASKS.rglob(f"{task}*.yaml"), None):  # a group's tasks begin with its name
+        known["tasks"] = digest_files(own.parent, sorted(path.name for path in own.parent.glob("*.[yp]*")))
+    return Source(location="lm-eval", digest=digest(known))
 
 
 def benchmark_items(spec: BenchmarkSpec) -> tuple[str, Source]:

@@ -134,6 +134,7 @@ class BenchmarkSpec(Recipe):
     num_fewshot: int | None = Field(None, ge=0)
     metric: str = "exact_match"
     filter: str | None = None
+    average: Literal["items", "tasks"] = "items"
     limit: int | None = Field(None, gt=0)
     apply_chat_template: bool = True
     allow_code: bool = Field(False, description="run the code that the folder's definition of the task names")

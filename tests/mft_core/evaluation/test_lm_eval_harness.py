@@ -336,7 +336,7 @@ def named_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_task(folder, name, [answer] * len(QUESTIONS), dataset_kwargs=kwargs)
     (folder / "group.yaml").write_text(yaml.safe_dump({"group": "sums", "task": ["sums_one", "sums_two"]}))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    monkeypatch.setattr(evaluation, "_task_manager", lambda: manager)
+    monkeypatch.setattr(evaluation, "task_manager", lambda: manager)
     return folder
 
 

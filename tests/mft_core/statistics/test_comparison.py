@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mft_core.errors import StageError
-from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, compare, pair
+from mft_core.statistics.comparison import Comparison, Grouping, Outcomes, Pairs, compare, pair
 from mft_core.statistics.effects import Stratum, estimate
 
 
@@ -62,3 +62,13 @@ def test_answers_to_different_items_are_refused_naming_both_models():
 def test_outcomes_of_different_length_do_not_pair():
     with pytest.raises(ValueError, match="do not pair"):
         compared([0, 1, 1], [0, 1])
+
+
+def test_accuracies_of_subjects_are_averaged_unweighted():
+    grouping = Grouping(subjects=("algebra", "algebra", "algebra", "geometry"))
+    items = ("a", "b", "c", "d")
+    sides = [Outcomes(name, "math", "flexible_match", items, np.array(values, dtype=float), grouping=grouping)
+             for name, values in (("fft", [0, 0, 0, 0]), ("mft", [1, 0, 0, 1]))]  # fmt: skip
+    assert sides[1].accuracy == pytest.approx((1 / 3 + 1) / 2)
+    result = compare([[pair([sides[0]], [sides[1]])]])
+    assert (result.baseline, result.accuracy, result.gain) == pytest.approx((0, 2 / 3, 2 / 3))

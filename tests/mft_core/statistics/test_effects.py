@@ -180,3 +180,20 @@ def test_outcomes_that_do_not_differ_are_no_result():
     assert (found.gain, found.p_value) == (0, 1)
     assert found.low < 0 < found.high, "that three items are equal does not say that all are"
     assert estimate([Stratum.of(np.full(3, 0.5))]).p_value == 1, "numbers that do not vary say nothing of their spread"
+
+
+def test_subjects_count_alike_whatever_their_number_of_items():
+    rng = np.random.default_rng(3)
+    parts = [rng.normal(0.1 * at, 1, size=count) for at, count in enumerate((20, 50, 200))]
+    names = np.repeat(["algebra", "geometry", "precalculus"], [20, 50, 200])
+    order = rng.permutation(270)
+    found = estimate([Stratum.of(np.concatenate(parts)[order], subjects=names[order].tolist())])
+    assert found.gain == pytest.approx(np.mean([part.mean() for part in parts]))
+    assert found.standard_error == pytest.approx(np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / 3)
+    beside = estimate([Stratum.of(np.zeros(10)), Stratum.of(np.concatenate(parts)[order], None, names[order].tolist())])
+    assert beside.gain == pytest.approx(found.gain / 2)  # three subjects are one benchmark beside another
+
+
+def test_one_subject_is_the_benchmark_itself():
+    differences = np.repeat([1.0, -1.0, 0.0], [9, 2, 30])
+    assert estimate([Stratum.of(differences, subjects=["algebra"] * 41)]) == estimate([Stratum.of(differences)])

@@ -230,6 +230,11 @@ def test_a_package_that_the_tasks_code_imports_and_is_not_installed_is_named(tmp
     assert "[paper]" in finding.detail
 
 
+def test_rules_that_build_on_lm_evals_need_its_packages(tmp_path):
+    builds = leaf(tmp_path, "from lm_eval.tasks.minerva_math import utils\n")
+    assert {"lm_eval", "antlr4", "math_verify", "sympy"} <= doctor_hub._imports([builds])
+
+
 def test_a_task_that_lm_eval_has_not_is_named_with_the_nearest():
     finding = doctor_hub.task_finding(BenchmarkSpec(name="b", task="gsm8k_cott"), [], {"gsm8k_cot": None})
     assert not finding.ok

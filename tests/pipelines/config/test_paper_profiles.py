@@ -6,6 +6,7 @@ fetched. What runs there runs in a process of its own, because the hub's clients
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mft_core.data.rows import parse_row
+from mft_core.evaluation.benchmarks import TASKS
 from mft_core.store.sources import Source
+from pipelines.config import resolve
 from pipelines.config.catalogue import Study, load_profile
 from pipelines.config.compose import setups
+from pipelines.config.setup import BenchmarkSpec
 from tests.support.tiny import TULU, make_tokenizer
 
 PROFILES = ("llama2-7b", "llama3.1-8b")
@@ -49,14 +53,14 @@ MIXTURES = {
 MIXTURES["mixed"] = {name: rows for mixture in MIXTURES.values() for name, rows in mixture.items()}
 LAYERS = {"math": "4-7", "coding": "20-23", "instruction": "0-3", "mixed": "4-7"}
 BENCHMARKS = {  # task, few-shot examples, metric
-    "math": [("gsm8k_cot", 8, "exact_match"), ("minerva_math", 4, "exact_match")],
-    "coding": [("humaneval", 0, "pass@1"), ("humaneval_plus", 0, "pass@1")],
-    "instruction": [("ifeval", 0, "prompt_level_loose_acc")],
+    "math": [("paper_gsm8k", 8, "exact_match"), ("paper_math", 4, "flexible_match")],
+    "coding": [("paper_humaneval", 0, "pass@1"), ("paper_humaneval_plus", 0, "pass@1")],
+    "instruction": [("ifeval", 0, "inst_level_loose_acc")],
     "mixed": [
-        ("gsm8k_cot", 8, "exact_match"),
-        ("minerva_math", 4, "exact_match"),
-        ("humaneval", 0, "pass@1"),
-        ("ifeval", 0, "prompt_level_loose_acc"),
+        ("paper_gsm8k", 8, "exact_match"),
+        ("paper_math", 4, "flexible_match"),
+        ("paper_humaneval", 0, "pass@1"),
+        ("ifeval", 0, "inst_level_loose_acc"),
     ],
 }
 
@@ -77,6 +81,8 @@ def test_the_profile_has_the_papers_mixtures_layers_and_benchmarks(profile):
         assert setup.mask.layers == LAYERS[domain]
         assert [(b.task, b.num_fewshot, b.metric) for b in setup.benchmarks] == BENCHMARKS[domain]
         assert all(bench.path is None and bench.limit is None for bench in setup.benchmarks)
+        assert not any(bench.apply_chat_template for bench in setup.benchmarks)
+        assert all((bench.average == "tasks") == (bench.name == "math") for bench in setup.benchmarks)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -103,7 +109,7 @@ def test_the_two_profiles_differ_in_the_backbone_only():
         assert setup.model_copy(update=same) == other
 
 
-def test_the_published_lm_eval_defines_every_benchmark_with_its_metric_and_filter():
+def test_every_benchmark_is_defined_by_lm_eval_or_by_us_with_its_metric_and_length_of_answers():
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
@@ -111,15 +117,17 @@ def test_the_published_lm_eval_defines_every_benchmark_with_its_metric_and_filte
     from pipelines.commands.doctor_hub import task_finding
 
     tasks = Path(lm_eval.tasks.__file__).parent
-    folders = [str(tasks / name) for name in ("benchmarks", "gsm8k", "minerva_math", "humaneval", "ifeval")]
+    folders = [str(tasks / "benchmarks"), str(tasks / "ifeval"), str(TASKS)]
     index = TaskManager(include_path=folders, include_defaults=False).task_index
     for setup in domain_setups("llama2-7b").values():
         for bench in setup.benchmarks:
             leaves = task_leaves(bench.task, index)
-            assert len(leaves) == (7 if bench.task == "minerva_math" else 1)
+            assert len(leaves) == (7 if bench.task == "paper_math" else 1)
             finding = task_finding(bench, leaves, index)
             assert finding.ok or "needs" in finding.detail, finding  # the packages of the extra `paper` may be absent
             assert {leaf.cfg["num_fewshot"] for leaf in leaves} == {bench.num_fewshot}
+            tokens = {leaf.cfg["generation_kwargs"]["max_gen_toks"] for leaf in leaves}
+            assert tokens == {1280 if bench.task == "ifeval" else 512}
             wrong = bench.model_copy(update={"metric": "bleu"})
             assert not task_finding(wrong, leaves, index).ok
 
@@ -298,3 +306,20 @@ def test_a_paper_profile_is_planned_without_hub_cache_or_weights_but_not_run(tmp
     refused = call("run", "sparsity", "--profile", "llama2-7b")
     assert refused.returncode == 2
     assert "meta-llama/Llama-2-7b-hf" in refused.stderr
+
+
+def test_a_benchmark_that_we_define_is_known_by_its_files_and_lm_evals_own_by_its_version(tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(TASKS, tmp_path / "tasks"))
+    monkeypatch.setattr(resolve, "TASKS", copy)
+    names = ("paper_gsm8k", "paper_math", "ifeval")
+
+    def digests():
+        resolve._harness.cache_clear()
+        return [resolve.benchmark(BenchmarkSpec(name="b", task=name)).digest for name in names]
+
+    before = digests()
+    for name in ("gsm8k/gsm8k_rules.py", "math/paper_math_subject.yaml"):
+        (copy / name).write_text((copy / name).read_text() + "\n# other\n")
+    changed = [one != other for one, other in zip(digests(), before, strict=True)]
+    assert changed == [True, True, False]
+    resolve._harness.cache_clear()
