@@ -1,14 +1,15 @@
 """How much there is to read and to answer: training sequences and benchmark items, in rows and tokens, for estimates.
 
-What `prepare-data` has counted is taken from its manifest. Before that, rows and text of local files are seen by their
-beginning, and hub data sets, of which planning fetches nothing, are assumed to have `TOKENS` tokens a row. Characters
-become tokens by the size of the vocabulary V: log2(V) / 4 characters a token, which is 3.7 for 32,000 and 4.2 for
-128,256 entries, as is usual of English text. Items and answers of the paper's benchmarks are as it has them.
+What `prepare-data` has counted is taken from its manifest. Before that, rows of local files are counted and their text
+is seen by its beginning; hub data sets, of which planning fetches nothing, are assumed to have `TOKENS` tokens a row.
+Characters become tokens by the size of the vocabulary V: log2(V) / 4 characters a token, which is 3.7 for 32,000 and
+4.2 for 128,256 entries, as is usual of English text. Items and answers of the paper's benchmarks are as it has them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -44,9 +45,9 @@ _SEEN = 200
 
 @dataclass(frozen=True)
 class _Text:
-    """A JSONL file by its beginning: rows in all, and of one row characters and turns."""
+    """A JSONL file: its rows, and by its beginning of one row characters and turns."""
 
-    rows: float
+    rows: int
     characters: float
     turns: float
 
@@ -87,7 +88,7 @@ def items(node: Node, vocabulary: int) -> dict[str, float]:
         shots = recipe.num_fewshot if recipe.num_fewshot is not None else definition.get("num_fewshot") or 0
         answer = (definition.get("generation_kwargs") or {}).get("max_gen_toks") or ANSWER
         if text is not None:
-            count, example = round(text.rows), _tokens(text, vocabulary)
+            count, example = text.rows, _tokens(text, vocabulary)
     return {"items": min(count, recipe.limit or math.inf), "prompt": example * (1 + shots), "answer": answer}
 
 
@@ -104,18 +105,16 @@ def _local(folder: Path, task: str) -> tuple[dict[str, Any], _Text | None]:
 
 @functools.cache
 def _beginning(path: Path) -> _Text | None:
-    """Look at the first rows of a file; None where they cannot be read (the preflight tells that)."""
+    """Count the rows of a file and look at the first; None where they cannot be read (the preflight tells that)."""
     try:
         with path.open("rb") as lines:
-            seen = [line for _, line in zip(range(_SEEN), lines, strict=False)]
-            at_end = not lines.read(1)
-        parsed = [json.loads(line) for line in seen if line.strip()]
+            parsed = [json.loads(line) for line in itertools.islice(filter(bytes.strip, lines), _SEEN)]
+            rows = len(parsed) + sum(map(bool, map(bytes.strip, lines)))  # the whole file was read for its digest too
         texts = [list(_texts(row)) for row in parsed]
     except (OSError, ValueError, RecursionError):
         return None
     if not parsed:
         return None
-    rows = len(parsed) if at_end else path.stat().st_size / sum(map(len, seen)) * len(parsed)
     characters = sum(len(text) for row in texts for text in row)
     return _Text(rows, characters / len(parsed), sum(map(len, texts)) / len(parsed))
 
