@@ -27,16 +27,20 @@ from typing import Any
 import psycopg2
 import pytest
 import yaml
+from distributed import Client
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 PASSWORD = "0f1e2d3c4b5a"
 AUTH = "mft:a5b4c3d2e1f0"
-PORTS = (4200, 5000, 5432, 8080)
+STORE_PASSWORD = "9a8b7c6d5e4f"
+PORTS = (4200, 5000, 5432, 8080, 8786, 8787, 8790)
+OTHERS = ("postgres", "store", "vllm")
+"""services of other images than ours"""
 
 
 def compose_services() -> dict[str, dict[str, Any]]:
     """Return the services with anchors resolved, `${...}` filled in and `$$` read as `$`."""
-    given = {"POSTGRES_PASSWORD": PASSWORD, "PREFECT_AUTH_STRING": AUTH}
+    given = {"POSTGRES_PASSWORD": PASSWORD, "PREFECT_AUTH_STRING": AUTH, "STORE_PASSWORD": STORE_PASSWORD}
 
     def fill(match: re.Match[str]) -> str:
         if match[0] == "$$":
@@ -64,6 +68,22 @@ def test_every_service_has_a_health_check_and_waits_for_healthy_ones() -> None:
             assert rule == {"condition": "service_healthy"}
 
 
+def test_workers_on_gpus_offer_gpus_and_else_are_the_same() -> None:
+    there = yaml.safe_load((DOCKER / "compose.cuda.yaml").read_text())["services"]
+    assert set(there) == {"worker", "dask-worker"}
+    assert all(service["deploy"]["resources"]["reservations"]["devices"] for service in there.values())
+    changed = [word.replace("cpu=1", "gpu=1") for word in SERVICES["dask-worker"]["command"]]
+    assert there["dask-worker"]["command"] == changed
+
+
+def test_all_who_compute_see_one_home_and_one_store() -> None:
+    for name in ("worker", "dask-worker"):
+        assert SERVICES[name]["volumes"] == ["data:/data"]
+        own = SERVICES[name]["environment"]
+        assert own["AWS_ENDPOINT_URL"] == "http://store:9000"
+        assert own["AWS_SECRET_ACCESS_KEY"] == SERVICES["store"]["environment"]["MINIO_ROOT_PASSWORD"] == STORE_PASSWORD
+
+
 def test_no_secret_has_a_default() -> None:
     for path in (*DOCKER.glob("*.yaml"), DOCKER / "Dockerfile", DOCKER / ".env.example"):
         for name, default in re.findall(r"(\w*(?:PASSWORD|TOKEN|AUTH)\w*)(?::-|=)[ \t]*([^\s}]*)", path.read_text()):
@@ -78,7 +98,7 @@ def test_volumes_are_declared_and_owned_by_the_images_user() -> None:
         for mount in service.get("volumes", []):
             source, target = mount.split(":")[:2]
             assert source in declared or (DOCKER / source).is_file(), mount
-            assert name == "postgres" or target in made[1].split()
+            assert name in OTHERS or target in made[1].split()
 
 
 def test_both_image_targets_install_from_the_constraints_and_drop_root() -> None:
@@ -105,7 +125,15 @@ def test_docker_compose_accepts_the_file_and_refuses_it_without_a_password(tmp_p
     no_file.touch()
 
     def config(files: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        command = [*compose, "--env-file", str(no_file), *(part for file in files for part in ("-f", file)), "config"]
+        command = [
+            *compose,
+            "--profile",
+            "*",
+            "--env-file",
+            str(no_file),
+            *(part for file in files for part in ("-f", file)),
+            "config",
+        ]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=DOCKER)
 
     for name in secrets:
@@ -129,8 +157,12 @@ class Machine:
 
     def native(self, text: str) -> str:
         """Replace service names, ports and mount points by what stands for them here."""
-        text = re.sub(r"\b(?:postgres|prefect|mlflow)(?=:\d)", "127.0.0.1", text.replace("0.0.0.0", "127.0.0.1"))
-        text = re.sub(r"(?<=[:= ])(4200|5000|5432|8080)\b|^(4200|8080)$", lambda match: self.ports[match[0]], text)
+        text = re.sub(
+            r"\b(?:postgres|prefect|mlflow|dask-scheduler)(?=:\d)", "127.0.0.1", text.replace("0.0.0.0", "127.0.0.1")
+        )
+        text = re.sub(
+            r"(?<=[:= ])(4200|5000|5432|8080|8786|8787|8790)\b|^(4200|8080)$", lambda match: self.ports[match[0]], text
+        )
         return re.sub(r"(?<![\w/])/(?=(?:artifacts|data|tmp)\b)", f"{self.directory}/", text)
 
     def environment(self, name: str) -> dict[str, str]:
@@ -259,6 +291,14 @@ def test_each_services_command_starts_and_passes_its_health_check(machine: Machi
     machine.start("prefect")
     machine.start("mlflow")
     machine.start("worker")
+    machine.start("dask-scheduler")
+    machine.start("dask-worker")
+
+    with Client(f"tcp://127.0.0.1:{machine.ports['8786']}", timeout=60) as client:
+        client.wait_for_workers(1, timeout=60)
+        (worker,) = client.scheduler_info()["workers"].values()
+        assert worker["resources"] == {"cpu": 1}  # what our stages ask for
+        assert client.submit(os.getenv, "MFT_HOME", resources={"cpu": 1}).result(60) == f"{machine.directory}/data"
 
     api = f"http://127.0.0.1:{machine.ports['4200']}/api"
     deadline = time.monotonic() + 60
