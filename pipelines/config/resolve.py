@@ -248,7 +248,7 @@ def _names(one: Definition, split: str) -> list[str]:
 def _harness(task: str) -> Source:
     """Return lm-eval by its version; with it, where the task is one that we define, the files that do."""
     known: dict[str, str] = {"lm-eval": metadata.version("lm-eval")}
-    if own := next(TASKS.rglob(f"{task}*.yaml"), None):  # a group's tasks begin with its name
+    if own := next((path for path in TASKS.rglob("*.yaml") if path.stem.startswith(task)), None):  # a group's begin so
         known["tasks"] = digest_files(own.parent, sorted(path.name for path in own.parent.glob("*.[yp]*")))
     return Source(location="lm-eval", digest=digest(known))
 

@@ -27,8 +27,11 @@ def _content() -> dict[str, Any]:
 
 
 def gains(profile: str) -> dict[tuple[str, str], float]:
-    """Return the published gains of masks over FFT (shares) on a profile by (domain, benchmark); {} if none are."""
-    values: Values = _content()["values"].get(profile, {})
+    """Return the published gains of masks over FFT (shares) on a profile by (domain, benchmark); {} if none are.
+
+    The README's where it has some, else those of the paper's first figure.
+    """
+    values: Values = next(iter(_sources(profile).values()), {})
     return {
         (domain, benchmark): round((accuracy["mft"] - accuracy["fft"]) / 100, 6)
         for domain, benchmarks in values.items()
@@ -46,6 +49,19 @@ def curves(profile: str) -> dict[tuple[str, str], dict[str, float]]:
     }
 
 
+def _sources(profile: str) -> dict[str, Values]:
+    """Return what is published of a profile's backbone, by where it stands."""
+    content = _content()
+    return {name: content[key][profile] for name, key in (("README", "values"), ("figure", "curves"))
+            if profile in content[key]}  # fmt: skip
+
+
+def note(profile: str) -> str | None:
+    """Return what has to be said of the published numbers on a profile, or None."""
+    found = _content()["notes"].get(profile)
+    return None if found is None else str(found)
+
+
 def finding(study: str) -> str | None:
     """Return what the paper says about a study's question, or None."""
     found = _content()["findings"].get(study)
@@ -55,20 +71,20 @@ def finding(study: str) -> str | None:
 def side_by_side(reports: Sequence[Report], profile: str) -> str:
     """Return Markdown: each row of the paper's main table, and ours in the same columns beside it."""
     ours = _ours(reports)
-    backbone = profile if profile in _content()["values"] else _BACKBONE
-    values: Values = _content()["values"][backbone]
+    backbone = profile if _sources(profile) else _BACKBONE
     lines = []
-    for domain, benchmarks in values.items():
-        for benchmark, published in benchmarks.items():
-            own = ours.pop((domain, benchmark), {}) if backbone == profile else {}
-            lines.append([domain, benchmark, *_published(published), *_own(own)])
-    lines += [[domain, benchmark, *[None] * 4, *_own(own)] for (domain, benchmark), own in ours.items()]
-    header = ["domain", "benchmark", "paper: base", "paper: FFT", "paper: MFT", "paper: gain",
+    for source, values in _sources(backbone).items():
+        for domain, benchmarks in values.items():
+            for benchmark, published in benchmarks.items():
+                own = ours.pop((domain, benchmark), {}) if backbone == profile else {}
+                lines.append([domain, benchmark, source, *_published(published), *_own(own)])
+    lines += [[domain, benchmark, *[None] * 5, *_own(own)] for (domain, benchmark), own in ours.items()]
+    header = ["domain", "benchmark", "published in", "paper: base", "paper: FFT", "paper: MFT", "paper: gain",
               "ours: base", "ours: FFT", "ours: MFT (gain, interval, verdict)"]  # fmt: skip
-    note = f"Paper: {backbone}, {_content()['source']}. Accuracy in %, gains in percentage points."
+    said = f"Paper: {backbone}, {_content()['source']}. Accuracy in %, gains in percentage points. {note(backbone)}"
     if backbone != profile:
-        note += f" The paper has no numbers for {profile}; its benchmarks and ours are different ones."
-    return f"{note}\n\n{grid(header, lines)}"
+        said += f" The paper has no numbers for {profile}; its benchmarks and ours are different ones."
+    return f"{said}\n\n{grid(header, lines)}"
 
 
 def _ours(reports: Sequence[Report]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -14,7 +14,7 @@ from mft_core.statistics.markdown import Markup, code, plain_text, text
 from mft_core.statistics.tables import cell, gain_cell, method_label, pooled
 from mft_core.statistics.winner import MEAN
 from pipelines.cost.measured import SHARED
-from pipelines.report import verdict
+from pipelines.report import published, verdict
 from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt
 from pipelines.report.render import Section, grid
@@ -27,9 +27,10 @@ _FEW = 6
 
 def of_study(report: Report, asked: Asked) -> list[Section]:
     """Return every section of a study's report, in the order of the page."""
+    said = [note] if (note := published.note(report.plan.profile.name)) else []
     parts = [
         part("answer", "Answer", lambda: verdict.answer(report)),
-        Section("figure", "Figure", "![Gains over FFT with their intervals](figure.png)"),
+        Section("figure", "Figure", "\n\n".join(["![Gains over FFT with their intervals](figure.png)", *said])),
         Section("table", "Table", _without_heading(report.table)),
     ]
     if rows := report.tables.get("chosen"):

@@ -245,16 +245,36 @@ def test_the_papers_numbers_stand_in_the_row_of_ours(tmp_path):
     loaded = load_profile(str(tmp_path / "llama2-7b.yaml"))
     finish(make_plan(study, loaded, store), store, ACCURACY)
     table = published.side_by_side([find_report(make_plan(study, loaded, store), store)], "llama2-7b")
-    line = next(line for line in table.splitlines() if "| gsm8k |" in line)
+    line, figure = [line for line in table.splitlines() if "| gsm8k |" in line]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[:8] == ["math", "gsm8k", "15.2", "46.8", "47.4", "+0.6", "20.0", "50.0"]
-    assert re.match(r"65\.0 \(\+15\.0 \[.*\] better\)", cells[8])
+    assert cells[:9] == ["math", "gsm8k", "README", "15.2", "46.8", "47.4", "+0.6", "20.0", "50.0"]
+    assert re.match(r"65\.0 \(\+15\.0 \[.*\] better\)", cells[9])
+    assert figure == "| math | gsm8k | figure | 15.2 | 46.9 | 47.3 | +0.4 | - | - | - |"
     assert next(line for line in table.splitlines() if "| ifeval |" in line).endswith("| +5.2 | - | - | - |")
 
 
 def test_published_gains_belong_to_their_backbone():
     assert published.gains("llama2-7b")["instruction", "ifeval"] == 0.052
+    assert published.gains("llama3.1-8b") == {
+        ("math", "gsm8k"): 0.003,
+        ("coding", "humaneval"): 0.025,
+        ("instruction", "ifeval"): 0.06,
+    }
     assert published.gains("tiny") == {}
+
+
+def test_a_page_of_the_8b_profile_says_that_its_data_and_steps_are_not_published(tmp_path):
+    path = write_profile(tmp_path).rename(tmp_path / "llama3.1-8b.yaml")
+    study = load_study(str(write_study(tmp_path, [{"method": m} for m in ("base", "fft", "mft")])))
+    store, loaded = ArtifactStore(tmp_path / "home"), load_profile(str(path))
+    finish(make_plan(study, loaded, store), store, ACCURACY)
+    report = find_report(make_plan(study, loaded, store), store)
+    page = write_report(report, tmp_path / "page", Asked("s", str(path))).with_suffix(".md").read_text()
+    assert "are not published: their best checkpoints lie at about 4,620, 685 and 1,250 steps" in " ".join(page.split())
+    assert "read by eye, ±0.3" in page
+    table = published.side_by_side([report], "llama3.1-8b")
+    assert "| instruction | ifeval | figure | 17.6 | 59.8 | 65.8 | +6.0 | - | - | - |" in table
+    assert "no numbers for" not in table
 
 
 def test_tables_scroll_by_themselves_and_pipes_in_cells_do_not_break_them(tmp_path):
