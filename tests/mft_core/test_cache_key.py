@@ -43,9 +43,9 @@ GOLDEN = {
 }
 GOLDEN_DEFAULTS = {
     "prepare-data": "4182137f08ec7d01faaab7067bc479ab7ebd3381f7fd8d7b67b6f60c1b019cb3",
-    "fine-tune": "7767a6fb0b75507c85e563cc75c2ce6ffc0b6e68f3018531307a3aa9e5f40726",
-    "learn-mask": "17743c0690ef74206ddd88f67beee58be6d9df29469186a1d3260fc9fe5284ec",
-    "evaluate": "2a270673b635a575de68f6d199e6915c4c52010932bbe7955a93885f5cb3b8fd",
+    "fine-tune": "a8cf0332c9d179967b205de0eb070f21c67e525d3f4b10d14185d3fa5ebcee7a",
+    "learn-mask": "889358c3bec8e80c90bfd1feb2e40bade1d59ddc082bf42e8119d9ccfde5f3f1",
+    "evaluate": "5640a154e07a2f0c8ae2c9cdda45269b35db650bbbbe486539ec63d8ebe74814",
     "anatomy": "4e75ae36d86c437d7e3206e19b0af73da9f3909cc57a20361fa7042d10f47251",
     "landscape": "6106c61f414dadbe1f2ccb19d367b92a0f817900864dc80150bde3392aa033c9",
     "predict-layers": "c3d0ba30baf3e0f1ce60e34e58f5bd7f64e0b6d7bfc3990732696f9787b36d7a",
