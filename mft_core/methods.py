@@ -41,6 +41,8 @@ class Method:
     """what the selector looks at in the model while it reads `mask.calibration_rows` sequences"""
     scopes: frozenset[str] = frozenset({"local", "global"})
     """of `mask.scope`, those that the selector can have"""
+    granular: bool = False
+    """it can remove whole rows or columns (`mask.granularity`)"""
     rewinds: bool = False
     """masked entries go back to the base model's values, instead of to zero"""
     rescales: bool = False
@@ -79,9 +81,10 @@ _ROWS = (
         "rewind", "MFT, rewound", "treatment", _MASK, color="#8C510A", marker="P", selector="rewind", trained=True,
         scopes=_LEARNED, rewinds=True,
     ),
-    Method("random", "random mask", "control", _MASK, color="#E69F00", marker="s", selector="random"),
+    Method("random", "random mask", "control", _MASK, color="#E69F00", marker="s", selector="random", granular=True),
     Method(
-        "magnitude", "magnitude mask", "control", _MASK, color="#009E73", marker="^", selector="magnitude", seeded=False
+        "magnitude", "magnitude mask", "control", _MASK, color="#009E73", marker="^", selector="magnitude",
+        seeded=False, granular=True,
     ),
     Method(
         "matched-random", "matched random mask", "control", _MASK, color="#F0C040", marker="8", selector="matched",
@@ -138,6 +141,7 @@ def uses(method: str, key: str) -> bool:
             "calibration_rows": row.observes is not None,
             **dict.fromkeys(("domain", "data", "fraction"), row.trained or row.observes is not None),
             **dict.fromkeys(("scope", "min_kept"), len(row.scopes) > 1),
+            "granularity": row.granular,
         }
         return looked_at.get(name.split(".")[0], True)
     return section in row.sections | _OF_ALL

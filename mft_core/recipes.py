@@ -44,6 +44,7 @@ SiteClass = Literal["attention", "mlp"]
 Engine = Literal["hf", "vllm", "openai"]
 """what answers prompts: transformers in this process, a vLLM that is started, or a server that is there"""
 ScopeName = Literal["local", "global", "global-threshold"]
+Granularity = Literal["weight", "row", "column"]
 ScoreInit = Literal["normal", "kaiming-uniform", "magnitude"]
 
 
@@ -176,6 +177,9 @@ class LearnMask(MaskSettings):
     calibration_rows: int | None = Field(
         None, gt=0, description="training sequences that a calibrated selector looks at"
     )
+    granularity: Granularity = Field(
+        "weight", description="what is removed: single weights, output rows, input columns"
+    )
 
     @model_validator(mode="after")
     def _settings_fit_the_selector(self) -> LearnMask:
@@ -184,6 +188,9 @@ class LearnMask(MaskSettings):
             raise ValueError(f"'training' and 'score_init' belong to {_listed(TRAINED)}, which need both")
         if (self.selector in CALIBRATED) != (self.calibration_rows is not None):
             raise ValueError(f"'calibration_rows' belongs to {_listed(CALIBRATED)}, which need it")
+        if self.granularity != "weight" and not SELECTORS[self.selector].granular:
+            able = frozenset(name for name, row in SELECTORS.items() if row.granular)
+            raise ValueError(f"granularity '{self.granularity}' belongs to {_listed(able)}; valid: weight")
         return self
 
 

@@ -30,7 +30,7 @@ from mft_core.masks.masked_sites import MaskedSite, Sha256, dtype_name, tensor_d
 from mft_core.masks.packing import PackedMasks, packed_size
 from mft_core.masks.selection import masked_count
 from mft_core.methods import SELECTORS, Selector
-from mft_core.recipes import Modules, SiteClass
+from mft_core.recipes import Granularity, Modules, SiteClass
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from mft_core.masks.sites import Site
@@ -58,6 +58,8 @@ class MaskConfig(BaseModel):
     'global-threshold': thresholds decided; 'combined': made of other masks"""
     min_kept: float = Field(0.0, ge=0, le=1)
     """of 'global': least share kept in every matrix"""
+    granularity: Granularity = "weight"
+    """what was ranked: single weights, or whole output rows or input columns"""
     thresholds: Mapping[SiteClass, float] | None = None
     """of 'global-threshold': a score below it removes its weight"""
     selector: MaskSelector
@@ -99,7 +101,7 @@ class MaskConfig(BaseModel):
 
     def to_json(self) -> str:
         """Return the file's text; fields newer than the format are left out where they stand at their defaults."""
-        newer = {"min_kept": 0.0, "thresholds": None}
+        newer = {"min_kept": 0.0, "thresholds": None, "granularity": "weight"}
         unused: dict[str, Any] = {name: True for name, default in newer.items() if getattr(self, name) == default}
         if not self.rewinds:
             unused["sites"] = {"__all__": {"rewound_sha256"}}

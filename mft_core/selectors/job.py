@@ -71,9 +71,19 @@ class Job:
         return Local(self.recipe.sparsity, signed)
 
     def choice(self, scores: Iterator[Tensor], *, signed: bool = False) -> Choice:
-        """Return the masks that the recipe's scope makes of the scores, which come in the order of the sites."""
-        masks = self.scope(signed=signed).masks(scores)
+        """Return the masks that the recipe's scope makes of the scores, which come in the order of the sites.
+
+        Of granularity 'row' or 'column' the mean magnitude of a line ranks all of it, so that whole lines go; the last
+        one only as far as the exact count wants it.
+        """
+        masks = self.scope(signed=signed).masks(map(self._of_lines, self.sites, scores))
         return Choice({site.name: mask for site, mask in zip(self.sites, masks, strict=True)})
+
+    def _of_lines(self, site: Site, score: Tensor) -> Tensor:
+        if self.recipe.granularity == "weight":
+            return score
+        within_rows = (self.recipe.granularity == "row") != site.transposed  # stored (in, out): an output is a column
+        return score.abs().float().mean(1 if within_rows else 0, keepdim=True).expand_as(score)
 
     def data(self) -> TrainingData:
         """Load the tokens, which have to be some that the model takes."""

@@ -61,6 +61,7 @@ def run(recipe: LearnMask, inputs: Mapping[str, Path], out: Path, context: Stage
             modules=recipe.modules,
             scope=choice.scope or recipe.scope,
             min_kept=recipe.min_kept,
+            granularity=recipe.granularity,
             thresholds=choice.thresholds,
             rewound_to=job.base_weights() if methods.SELECTORS[recipe.selector].rewinds else None,
         )

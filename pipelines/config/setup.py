@@ -17,7 +17,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mft_core.geometry import Geometry
 from mft_core.methods import METHODS, MethodName, uses
-from mft_core.recipes import Engine, Lora, MixturePart, Modules, Recipe, ScopeName, ScoreInit, Sparsity, Training
+from mft_core.recipes import (
+    Engine,
+    Granularity,
+    Lora,
+    MixturePart,
+    Modules,
+    Recipe,
+    ScopeName,
+    ScoreInit,
+    Sparsity,
+    Training,
+)
 from mft_core.store.sources import Source
 
 OF_ANOTHER_DOMAIN = ("mask", "continued")
@@ -99,6 +110,7 @@ class MaskSpec(Recipe):
     modules: Modules = "both"
     scope: ScopeName = "local"
     min_kept: float = Field(0.0, ge=0, le=1, description="of scope 'global': least share kept in every matrix")
+    granularity: Granularity = Field("weight", description="of random and magnitude masks: weight, row or column")
     score_init: ScoreInit = "normal"
     training: Training
     domain: str | None = Field(None, description="whose data the mask is learned on; null is the fine-tuning's own")

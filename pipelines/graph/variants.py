@@ -304,6 +304,8 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
         inputs["data"] = Edge(_data(resolved, data, data.fraction * mask.fraction, mask.domain or setup.domain))
     if uses(setup.method, "mask.scope"):
         details |= {"scope": mask.scope, "min_kept": mask.min_kept}
+    if uses(setup.method, "mask.granularity"):
+        details["granularity"] = mask.granularity
     if method.seeded:
         details["seed"] = setup.draw
         label += f" seed={setup.seed}"

@@ -106,6 +106,7 @@ def test_a_setting_of_masks_makes_a_difference_exactly_where_the_selector_looks_
     expected |= {"calibration_rows"} if row.observes else set()
     expected |= {"domain", "data", "fraction"} if trained or row.observes else set()
     expected |= {"scope", "min_kept"} if "global" in row.scopes else set()
+    expected |= {"granularity"} if row.granular else set()
     assert used == expected
     assert uses(row.name, "mask.training.learning_rate") == trained
 

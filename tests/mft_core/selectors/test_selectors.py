@@ -254,3 +254,37 @@ def test_dare_is_peft_s_pruning_with_rescaling_and_keeps_the_model_on_average(ch
     torch.testing.assert_close((merged[0] - earlier)[both], pruned[both])
     off = torch.stack(merged).mean(0) - weight
     assert off.square().mean() < 2 * (weight - earlier).square().mean() / len(merged)  # p / (1 − p) = 1 of the variance
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_whole_rows_or_columns_of_least_mean_magnitude_go(granularity: str, family: str, tmp_path: Path) -> None:
+    job = make_job(save_checkpoint(tmp_path / "model", family), selector="magnitude", granularity=granularity)
+    kept = SELECTORS["magnitude"](job).kept
+    for site, weight in job.weights():
+        lines, mask = ((tensor.t() if site.transposed else tensor) for tensor in (weight, kept[site.name]))
+        if granularity == "column":
+            lines, mask = lines.t(), mask.t()
+        count = int(0.3 * lines.numel())
+        assert int((~mask).sum()) == count
+        whole, part = divmod(count, lines.shape[1])
+        order = lines.abs().mean(1).argsort()
+        assert not mask[order[:whole]].any()
+        assert int((~mask[order[whole]]).sum()) == part, "the exact count ends within one line"
+        assert mask[order[whole + 1 :]].all()
+
+
+def test_random_rows_are_whole_and_of_their_seed(checkpoint: Path) -> None:
+    drawn = []
+    for seed in (1, 2):
+        job = make_job(checkpoint, selector="random", granularity="row", sparsity=0.25, seed=seed)
+        drawn.append(SELECTORS["random"](job).kept)
+        for mask in drawn[-1].values():
+            assert torch.equal(mask.any(1), mask.all(1))  # a quarter of these matrices is a number of whole rows
+            assert int((~mask).sum()) == 0.25 * mask.numel()
+    assert any(not torch.equal(drawn[0][name], mask) for name, mask in drawn[1].items())
+
+
+def test_rows_of_a_learned_mask_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="granularity 'row' belongs to the selectors magnitude and random"):
+        make_job(checkpoint, granularity="row", **_settings("learned"))
