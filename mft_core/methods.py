@@ -81,6 +81,10 @@ _ROWS = (
         "rewind", "MFT, rewound", "treatment", _MASK, color="#8C510A", marker="P", selector="rewind", trained=True,
         scopes=_LEARNED, rewinds=True,
     ),
+    Method(
+        "mft-base", "MFT of the base", "treatment", _MASK, starts_from="base", color="#999933", marker="x",
+        selector="learned", trained=True, scopes=_LEARNED,
+    ),
     Method("random", "random mask", "control", _MASK, color="#E69F00", marker="s", selector="random", granular=True),
     Method(
         "magnitude", "magnitude mask", "control", _MASK, color="#009E73", marker="^", selector="magnitude",
@@ -108,8 +112,8 @@ _ROWS = (
     ),
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
-SELECTORS: Mapping[str, Method] = {row.selector: row for row in _ROWS if row.selector}
-"""the method of each selector"""
+SELECTORS: Mapping[str, Method] = {row.selector: row for row in _ROWS if row.selector and row.starts_from == "fft"}
+"""the method of each selector; what masks the base has the selector of one that masks the fine-tuned model"""
 TRAINED = frozenset(name for name, row in SELECTORS.items() if row.trained)
 """selectors that train scores, and so have `training` and `score_init`"""
 CALIBRATED = frozenset(name for name, row in SELECTORS.items() if row.observes)

@@ -110,11 +110,13 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
         model = Edge(trained, "model")
     else:
         model = _whole(of)
+    if method.starts_from == "base" and method.name not in REFERENCES:
+        of = _base(resolved)
+        model = _whole(of)
     if "continued" in method.sections:
         trained = _continued(resolved, model, suffix)
     elif "lora" in method.sections:
-        of = of if method.starts_from == "fft" else _base(resolved)
-        trained = _adapted(resolved, of, model if method.starts_from == "fft" else _whole(of), suffix)
+        trained = _adapted(resolved, of, model, suffix)
     elif "interpolation" in method.sections:
         inputs = {"model": model, "base": _whole(_base(resolved))}
         trained = Node("interpolate", Interpolate(alpha=setup.interpolation), inputs, f"interpolate{suffix}")
@@ -311,6 +313,8 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
         label += f" seed={setup.seed}"
     if selector != "learned":
         label += f" ({selector})"
+    elif method.starts_from == "base":
+        label += " (of the base)"
     label += suffix
     try:
         recipe = LearnMask(

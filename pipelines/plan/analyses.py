@@ -62,7 +62,7 @@ def _by_base(plan: Plan) -> dict[str, list[Variant]]:
     """
     groups: dict[str, list[Variant]] = {}
     for item in plan.variants:
-        if item.setup.replicate:
+        if item.setup.replicate or METHODS[item.setup.method].starts_from == "base":
             continue
         if item.baseline and item.trained and isinstance(item.trained.recipe, LearnMask):
             model = item.baseline.model

@@ -186,7 +186,7 @@ def _check_models(asked: Sequence[Resolved]) -> None:
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
             if method.observes == "inputs":
                 wanda.check_inputs(chosen)
-            if method.sees_base and resolved.base and Path(resolved.base.source.location).is_absolute():
+            if method.needs_base and resolved.base and Path(resolved.base.source.location).is_absolute():
                 WeightFiles(resolved.base.config.parent).check([site.name for site in chosen])
 
 

@@ -75,13 +75,14 @@ def test_masks_and_further_training_start_from_the_given_checkpoint_and_the_rest
     before = of["base"].model
     assert before.location == str(folder / "before")
     assert of["lora"].trained.inputs["model"] == before
+    assert of["mft-base"].trained.inputs["model"] == before
     assert of["rewind"].trained.inputs["base"] == before
     assert of["rewind"].trained.inputs["model"] == of["fft"].model
 
 
 def test_what_needs_a_base_that_nobody_named_is_left_out_and_said(folder):
     plan, _ = planned(folder)
-    without = {"base", "lora", "rewind", "matched-random", "delta-magnitude", "dare", "wise-ft"}
+    without = {"base", "lora", "rewind", "matched-random", "delta-magnitude", "dare", "wise-ft", "mft-base"}
     assert {item.setup.method for item in plan.variants} == {*PLAIN_METHODS} - without
     assert f"Left out, since the profile names no `base`: {', '.join(sorted(without))}." in plan.notes
     with pytest.raises(ConfigError, match="name it as `base:`"):

@@ -312,6 +312,18 @@ def test_an_interpolation_is_of_the_fine_tuned_model_and_its_base_and_has_no_tra
         assert own_training(item.setup) is None
 
 
+def test_a_mask_of_the_base_is_learned_on_and_merged_into_the_base_and_compared_with_the_fine_tuning(plan):
+    the_plan = plan({"method": "base"}, {"method": "mft"}, {"method": "mft-base"})
+    base, fft, mft, masked = the_plan.variants
+    assert masked.trained.inputs["model"] == masked.model.node.inputs["model"] == base.model
+    assert masked.trained.recipe == mft.trained.recipe
+    assert masked.trained.inputs["data"].node.id == mft.trained.inputs["data"].node.id
+    assert masked.baseline.trained.id == fft.trained.id
+    assert baselines(the_plan)[masked.name] == "fft"
+    assert masked.name == "mft-base sparsity=0.1 layers=1-2 seed=0"
+    assert masked.trained.label != mft.trained.label
+
+
 def test_a_wanda_mask_can_stand_beside_a_global_scope(plan):
     the_plan = plan({"method": "mft"}, {"method": "wanda"}, overrides=["mask.scope=global"])
     scopes = {item.setup.method: item.trained.recipe.scope for item in the_plan.variants if item.setup.method != "fft"}

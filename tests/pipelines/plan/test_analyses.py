@@ -32,6 +32,13 @@ def test_anatomy_is_given_every_mask_of_its_base(folder, tmp_path):
     assert node.inputs["model"].node.id == masks[0].baseline.trained.id
 
 
+def test_analyses_of_the_fine_tuned_model_leave_out_masks_of_the_base(folder, tmp_path):
+    the_plan = plan(folder, tmp_path, [{"method": "mft-base"}, {"method": "mft"}], ["anatomy", "landscape"])
+    anatomy, landscape = analysis_nodes(the_plan).values()
+    assert [item["method"] for item in anatomy.recipe.masks] == ["mft"]
+    assert landscape.recipe.variant.startswith("mft sparsity")
+
+
 def test_anatomy_leaves_out_masks_that_remove_nothing(folder, tmp_path):
     the_plan = plan(folder, tmp_path, [{"method": "rewind"}, {"method": "magnitude"}], ["anatomy"])
     (node,) = analysis_nodes(the_plan).values()
