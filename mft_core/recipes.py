@@ -225,6 +225,9 @@ class Evaluate(Recipe):
     average: Literal["items", "tasks"] = Field(
         "items", description="of a group: over all items, or over its tasks (MATH's subjects) of the means over theirs"
     )
+    cluster: str | None = Field(
+        None, description="field of the items that names what belongs together and is drawn whole; null: each alone"
+    )
     limit: int | None = Field(None, gt=0, description="items of each (sub)task, for a quick look only")
     apply_chat_template: bool = True
     precision: Literal["float32", "bfloat16"] = "float32"

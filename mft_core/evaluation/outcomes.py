@@ -79,9 +79,22 @@ def _rows(recipe: Evaluate, task: str, sample: Mapping[str, Any]) -> Iterator[di
     answered = {"target": sample["target"], "response": _only(sample["filtered_resps"])}
     metrics = {name: sample[name] for name in sample["metrics"]}
     several = isinstance(metrics.get(recipe.metric), list)
+    cluster = cluster_of(recipe, task, sample["doc"]) if recipe.cluster else name if several else None
     for at, value in enumerate(outcomes_of(recipe, metrics)):
         row = {"item": f"{name}[{at}]" if several else name, "doc_id": sample["doc_id"], "outcome": value, **answered}
-        yield {**row, "cluster": name} if several else row
+        yield {**row, "cluster": cluster} if cluster else row
+
+
+def cluster_of(recipe: Evaluate, task: str, doc: Mapping[str, Any]) -> str:
+    """Return the name of what an item belongs to, by the field that the recipe names.
+
+    Raises:
+        ConfigError: the item has no such field.
+    """
+    assert recipe.cluster is not None
+    if recipe.cluster not in doc:
+        raise unknown(f"cluster: field of the items of task '{task}'", recipe.cluster, doc)
+    return f"{task}/{json.dumps(doc[recipe.cluster], sort_keys=True, default=str)}"
 
 
 def _standard_error(outcomes: Array, grouping: Grouping) -> float:

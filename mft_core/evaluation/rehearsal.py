@@ -16,7 +16,7 @@ from mft_core.data.assistant_tokens import check_same_tokens
 from mft_core.data.chat_template import chat_prompt, read_tokenizer
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
-from mft_core.evaluation.outcomes import outcomes_of
+from mft_core.evaluation.outcomes import cluster_of, outcomes_of
 from mft_core.recipes import Evaluate, Runtime
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
             asked = [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
             if asked:
                 check_same_tokens(loaded, asked)
+            for request in task.instances if recipe.cluster else ():
+                cluster_of(recipe, name, request.doc)
             _check_lengths(recipe, name, task, loaded, tokenizer)
             if benchmark is not None:  # lm-eval's own may execute code, or fetch it
                 _check_scores(recipe, name, task)

@@ -147,6 +147,7 @@ class BenchmarkSpec(Recipe):
     metric: str = "exact_match"
     filter: str | None = None
     average: Literal["items", "tasks"] = "items"
+    cluster: str | None = None
     limit: int | None = Field(None, gt=0)
     apply_chat_template: bool = True
     allow_code: bool = Field(False, description="run the code that the folder's definition of the task names")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mft_core.errors import StageError
+from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.outcomes import per_item
 from mft_core.evaluation.sample_logs import read_pairs
 from mft_core.recipes import Compare, Evaluate
@@ -45,6 +45,15 @@ def test_every_instruction_is_an_outcome_and_its_prompt_a_cluster():
 def test_a_list_that_holds_no_shares_is_refused(value: list[Any]):
     with pytest.raises(StageError, match="not a number from 0 to 1"):
         followed([[True], value])
+
+
+def test_items_that_share_a_field_are_a_cluster_where_the_recipe_names_it():
+    rows = [{**sample(at, "match", at % 2), "doc": {"passage": at // 2, "question": str(at)}} for at in range(6)]
+    found = per_item(Evaluate(task="t", metric="match", cluster="passage"), {"t": rows})
+    assert [row["cluster"] for row in found.items] == ["t/0", "t/0", "t/1", "t/1", "t/2", "t/2"]
+    assert found.summary["standard_error"] == pytest.approx(0)  # each passage has one right and one wrong
+    with pytest.raises(ConfigError, match=r"cluster: field .* 'passages'.* Did you mean 'passage'"):
+        per_item(Evaluate(task="t", metric="match", cluster="passages"), {"t": rows})
 
 
 def subjects(values: dict[str, list[int]]) -> Any:

@@ -151,3 +151,15 @@ def test_a_rate_that_should_fall_is_marked_so_and_no_other(model: Path, tmp_path
     falls = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": False}]
     assert evaluate(RECIPE, model, plus(tmp_path / "a", metric_list=falls)).summary["higher_is_better"] is False
     assert "higher_is_better" not in evaluate(RECIPE, model, plus(tmp_path / "b")).summary
+
+
+def test_a_cluster_that_the_items_have_not_is_refused_and_one_that_they_have_reaches_every_row(
+    model: Path, tmp_path: Path
+):
+    asked = Evaluate(task="plus", cluster="question")
+    folder = plus(tmp_path / "plus")
+    rehearse(asked, model, folder)
+    rows = evaluate(asked, model, folder).items
+    assert [row["cluster"] for row in rows] == [f"plus/{json.dumps(item['question'])}" for item in ITEMS]
+    with pytest.raises(ConfigError, match="cluster: field of the items of task 'plus' 'passage'"):
+        rehearse(asked.model_copy(update={"cluster": "passage"}), model, folder)
