@@ -235,7 +235,9 @@ class Cluster:
         client = self._stack.enter_context(self._client_of(described(self._runtime)))
         client.subscribe_topic(self._topic, self._deliver)
         if not (workers := client.scheduler_info(n_workers=-1)["workers"]):
-            self._say(f"waiting for the first worker of {self._runtime.cluster}")
+            text = f"waiting for the first worker of {self._runtime.cluster}"
+            self._say(text)
+            logging.getLogger("mft").info("%s", text)
         while not (workers := workers or client.scheduler_info(n_workers=-1)["workers"]):
             if self._ending.wait(0.2):
                 raise StageError(f"no worker of {self._runtime.cluster} has come")

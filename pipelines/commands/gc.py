@@ -118,7 +118,7 @@ def _find(store: ArtifactStore, before: float) -> Waste:
         "logs": old((home / "logs").glob("*.log")),
         "records of runs": old((home / "runs").glob("*")),
     }
-    results = {entry["result"] for entry in roots}
+    results = {entry["result"] for entry in roots if entry["result"]}
     return Waste(paths, _prefect_runs(home, before), _mlflow_runs(home, before, results))
 
 

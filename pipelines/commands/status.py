@@ -28,7 +28,7 @@ def _lines(entry: Entry) -> list[str]:
     stages = f"{entry['done']} of {entry['total']} stages ({entry['cached']} cached)"
     lines.append(f"    process {entry['pid']} on {entry['host']}, for {since}: {stages}{_left(entry['seconds_left'])}")
     for stage in entry["stages"]:
-        step = f"step {stage['step']} of {stage['total']}"
+        step = f"step {stage['step']} of {stage['total']}" if stage["total"] else "begun"
         lines.append(f"    {stage['label']}: {step}  {stage['detail']}{_left(stage['seconds_left'])}")
     if entry["latest"]:
         lines.append(f"    latest: {entry['latest'].splitlines()[0]}")

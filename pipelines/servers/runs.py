@@ -121,9 +121,10 @@ def _forget_earlier(home: Path, own: Path, command: str) -> None:
 
 
 class _Last(logging.Handler):
-    """Keeps the latest message: what a run that does not get on waits for."""
+    """Keeps the latest message: what a run that does not get on waits for. What the display repeats says less."""
 
     message = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.message = record.getMessage()
+        if record.module != "display":
+            self.message = record.getMessage()

@@ -99,6 +99,12 @@ def test_a_kept_study_loses_nothing_and_one_without_a_page_all_but_its_compariso
 
     make_old(home, 30)
     shutil.rmtree(page.parent)
+    index = home / "reports" / "index" / "report.html"  # of a study made of studies: its parts have the artifacts
+    index.parent.mkdir()
+    index.touch()
+    keep(index, "mft run index", None, [])
+    with closing(sqlite3.connect(home / "mlflow.db")) as tags, tags:
+        tags.execute("DELETE FROM tags WHERE key = 'mft.result'")  # as of an execution that failed
     deleted = gc(home, "--delete")
     assert len(deleted["mlflow_runs"]) == runs
     assert count(home / "mlflow.db", "runs") == 0

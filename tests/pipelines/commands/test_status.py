@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.servers.runs import runs, told_of
+from pipelines.run import display
+from pipelines.run.display import Display
+from pipelines.run.logs import log_to
+from pipelines.servers.runs import SECONDS, runs, told_of
 from tests.support.faults import Study, wait_until_gone
 
 FAR: dict[str, Any] = {"total": 2, "done": 1, "cached": 1, "seconds_left": 5, "stages": []}
@@ -73,6 +79,23 @@ def test_a_failed_run_is_told_with_reason_and_log_until_the_same_command_has_end
     with told_of(store, "mft run x", tmp_path / "c.log", lambda: FAR):
         assert [run["state"] for run in runs(tmp_path)] == ["running", "finished", "failed"]
     assert [run["state"] for run in runs(tmp_path)] == ["finished", "finished"]
+
+
+def test_what_a_run_waits_for_is_told_though_the_display_goes_on_saying_that_nothing_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.1)
+    store = ArtifactStore(tmp_path)
+    with (
+        log_to(tmp_path, "x") as log,
+        told_of(store, "mft run x", log, lambda: FAR),
+        Display(2, Console(file=io.StringIO())),
+    ):
+        logging.getLogger("mft").info("waiting for the first worker of %s", "tcp://head:8786")
+        while "none is running" not in log.read_text():
+            time.sleep(0.05)
+        time.sleep(2 * SECONDS)
+        assert "latest: waiting for the first worker of tcp://head:8786" in status(tmp_path)
 
 
 def test_a_run_on_another_machine_lives_as_long_as_it_writes(tmp_path: Path) -> None:
