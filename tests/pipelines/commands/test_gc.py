@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import ROOTS, collect, keep
-from pipelines.servers.runs import told_of
+from pipelines.servers.runs import LOCK, runs, told_of
 from tests.support.faults import Study, digests
 
 DAY = 86400.0
@@ -81,14 +82,14 @@ def test_a_kept_study_loses_nothing_and_one_without_a_page_all_but_its_compariso
     shown = gc(home)
     assert shown["bytes"][STATES] == 1000
     assert count(home / "mlflow.db", "runs") > 1
-    runs = count(home / "mlflow.db", "runs")
+    rows_before = count(home / "mlflow.db", "runs")
     assert (shown["mlflow_runs"], shown["prefect_runs"]) == ([], 1)
     assert (home / "work" / "0123").exists()  # shown, not deleted
     gc(home, "--delete")
     assert not (home / "work" / "0123").exists()
     assert not list((home / "logs").glob("*.log"))
     assert digests(home) == made
-    assert count(home / "mlflow.db", "runs") == runs
+    assert count(home / "mlflow.db", "runs") == rows_before
     assert count(home / "prefect" / "prefect.db", "flow_run") == 0
     assert count(home / "prefect" / "prefect.db", "task_run") == 0
 
@@ -106,7 +107,7 @@ def test_a_kept_study_loses_nothing_and_one_without_a_page_all_but_its_compariso
     with closing(sqlite3.connect(home / "mlflow.db")) as tags, tags:
         tags.execute("DELETE FROM tags WHERE key = 'mft.result'")  # as of an execution that failed
     deleted = gc(home, "--delete")
-    assert len(deleted["mlflow_runs"]) == runs
+    assert len(deleted["mlflow_runs"]) == rows_before
     assert count(home / "mlflow.db", "runs") == 0
     assert {name.split("/")[0] for name in digests(home)} == {"compare"}
     assert len(list((home / "prefect" / "results").iterdir())) == 1
@@ -120,6 +121,26 @@ def test_nothing_goes_while_a_run_lives(tmp_path: Path) -> None:
         collect(store, 7, delete=True)
     assert collect(store, 7, delete=True).paths[STATES] == [tmp_path / "work" / "0123"]
     assert not (tmp_path / "work" / "0123").exists()
+
+
+def test_a_run_that_begins_while_gc_works_waits_for_its_end(tmp_path: Path) -> None:
+    store, begun, end = ArtifactStore(tmp_path), threading.Event(), threading.Event()
+
+    def run() -> None:
+        with told_of(store, "mft run x", tmp_path / "a.log", dict):
+            begun.set()
+            end.wait(60)
+
+    with store.lock(LOCK):  # as gc does
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert not begun.wait(0.5)
+        assert runs(tmp_path) == []
+    assert begun.wait(60)
+    with pytest.raises(ConfigError, match="mft run x"):
+        collect(store, 7, delete=True)
+    end.set()
+    thread.join()
 
 
 def test_what_several_commands_have_written_to_one_page_is_all_kept(tmp_path: Path) -> None:
