@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mft_core.errors import ConfigError
-from mft_core.methods import METHODS, SELECTORS
+from mft_core.methods import METHODS
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import local_checkpoint
 from pipelines.config import resolve
@@ -41,9 +41,10 @@ def changed(folder, *overrides):
 
 def test_variants_share_data_and_fine_tuning(folder):
     stages = [step.node.stage for step in plan(folder).steps]
+    masks = sum(row.selector is not None for row in METHODS.values())
     assert stages.count("prepare-data") == 1
     assert stages.count("fine-tune") == 4  # full, continued, and two with adapters
-    assert stages.count("learn-mask") == stages.count("merge-mask") == len(SELECTORS) + 1  # mft at two sparsities
+    assert stages.count("learn-mask") == stages.count("merge-mask") == masks + 1  # mft at two sparsities
     assert stages.count("evaluate") == len(PLAIN_METHODS) + 1
 
 
@@ -65,7 +66,7 @@ _ADAPTERS = {"lora", "continued-lora", "evaluate"}
         ("mask.training.learning_rate=0.5", _MASKS),
         ("continued.learning_rate=0.5", {"continue-fft", "evaluate"}),
         ("lora.rank=2", _ADAPTERS),
-        ("fine_tune.epochs=1", {"fine-tune", "continue-fft", "continued-lora"} | _MASKS),
+        ("fine_tune.epochs=1", {"fine-tune", "continue-fft", "continued-lora", "interpolate"} | _MASKS),
         (
             "data.max_length=32",
             {
@@ -74,6 +75,7 @@ _ADAPTERS = {"lora", "continued-lora", "evaluate"}
                 "continue-fft",
                 "lora",
                 "continued-lora",
+                "interpolate",
                 "learn-mask",
                 "merge-mask",
                 "evaluate",
@@ -97,7 +99,9 @@ def test_seeds_multiply_only_the_methods_that_have_one(folder):
     methods = [item.setup.method for item in plan(folder, seeds=[0, 1, 2]).variants]
     expected = {name: 3 if row.seeded else 1 for name, row in METHODS.items() if name in PLAIN_METHODS}
     assert {m: methods.count(m) for m in methods} == expected | {"mft": 6}
-    assert [name for name, count in expected.items() if count == 1] == ["base", "fft", "magnitude"]
+    assert [name for name, count in expected.items() if count == 1] == [
+        "base", "fft", "wise-ft", "magnitude", "delta-magnitude"
+    ]  # fmt: skip
 
 
 def test_ids_do_not_depend_on_where_the_files_lie(folder, tmp_path):
