@@ -46,7 +46,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a ta
 
 
 def main() -> None:
-    """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage, 130 Ctrl-C (by typer)."""
+    """Run the command line; exit codes: 0 success, 1 a stage failed, 2 bad usage, 130 Ctrl-C or SIGTERM (by typer)."""
     _open_closed_streams()
     code: Any = 0
     try:
@@ -148,7 +148,7 @@ def _run_study(asked: Asked, rerun: list[str] | None) -> Any:
 
     def planned(flows: Any) -> Any:
         client.load()  # takes seconds, in which the Prefect server starts
-        return flows.with_work(flows.mft_ablation, lambda: flows.run_study(*given))
+        return flows.mft_ablation, lambda: flows.run_study(*given)
 
     return _run_flow(store, planned, asked, rerun)
 
@@ -177,7 +177,7 @@ def verdict(
     question, store = asked_for(checkpoint, data, benchmark, base, budget, out)
 
     def planned(flows: Any) -> Any:
-        return flows.with_work(flows.mft_ablation, lambda: flows.run_verdict(question, store))
+        return flows.mft_ablation, lambda: flows.run_verdict(question, store)
 
     found, merged, rows, table, page = _run_flow(store, planned, Asked("verdict", str(question.path)), None)
     where = f" The merged checkpoint lies in {merged}." if merged and found.word == "better" else ""
@@ -210,7 +210,7 @@ def stage(
     given = name, plans, store, study, rerun or []
 
     def planned(flows: Any) -> Any:
-        return flows.with_work(flows.STAGE_FLOWS[name], lambda: flows.run_stage(*given))
+        return flows.STAGE_FLOWS[name], lambda: flows.run_stage(*given)
 
     made = _run_flow(store, planned, asked, rerun)
     if as_json:
@@ -376,9 +376,9 @@ def _checked_plans(asked: Asked, rerun: list[str] | None) -> tuple[list[Plan], A
 
 
 def _run_flow(
-    store: ArtifactStore, pick: Callable[[Any], Callable[..., Any]], asked: Asked, rerun: list[str] | None
+    store: ArtifactStore, pick: Callable[[Any], tuple[Any, Callable[[], Any]]], asked: Asked, rerun: list[str] | None
 ) -> Any:
-    """Call a flow in this process, once a Prefect server is there; it starts while the flows are imported."""
+    """Do a flow's work in this process, once a Prefect server is there; it starts while the flows are imported."""
     from pipelines.servers.services import lost_server, use_prefect, wait_for_prefect
 
     use_prefect(store.home)
@@ -387,11 +387,16 @@ def _run_flow(
     from pipelines import flows
     from pipelines.run import interrupt
 
-    chosen = pick(flows)
+    served, work = pick(flows)
+
+    def interruptible() -> Any:
+        interrupt.handle_signals()
+        return work()
+
     wait_for_prefect()
-    interrupt.handle_ctrl_c()
+    interrupt.handle_signals()
     try:
-        return chosen(**asked.parameters, rerun=rerun or [])
+        return flows.with_work(served, interruptible)(**asked.parameters, rerun=rerun or [])
     except httpx.HTTPError as error:
         raise StageError(f"{lost_server()} ({error})\nThe same command continues where this one stopped.") from error
 

@@ -142,6 +142,12 @@ class Cluster:
         self._resource: dict[str, float] = {}
         self._gave_up = False
 
+    def stop(self) -> None:
+        """Have every stage heard of now, also one that waits for its worker: who is told of it can refuse to go on."""
+        self._ending.set()
+        for messages in list(self._waiting.values()):
+            messages.put(Progress(0, 0))
+
     def close(self) -> None:
         """End what was started."""
         self._ending.set()
@@ -194,6 +200,12 @@ class Cluster:
             worker = begun[RESTARTS]
             return StageError(f"{label}: {lost.format(worker)}; it was started again {RESTARTS} times before. {where}")
 
+        store, reason = ArtifactStore(job.home), BaseException()
+
+        def while_ours(progress: Progress) -> None:
+            if store.holder_of(key) != job.holder:  # another run's, for which the stage had waited
+                raise reason
+
         while True:
             try:
                 return self._ask(client, job, hear)
@@ -205,8 +217,9 @@ class Cluster:
                     f"{label}: the scheduler of {self._runtime.cluster or 'Dask'} is gone. "
                     "Start it again; the same command goes on from what is kept."
                 ) from error
-            except BaseException:
-                with ArtifactStore(job.home).lock(key):  # the stage has stopped, its state is kept
+            except BaseException as asked:
+                reason = asked
+                with store.lock(key, while_ours):  # the stage has stopped, its state is kept
                     raise
 
     def _ask(self, client: Client, job: Job, hear: Callable[[Any], None]) -> ArtifactRef:
@@ -215,6 +228,8 @@ class Cluster:
 
         task = f"{job.stage}-{uuid.uuid4().hex}"
         messages = self._waiting[task] = queue.SimpleQueue()
+        if self._ending.is_set():
+            messages.put(Progress(0, 0))
         future = client.submit(work, job, self._topic, key=task, pure=False, resources=self._resource)
         future.add_done_callback(lambda future: messages.put(None))
         try:

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import platform
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ def _build(job: Job, report: Callable[[Progress], None], tell: Callable[[object]
 def dask_setup(worker: Worker) -> None:
     """Leave the sender's terminal, its Ctrl-C and its output, as a local worker. Called by Dask at the start."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to all: the sender says when to stop
     with Path(os.environ[OUTPUT]).open("ab") as sink:
         for stream in (1, 2):
             os.dup2(sink.fileno(), stream)

@@ -378,6 +378,10 @@ class ArtifactStore:
                 handle.flush()
             yield
 
+    def holder_of(self, name: str) -> str:
+        """Return the `holder` who has the lock of that name, or had it last."""
+        return (self.home / "locks" / name).read_text()
+
     def _wait(self, handle: IO[str], report: Callable[[Progress], None] | None) -> None:
         """Take one's turn among those who wait; in a thread, since nothing ends a call of flock but the lock."""
         taken, told = threading.Event(), False
@@ -388,8 +392,7 @@ class ArtifactStore:
 
         threading.Thread(target=take, daemon=True).start()
         while not taken.wait(_SECONDS_TO_LOOK if told else 0.05):
-            handle.seek(0)
-            pid, _, machine = handle.read().partition(" ")
+            pid, _, machine = self.holder_of(Path(handle.name).name).partition(" ")
             where = "" if machine in ("", platform.node()) else f" on {machine}"
             text = f"waiting for the lock of PID {pid or '(not known yet)'}{where}"
             if report:

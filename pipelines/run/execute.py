@@ -88,7 +88,12 @@ def run_nodes(
             future.add_done_callback(functools.partial(_announce, display, node))
         futures[node.id] = future
         by_future[future] = node
-    wait(list(futures.values()))
+    try:
+        wait(list(futures.values()))
+    except KeyboardInterrupt:
+        place.cluster.stop()
+        wait(list(futures.values()))  # until the running stages have kept their state
+        raise
     end_if_lost()
     outcomes: dict[str, Outcome] = {}
     failures: list[tuple[Node, Any]] = []

@@ -1,4 +1,4 @@
-"""Ctrl-C: running stages stop at their next step and keep their state; a second Ctrl-C ends the process at once.
+"""Ctrl-C and SIGTERM: running stages stop at their next step and keep their state; a second one ends the process.
 
 A thread cannot be interrupted from outside, so stages learn of it where they report progress.
 """
@@ -20,18 +20,19 @@ class Interrupted(StageError):  # noqa: N818  not an error: it was asked for
     """The run was asked to stop; what is finished is kept, what is half done continues next time."""
 
 
-def handle_ctrl_c() -> None:
-    """Install the handler; called by the command line when a study begins, in the main thread."""
-    signal.signal(signal.SIGINT, _on_interrupt)
+def handle_signals() -> None:
+    """Install the handler; called by the command line in the flow, in the main thread: Prefect sets one of its own."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the latter is of Slurm, `timeout`, a container that is stopped
+        signal.signal(number, _on_interrupt)
 
 
 def asked() -> bool:
-    """Whether Ctrl-C was pressed."""
+    """Whether the run was asked to stop."""
     return _asked.is_set()
 
 
 def check() -> None:
-    """Raise `Interrupted` in a working thread once Ctrl-C was pressed."""
+    """Raise `Interrupted` in a working thread once the run was asked to stop."""
     if _asked.is_set():
         raise Interrupted("interrupted; the same command continues where this one stopped")
 

@@ -71,6 +71,29 @@ def test_a_double_ctrl_c_ends_at_once_without_a_traceback(study: list[str], tmp_
     assert "Exception ignored" not in told
 
 
+@pytest.mark.parametrize("everybody", [False, True], ids=["as timeout does", "as Slurm does"])
+def test_a_sigterm_stops_a_training_that_keeps_its_state_and_says_so(
+    everybody: bool, study: list[str], tmp_path: Path
+) -> None:
+    much = ["--set", "fine_tune.epochs=4000", "--set", "runtime.checkpoint_seconds=3"]
+    process = start(tmp_path, mft("stage", "fine-tune", *study, *much), stdout=subprocess.DEVNULL)
+    while not (states := list((tmp_path / "work").glob("*/state.pt"))):
+        assert process.poll() is None
+        time.sleep(0.05)
+    before = states[0].stat().st_mtime_ns
+    family = psutil.Process(process.pid).children(recursive=True) if everybody else []
+    for each in (psutil.Process(process.pid), *family):
+        each.send_signal(signal.SIGTERM)
+    assert process.stderr
+    told = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert told.count("stopping; the same command continues where this one stops") == 1
+    assert "stopped  fine-tune" in told
+    assert states[0].stat().st_mtime_ns > before
+    assert "Traceback" not in told
+    assert "worker" not in told, "it has not died of the signal itself"
+
+
 @pytest.mark.parametrize("seconds", [0.5, 2.0])
 def test_ctrl_c_before_the_study_runs_is_as_quiet(seconds: float, study: list[str], tmp_path: Path) -> None:
     process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)

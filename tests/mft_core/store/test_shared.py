@@ -125,7 +125,7 @@ def test_a_damaged_copy_is_replaced_by_the_shared_artifact(tmp_path, url):
 def test_of_two_attempts_the_first_manifest_stands_and_the_other_machine_takes_its_payload(tmp_path, url):
     runs = tmp_path / "runs"
     first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
-    second.shared.lease = lambda key, log: contextlib.nullcontext()  # a lease that was lost
+    second.shared.lease = lambda *told: contextlib.nullcontext()  # a lease that was lost
     stage = writes(runs)
     own = stage.run
 
