@@ -30,7 +30,7 @@ from mft_core.compute import PROCESS_WIDE
 from mft_core.errors import ConfigError, StageError
 from mft_core.names import inside
 from mft_core.sandbox import asks_for_code
-from mft_core.store.sources import parts
+from mft_core.store.sources import parts, terms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SINGLE, _INDEX, _ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
@@ -214,6 +214,7 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
         setattr(owner, field, getattr(before, field))
     torch.nn.Module.to(model, dtype).save_pretrained(directory)  # transformers' own `to` is mistyped
     copy_files(source, directory, (n for n in parts("model", source) if n != "config.json" and not _holds_weights(n)))
+    copy_files(source, directory, set(terms(source)) - set(parts("model", source)))
 
 
 @contextlib.contextmanager

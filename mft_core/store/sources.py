@@ -28,9 +28,17 @@ _TOKENIZER_FILES = (
 PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 """files of weights that are fetched where there are no others"""
 _MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
+_TERMS = ("LICENSE*", "README.md")
 # What is fetched of a hub repository: Llama's hold every weight a second and a third time (*.bin, original/*.pth).
 _WANTED: dict[str, list[str] | None] = {
-    "model": ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES],
+    "model": [
+        "config.json",
+        "generation_config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        *_TOKENIZER_FILES,
+        *_TERMS,
+    ],
     "tokenizer": ["config.json", *_TOKENIZER_FILES],
     "dataset": None,
 }
@@ -99,6 +107,11 @@ def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:
     patterns = _TOKENIZER_FILES if kind == "tokenizer" else _MODEL_FILES
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     return sorted(str(path.relative_to(directory)) for path in found)
+
+
+def terms(directory: Path) -> list[str]:
+    """List licence and model card of a checkpoint: they do not make it what it is, and go with what is made of it."""
+    return sorted(path.name for pattern in _TERMS for path in directory.glob(pattern) if path.is_file())
 
 
 def local_files(location: Path, files: Sequence[str], kind: Literal["model", "tokenizer", "file"] = "file") -> Source:

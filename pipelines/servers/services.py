@@ -57,6 +57,9 @@ _PREFECT = {
 }
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback never goes through a proxy
 
+_TRAININGS = "/#/experiments?workflowType=machine_learning"
+"""page of MLflow's UI: it opens its view of LLM traces otherwise"""
+
 _started: Future[None] | None = None
 _named = False
 """the user said which server"""
@@ -317,7 +320,7 @@ def up(
             record.write_text(
                 json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "own": ours}) + "\n"
             )
-            say(f"Prefect  {_ui(prefect)}\nMLflow   {mlflow}\nlogs     {home / 'logs'}")
+            say(f"Prefect  {_ui(prefect)}\nMLflow   {mlflow}{_TRAININGS}\nlogs     {home / 'logs'}")
             if ours:
                 say(f"Prefect's page asks for a password: what is in {prefect_home(home) / 'auth'}")
             say("in another terminal, from this directory:  prefect deployment run mft-ablation --watch")

@@ -261,7 +261,8 @@ class Tracker:
     def link(self, seconds: float = 5.0) -> str | None:
         """Return the address of the result's run in the MLflow UI, if it is known within `seconds`."""
         self._writer.wait(lambda: "" in self._runs, seconds)
-        return f"{self._ui}/#/experiments/{self._experiment_id}/runs/{self._runs['']}" if "" in self._runs else None
+        run = f"experiments/{self._experiment_id}/runs/{self._runs['']}" if "" in self._runs else None
+        return run and f"{self._ui}/#/{run}?workflowType=machine_learning"  # else MLflow opens its view of LLM traces
 
     def recorded(self, result: str) -> None:
         """Write nothing more if the result, now known, was recorded before: then this execution's runs are deleted."""

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from mft_core.checkpoints.files import WeightFiles, load_model, read_config, skeleton
+from mft_core.checkpoints.files import WeightFiles, load_model, read_config, save_model, skeleton
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import load_mask, make_mask, save_mask
 from mft_core.masks.merge import merge, unmerge
@@ -18,6 +18,7 @@ from mft_core.masks.selection import select
 from mft_core.masks.sites import choose_sites, find_sites
 from mft_core.recipes import MergeMask
 from mft_core.stages import get_stage
+from mft_core.store.sources import local_checkpoint
 from tests.mft_core.masks.test_mask_file import make_small_mask
 from tests.support.small_training import make_context
 from tests.support.tiny import make_model, make_tokenizer, save_checkpoint
@@ -63,6 +64,22 @@ def test_merging_zeroes_the_exact_count_and_leaves_every_other_bit(
         assert int((tensor == 0).sum()) - int((base[name] == 0).sum()) == int(differs.sum())
         assert int(differs.sum()) == int(0.21 * tensor.numel())
     assert masked == 14
+
+
+def test_licence_and_model_card_go_with_what_is_trained_and_masked(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_model().save_pretrained(base)
+    make_tokenizer().save_pretrained(base)
+    terms = {"LICENSE": "as you like", "LICENSE.txt": "the same", "README.md": "# A model"}
+    before = local_checkpoint("model", base).digest
+    for name in ("LICENSE", "README.md"):
+        (base / name).write_text(terms[name])
+    assert local_checkpoint("model", base).digest == before, "they are no part of what the model is"
+    (base / "LICENSE.txt").write_text(terms["LICENSE.txt"])
+    save_model(make_model(), tmp_path / "trained", torch.float32, base)
+    merged = _merge(tmp_path / "trained", tmp_path)
+    for checkpoint in (tmp_path / "trained", merged):
+        assert {name: (checkpoint / name).read_text() for name in terms} == terms
 
 
 def test_merging_a_mask_of_nothing_changes_nothing(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ WEIGHTS = {name for name in LLAMA_REPOSITORY if "safetensors" in name}
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
-        ("model", TOKENIZER | WEIGHTS | {"generation_config.json"}),
+        ("model", TOKENIZER | WEIGHTS | {"generation_config.json", "LICENSE.txt", "README.md"}),
         ("tokenizer", TOKENIZER),
         ("dataset", set(LLAMA_REPOSITORY)),
     ],

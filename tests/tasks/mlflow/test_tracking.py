@@ -103,7 +103,7 @@ def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(ho
     assert writer.problem is None
     parent, *nested = runs_of(home)
     assert link is not None
-    assert link.endswith(f"/runs/{parent.info.run_id}")
+    assert link.endswith(f"/runs/{parent.info.run_id}?workflowType=machine_learning")
     assert [run.info.run_name for run in nested] == ["mft 0.1", "mft 0.2"]
     assert {run.info.status for run in (parent, *nested)} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in nested} == {parent.info.run_id}
