@@ -172,7 +172,8 @@ def run_verdict(
     rows, table, page = run_study([plan], store, plan.study, asked, [])
     report = find_report(plan, store)
     found = decision(report)
-    best = [item for item in plan.variants if found.row and without_seed(item.name) == found.row["variant"]]
+    named = found.row and without_seed(found.row["variant"])
+    best = [item for item in plan.variants if without_seed(item.name) == named]
     return found, checkpoint_of(best[0], report, store) if best else None, rows, table, page
 
 

@@ -67,7 +67,7 @@ def _panel(axes: Axes, rows: Sequence[Row], published: Mapping[str, float]) -> N
     for row in sorted((row for row in rows if row.get("checkpoint") is not None), key=lambda row: row["checkpoint"]):
         curves.setdefault(row["method"], []).append(row)
     fft = chosen["fft"]
-    start = fft["step"]
+    start = fft.get("step") or 0  # a model that was given has none
     end = max(_offset(method, start) + points[-1]["step"] for method, points in curves.items())
     half = 1.96 * math.sqrt(fft["accuracy"] * (1 - fft["accuracy"]) / fft["n"])
     axes.fill_between([start, end], *(100 * (fft["accuracy"] + side * half) for side in (-1, 1)), color="0.92", lw=0)

@@ -59,12 +59,12 @@ class Winner:
 def half(items: Sequence[str], seed: int = 0) -> NDArray[np.bool_]:
     """Say of each item whether it is of the half (rounded down) on which is chosen.
 
-    The half depends on the items' names and the seed alone: it is the same for every variant, and in any order.
+    Items of one cluster have one name, and are of one half. It depends on the names and the seed alone: it is the same
+    for every variant, and in any order.
     """
-    names = [hashlib.sha256(f"{seed}/{item}".encode()).hexdigest() for item in items]
-    chosen = np.zeros(len(items), dtype=bool)
-    chosen[np.argsort(names, kind="stable")[: len(items) // 2]] = True
-    return chosen
+    names = sorted(set(items), key=lambda item: hashlib.sha256(f"{seed}/{item}".encode()).hexdigest())
+    first = set(names[: len(names) // 2])
+    return np.array([item in first for item in items], dtype=bool)
 
 
 def winner(
@@ -169,7 +169,7 @@ def _sweeps(entries: Sequence[Entry]) -> list[list[dict[str, Entry]]]:
         columns = next(iter(variant.values())).columns
         questions = tuple((name, entry.items) for name, entry in variant.items())
         shape = next(iter(variant.values())).stratum.differences.shape[:2]
-        if all(len(items) > 1 for _, items in questions):
+        if all(len(set(items)) > 1 for _, items in questions):
             sweeps.setdefault((columns["method"], columns["domain"], questions, shape), []).append(variant)
     return [sweep for sweep in sweeps.values() if len(sweep) > 1]
 

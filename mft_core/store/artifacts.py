@@ -179,17 +179,20 @@ class ArtifactStore:
         """Return the artifact if it is there and whole, else None."""
         return None if self.damage(stage, key) else self._ref(stage, key)
 
-    def damage(self, stage: str, key: str) -> str | None:
+    def damage(self, stage: str, key: str, held: bool = False) -> str | None:
         """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
 
         Whole is what has every file of the manifest, and no other. What the shared store has is whole unless its
         manifest is not: files are verified when they are fetched.
+
+        Args:
+            held: the caller holds the key's lock, which is not to be waited for.
         """
         problem = self._own_damage(stage, key)
         if problem is None or self.shared is None or self.shared.manifest(stage, key) is None:
             return problem
         if problem != "missing":
-            with self.lock(key):
+            with contextlib.nullcontext() if held else self.lock(key):
                 if self._own_damage(stage, key):  # no other process has fetched it again meanwhile
                     manifests.discard(self.directory(stage, key))
         return None
@@ -255,7 +258,7 @@ class ArtifactStore:
         key = self.key(stage, recipe, inputs)
         held = self.shared.lease(key, log, report) if self.shared else contextlib.nullcontext()
         with self.lock(key, report), held:
-            problem = "rerun asked for" if force else self.damage(stage.name, key)
+            problem = "rerun asked for" if force else self.damage(stage.name, key, held=True)
             if problem is None:
                 manifest = self.manifest(stage.name, key)
                 assert manifest is not None

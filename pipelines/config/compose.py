@@ -159,7 +159,9 @@ def _compose(
     meant: dict[str, Any] = {}
     if study.checkpoints:
         kept = {"validations": study.checkpoints, "keep": "all"}
-        merge(values, {"fine_tune": kept, "continued": kept, "mask": {"training": kept}})
+        merge(values, {"continued": kept, "mask": {"training": kept}})
+        if values.get("fine_tune"):
+            merge(values, {"fine_tune": kept})
         if "lora" in values:
             merge(values, {"lora": {"training": kept}})
     changes = {**settings, **point}

@@ -172,7 +172,7 @@ def _summary(bills: Sequence[Bill]) -> Table:
 def _fewer_replicates(plan: Plan) -> str | None:
     """Say where the profile lets a study have fewer fine-tunings than it asks for."""
     asked = plan.study.replicates
-    if plan.replicates >= asked:
+    if plan.replicates >= asked or not any(item.setup.fine_tune for item in plan.variants):
         return None
     return (
         f"{plan.study.name}: {plan.replicates} of the {asked} fine-tunings that the study asks for (profile "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.errors import ConfigError
-from mft_core.methods import METHODS, REFERENCES
+from mft_core.methods import METHODS, REFERENCES, Contrast
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Needs
 from mft_core.store.artifacts import ArtifactStore
@@ -108,9 +108,12 @@ class Plan:
         ]
         for column, baseline in zip(columns, baselines, strict=True):
             column["baseline"] = position[baseline.id] if baseline else None
-        declared = {} if self.study.contrasts is None else {
-            "contrasts": self.study.contrasts.primary, "margin": self.study.contrasts.margin
-        }  # fmt: skip
+        declared: dict[str, Any] = {}
+        if self.study.contrasts is not None:
+            there = {item.setup.method for item in self.variants}
+            asked = ((text, Contrast.parse(text)) for text in self.study.contrasts.primary)
+            declared["contrasts"] = tuple(text for text, one in asked if {one.treatment[0], one.control[0]} <= there)
+            declared["margin"] = self.study.contrasts.margin
         return Compare(
             question=self.study.question,
             profile=self.profile.name,

@@ -275,7 +275,7 @@ def _check_benchmark(node: Node, tried: set[tuple[Any, ...]]) -> None:
     """Try an evaluation without its model, unless it was tried before."""
     assert isinstance(node.recipe, Evaluate)
     first = node  # of the chain of models: it has the base model, and the template
-    while isinstance(made := first.inputs["model"], Edge):
+    while isinstance(made := first.inputs["training" if first.stage == "pick-checkpoint" else "model"], Edge):
         first = made.node
     folder = node.inputs.get("benchmark")
     template = node.inputs.get("chat_template") or first.inputs.get("chat_template")

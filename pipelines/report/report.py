@@ -1,6 +1,6 @@
 """The answer of a study as rows and tables: read from the artifacts, so it needs neither Prefect nor MLflow.
 
-`pipelines.report_pages` makes pages of it, `pipelines.report.record` MLflow runs.
+`pipelines.report.page` makes pages of it, `pipelines.report.record` MLflow runs.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def decision(report: Report) -> Decision:
     """Judge the winner of the study's contest; without a contest (one rival alone was reached), the rival itself."""
     rivals = [row for row in _tests(report) if row["method"] in report.plan.study.contest]
     contest = [row for row in report.tables.get("winners", []) if row["method"] == CONTEST]
-    row = next((row for row in reversed(contest) if row["benchmark"] == MEAN), (*contest, *rivals, None)[0])
+    mean = (row for row in (*reversed(contest), *rivals) if row["benchmark"] == MEAN)
+    row = next(mean, (*contest, *rivals, None)[0])
     if row is None:
         return Decision("undecided", "Undecided: there was no time for a single mask; give more time.", None)
     name, high = _mask_named(row), 100 * row["gain_high"]

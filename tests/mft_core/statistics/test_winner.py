@@ -41,6 +41,8 @@ def test_the_halves_depend_on_the_items_names_alone_and_are_equally_large():
     chosen = half(ITEMS)
     assert chosen.sum() == N // 2
     assert half(ITEMS[:7]).sum() == 3
+    clustered = half(["a"] * 3 + ["b"] * 4 + ["c"])
+    assert len({*clustered[:3]}) == len({*clustered[3:7]}) == 1, "no cluster is cut in two"
     order = np.random.default_rng(0).permutation(N)
     assert (half([ITEMS[index] for index in order]) == chosen[order]).all()
     assert 60 < (half(ITEMS, seed=1) == chosen).sum() < 140, "another seed is another half, unrelated to the first"

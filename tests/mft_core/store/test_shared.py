@@ -122,6 +122,15 @@ def test_a_damaged_copy_is_replaced_by_the_shared_artifact(tmp_path, url):
     assert computed(runs) == ["a"]
 
 
+def test_whoever_computes_over_a_damaged_copy_does_not_wait_for_himself(tmp_path, url):
+    runs = tmp_path / "runs"
+    store = machine(tmp_path, url, "first")
+    ref = build(store, runs).ref
+    (ref.local_path(store) / "numbers.txt").write_text("other")
+    assert not build(store, runs).computed
+    assert (ref.local_path(store) / "numbers.txt").read_text().startswith("a\n")
+
+
 def test_of_two_attempts_the_first_manifest_stands_and_the_other_machine_takes_its_payload(tmp_path, url):
     runs = tmp_path / "runs"
     first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")

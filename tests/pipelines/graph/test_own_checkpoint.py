@@ -89,8 +89,16 @@ def test_what_needs_a_base_that_nobody_named_is_left_out_and_said(folder):
         planned(folder, {"method": "rewind"})
 
 
+def test_a_contrast_with_a_method_that_is_left_out_is_left_out_too(folder):
+    store = ArtifactStore(folder / "home")
+    plans = [
+        make_plan(load_study("neighbours"), load_profile("tiny"), store, asked) for asked in ([], ["fine_tune=null"])
+    ]
+    assert [len(plan.comparison()[0].contrasts) for plan in plans] == [1, 0]
+
+
 def test_the_shipped_studies_plan_on_a_given_checkpoint(folder):
-    for study in ("sparsity", "main", "landscape", "anatomy", "cost", "layer-groups"):
+    for study in ("sparsity", "main", "landscape", "anatomy", "cost", "layer-groups", "trajectory"):
         store = ArtifactStore(folder / "home")
         plan = make_plan(load_study(study), load_profile("tiny"), store, ["fine_tune=null"])
         assert plan.variants

@@ -282,3 +282,11 @@ def checked_chat():
     from mft_core.data import assistant_tokens
 
     return assistant_tokens
+
+
+def test_a_study_of_kept_checkpoints_passes_the_checks_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
+    plans, _ = checked_plans([load_study("trajectory")], load_profile("tiny"))
+    assert any(step.node.stage == "pick-checkpoint" for step in plans[0].steps)
