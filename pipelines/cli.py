@@ -207,7 +207,7 @@ def stage(
     get_stage(name)
     asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
     plans, store = _checked_plans(asked, rerun)
-    given = name, plans, store, study, rerun or []
+    given = name, plans, store, asked, rerun or []
 
     def planned(flows: Any) -> Any:
         return flows.STAGE_FLOWS[name], lambda: flows.run_stage(*given)

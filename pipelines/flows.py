@@ -28,7 +28,7 @@ from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import Question
 from pipelines.config.catalogue import Study, VariantSpec, load_profile, load_studies, load_study
-from pipelines.graph.nodes import Node, closure
+from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import Plan, comparison_node, make_plans
 from pipelines.plan.preflight import checked_plans
@@ -174,7 +174,10 @@ def run_verdict(
     found = decision(report)
     named = found.row and without_seed(found.row["variant"])
     best = [item for item in plan.variants if without_seed(item.name) == named]
-    return found, checkpoint_of(best[0], report, store) if best else None, rows, table, page
+    merged = checkpoint_of(best[0], report, store) if best else None
+    if merged and found.word == "better" and isinstance(made := best[0].model, Edge):
+        store.fetched(made.node.stage, report.manifests[made.node.id]["key"])  # what is named lies here
+    return found, merged, rows, table, page
 
 
 def _search(
@@ -234,20 +237,21 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         replicates: int | None = None,
     ) -> list[dict[str, str]]:
         planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun, replicates)
-        return run_stage(stage, *planned, study, rerun)
+        asked = Asked(study, profile, overrides, seeds, replicates)
+        return run_stage(stage, *planned, asked, rerun)
 
     return stage_flow
 
 
 def run_stage(
-    stage: str, plans: Sequence[Plan], store: ArtifactStore, study: str, rerun: Sequence[str]
+    stage: str, plans: Sequence[Plan], store: ArtifactStore, asked: Asked, rerun: Sequence[str]
 ) -> list[dict[str, str]]:
-    """Run one stage of planned studies, and what it needs; `study` is what the user called them."""
+    """Run one stage of planned studies, and what it needs."""
     wanted = _up_to(stage, plans)
     display = Display(len(wanted))
-    command = shlex.join(["mft", "stage", stage, study, "--profile", plans[0].profile.name])
+    command = f"mft stage {shlex.quote(stage)} {asked.command.removeprefix('mft run ')}"
     with (
-        _logged(store, f"{Path(study).stem}-{stage}", command, display),
+        _logged(store, f"{Path(asked.study).stem}-{stage}", command, display),
         display,
         workplace(plans, store, display) as place,
     ):

@@ -175,6 +175,12 @@ class ArtifactStore:
         own = manifests.read(self.directory(stage, key))
         return own or (self.shared.manifest(stage, key) if self.shared else None)
 
+    def manifests(self, stage: str) -> list[dict[str, Any]]:
+        """Return the manifests of all artifacts of a stage, by key, whether they lie here or in the shared store."""
+        keys = {path.name for path in (self.home / "artifacts" / stage).glob("[!.]*")}
+        keys |= self.shared.keys(stage) if self.shared else set()
+        return [found for key in sorted(keys) if (found := self.manifest(stage, key))]
+
     def find(self, stage: str, key: str) -> ArtifactRef | None:
         """Return the artifact if it is there and whole, else None."""
         return None if self.damage(stage, key) else self._ref(stage, key)

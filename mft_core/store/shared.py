@@ -71,6 +71,10 @@ class SharedStore:
         entry = self._entry(stage, key)
         return entry["manifest"] if entry else None
 
+    def keys(self, stage: str) -> set[str]:
+        """Return the keys of a stage's artifacts."""
+        return {Path(str(path)).stem for path in self._files.glob(f"{self._root}/artifacts/{stage}/*.json")}
+
     def push(self, stage: str, key: str, payload: Path, manifest: Mapping[str, Any], replace: bool) -> bool:
         """Upload a payload, then its manifest; returns whether it is this one that stands.
 

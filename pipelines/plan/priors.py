@@ -14,7 +14,6 @@ from typing import Any
 from mft_core.methods import REFERENCES
 from mft_core.recipes import Compare
 from mft_core.stages import STAGES
-from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 
 
@@ -26,9 +25,8 @@ def with_priors(recipe: Compare, own: Set[str], store: ArtifactStore) -> Compare
         own: digests of its evaluations of treatments, as far as they are there: what was measured on these is no prior.
     """
     measured: dict[str, list[Any]] = {}
-    for path in sorted((store.home / "artifacts" / "compare").glob("*/manifest.json")):
-        other = manifests.read(path.parent)
-        if not other or other["version"] != STAGES["compare"].version:
+    for other in store.manifests("compare"):
+        if other["version"] != STAGES["compare"].version:
             continue
         past = Compare.model_validate(other["recipe"])
         if past.model_copy(update={"priors": {}}) == recipe:

@@ -14,7 +14,6 @@ from typing import Any
 from mft_core.errors import ConfigError
 from mft_core.statistics.tables import without_seed
 from mft_core.statistics.verdicts import LOOKS
-from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_studies
 from pipelines.report.asked import Asked
@@ -57,9 +56,8 @@ def earlier_looks(manifest: Mapping[str, Any], store: ArtifactStore) -> list[str
         return []
     own, evaluations = _variants(manifest), set(manifest["inputs"].values())
     found = set()
-    for path in (store.home / "artifacts" / "compare").glob("*/manifest.json"):
-        other = manifests.read(path.parent)
-        if other and set(other["inputs"].values()) < evaluations and _variants(other) == own:
+    for other in store.manifests("compare"):
+        if set(other["inputs"].values()) < evaluations and _variants(other) == own:
             found.add(_design(other))
     return [f"{_count(replicates, 'fine-tuning')} and {_count(seeds, 'seed')}" for replicates, seeds in sorted(found)]
 

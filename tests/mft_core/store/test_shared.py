@@ -79,6 +79,7 @@ def test_what_one_machine_has_computed_another_takes(tmp_path, url):
     assert not build(second, runs).computed
     numbers = made.ref.local_path(second) / "numbers.txt"
     assert numbers.read_bytes() == (made.ref.local_path(first) / "numbers.txt").read_bytes()
+    assert machine(tmp_path, url, "third").manifests("evaluate") == [made.manifest]
     assert second.manifest("evaluate", made.ref.key) == first.manifest("evaluate", made.ref.key)
     assert computed(runs) == ["a"]
 
