@@ -143,10 +143,11 @@ def _sandbox(root: bool) -> list[str]:
         _bubblewrap() or "bwrap",
         *("--die-with-parent", "--new-session", "--hostname", "sandbox", *user),
         *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"),
+        *("--perms", "1777", "--size", str(_SCRATCH), "--tmpfs", "/tmp"),  # first: the environment may lie within it
         *itertools.chain(*(("--perms", "0755", "--dir", folder) for folder in folders)),
         *itertools.chain(*(("--ro-bind-try", path, path) for path in bound)),
         *itertools.chain(*(("--dev-bind", path, path) for path in _DEVICES)),
-        *("--perms", "1777", "--size", str(_SCRATCH), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"),
+        *("--chdir", "/tmp", "--remount-ro", "/"),
     ]
 
 

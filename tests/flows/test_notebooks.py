@@ -71,7 +71,7 @@ def analyses(folder: Path) -> dict[str, Path]:
     rows = {
         "masks": masks,
         "losses": [row for row in masks if row["part"] == "loss" and row["by"] == "mask"],
-        "prediction": layer_prediction.rows(layer_prediction.examine(RECIPE, sweep, model, context(folder))),
+        "prediction": layer_prediction.examine(RECIPE, sweep, model, context(folder)).rows(),
     }
     for name in rows:
         (folder / name).mkdir()

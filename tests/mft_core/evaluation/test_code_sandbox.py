@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -133,7 +134,9 @@ for path in ("/x", "/usr/x", "/dev/x", "/etc/x", os.__file__, "/tmp/x"):
 return done"""
     for _ in range(2):
         assert facts(write, "assert told() == ['/tmp/x']")
-    assert facts("import os\nreturn os.listdir('/tmp')", "assert told() == []")
+    environment = Path(sys.prefix)  # one that lies under /tmp is seen there, and read-only
+    seen = [environment.parts[2]] if environment.is_relative_to("/tmp") else []
+    assert facts("import os\nreturn os.listdir('/tmp')", f"assert told() == {seen}")
     fill = """written = 0
 for number in range(40):
     try:
