@@ -117,7 +117,7 @@ def masks(frame: pd.DataFrame) -> tuple[list[Row], Labels]:
     ]
     shares = [row for row in rows if row["part"] == "share" and row["seeds"] == 1]
     settings = [name for name in frame.columns if "." in name and not name.startswith("other_")]
-    described = {row["variant"]: {name: row[name] for name in (*results.VARIANT, *settings)} for row in shares}
+    described = {row["variant"]: {name: row.get(name) for name in (*results.VARIANT, *settings)} for row in shares}
     return rows, Labels(list(described.values()))
 
 
