@@ -296,7 +296,7 @@ def _legend(rows: Sequence[Row], confidence: float, margin: float) -> str:
         "and standard deviation over the fine-tunings; intervals and verdicts are about further ones too (items "
         "crossed with fine-tunings, Student's t with Satterthwaite's degrees of freedom). "
         if any(map(_is_recipe, rows))
-        else "These are gains of one fine-tuned checkpoint and say nothing of others: `--replicates 5` does. "
+        else "These are gains of one fine-tuned checkpoint and say nothing of others (`--replicates`, `fine_tune`). "
     )
     falls = "Where less is better, the gain is the points by which the number fell. "
     return (
