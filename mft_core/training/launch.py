@@ -2,8 +2,9 @@
 
 `spread` is put around a stage's function: where several processes are asked for and the recipe trains, torch's elastic
 launcher starts them (`mft_core.stages.worker`) and ends all when one fails; the caller's `report` and `log` are told
-what the first one tells, and the call returns its summary or raises its error. All processes run the stage's own
-function; `mft_core.training.loop` shares the work. What each has printed lies in `work/processes`.
+what the first one tells, and the call returns its summary or raises its error. All are started again, from where they
+were last kept, when one was killed. They run the stage's own function; `mft_core.training.loop` shares the work. What
+each has printed lies in `work/processes`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mft_core import compute
 from mft_core.errors import ConfigError, StageError
 from mft_core.methods import TRAINED
+from mft_core.processes import RESTARTS
 from mft_core.recipes import FineTune, LearnMask, Recipe, Runtime
 from mft_core.stage import Progress, StageContext, StageFunction
 from mft_core.training import parallel
@@ -43,6 +45,10 @@ SAID, DIED, BROKE, ENDED = range(4)
 has told why or is ended by the launcher"""
 TOLD = 3
 """exit code of a process that has told why it ends"""
+
+
+class _KilledError(StageError):
+    """A process was ended by a signal that is not ours."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,14 @@ def spread(stage: str, run: StageFunction) -> StageFunction:
         check(recipe, context.runtime)
         if context.runtime.processes == 1 or not trains(recipe) or parallel.processes() > 1:
             return run(recipe, inputs, out, context)
+        for restarts in range(1, RESTARTS + 1):
+            try:
+                return _Team(stage, recipe, inputs, out, context).run()
+            except _KilledError as error:
+                shutil.rmtree(out)
+                out.mkdir()
+                how = f"{error}".partition(";")[0]
+                context.report(Progress(0, 0, doing=f"{how}; all are started again ({restarts} of {RESTARTS})"))
         return _Team(stage, recipe, inputs, out, context).run()
 
     return run_spread
@@ -224,8 +238,9 @@ class _Team:
     def _how(self, rank: int, ended: ProcessFailure) -> Failure:
         """Say how a process ended."""
         code = ended.exitcode
-        how = f"was killed ({signal.Signals(-code).name}; out of memory?)" if code < 0 else f"ended with code {code}"
+        how = f"was killed ({signal.Signals(-code).name}): out of memory?" if code < 0 else f"ended with code {code}"
         (output,) = (self._job.work / "processes").glob(f"*/attempt_0/{rank}/stderr.log")
         last = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
         text = f"process {rank} of {self._size} {how}; its output {output} ends:\n{last}"
-        return Failure(ENDED if code in (TOLD, -signal.SIGTERM) else DIED, StageError(text))
+        error = _KilledError(text) if code < 0 else StageError(text)
+        return Failure(ENDED if code in (TOLD, -signal.SIGTERM) else DIED, error)

@@ -26,11 +26,15 @@ from tests.support.mini import write_profile, write_study
 
 VARIANTS = [{"method": "fft"}, {"method": "mft"}, {"method": "magnitude"}]
 KINDS: dict[str, Callable[[list[str]], bool]] = {
-    "mft": lambda words: "pipelines.cli" in words,
+    "mft": lambda words: "pipelines.cli" in words,  # which holds the scheduler and the nannies of its own workers
     "worker": lambda words: "--multiprocessing-fork" in words,
     "training process": lambda words: any("mft_core.stages import worker" in word for word in words),
-    "MLflow writer": lambda words: "tasks.mlflow.writer" in words,
-    "Prefect server": lambda words: "prefect" in words and "server" in words,
+    "Prefect server": lambda words: "pipelines.servers.prefect_server" in words,
+    "watchdog": lambda words: words[-1].endswith("mft_core/processes.py"),
+    "resource tracker": lambda words: any("resource_tracker" in word for word in words),
+    "Dask scheduler": lambda words: "distributed.cli.dask_scheduler" in words,
+    "Dask nanny": lambda words: "distributed.cli.dask_worker" in words,
+    "MLflow server": lambda words: any(word.startswith("mlflow.server") for word in words),  # the one that answers
 }
 
 
@@ -96,6 +100,13 @@ class Study:
         process.communicate()
         wait_until_gone(home, 60)
         return home
+
+
+def finished_once(home: Path) -> bool:
+    """Say whether no stage was computed twice."""
+    logs = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
+    done = [line.split("finished ")[1] for line in logs.splitlines() if "finished " in line]
+    return len(done) == len(set(done)) > 0
 
 
 def copy(home: Path, to: Path) -> Path:

@@ -126,13 +126,38 @@ def test_an_error_of_the_stage_is_the_callers_with_the_same_text(
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_stage_with_its_output_named(tmp_path: Path) -> None:
+def test_processes_are_started_again_when_one_is_killed_and_go_on_from_what_was_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Progress] = []
+
     def kill(progress: Progress) -> None:
-        if progress.step == 3:
+        told.append(progress)
+        if progress.step == 3 and not any(other.doing for other in told):
+            workers(tmp_path / "two")[1].kill()
+
+    one = run_stage(mask_recipe(), tmp_path / "one")
+    two = run_stage(mask_recipe(), tmp_path / "two", kill)
+    said = [progress.doing for progress in told if progress.doing]
+    assert said[0].startswith("process 1 of 2 was killed (SIGKILL)")
+    assert said[0].endswith("all are started again (1 of 3)")
+    assert said[1].startswith("resuming after step ")
+    assert two == one
+    assert all(torch.equal(mask, masks_of(tmp_path / "two")[name]) for name, mask in masks_of(tmp_path / "one").items())
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_ends_the_stage_with_its_output_named(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> None:
+        if progress.total and progress.step > (killed[-1] if killed else 0):
+            killed.append(progress.step)
             workers(tmp_path)[1].kill()
 
     with pytest.raises(StageError, match=r"process 1 of 2 was killed \(SIGKILL.*its output .*1/stderr\.log ends:"):
         run_stage(mask_recipe(epochs=40), tmp_path, kill)
+    assert len(killed) == 4
     assert not workers(tmp_path)
 
 
