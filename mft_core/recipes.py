@@ -67,7 +67,7 @@ class PrepareData(Recipe):
 
     mixture: tuple[MixturePart, ...] = Field(min_length=1)
     fraction: float = Field(1.0, gt=0, le=1, description="share of the mixture that is used")
-    max_length: int = Field(gt=1, description="tokens; longer examples are cut if they keep an assistant token")
+    max_length: int = Field(gt=1, description="tokens; longer examples keep the whole turns that fit")
     validation_rows: int = Field(0, ge=0, description="rows held out to choose checkpoints and learning rates")
     seed: int = Field(42, ge=0)
     overlap: float = Field(

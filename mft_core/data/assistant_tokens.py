@@ -1,8 +1,9 @@
 """Conversations to token sequences, with the loss on exactly what the assistant says.
 
 Each conversation is tokenised once, as a whole: pieces tokenised apart do not always add up to the tokens of the whole.
-The tokenizer's offsets carry over to tokens where the assistant speaks (`mft_core.data.chat_template`). The stage
-`prepare-data` encodes; whoever plans one asks before whether its rows will fit (`check_fits`).
+The tokenizer's offsets carry over to tokens where the assistant speaks (`mft_core.data.chat_template`). Of a long one
+the whole turns that fit are kept: an answer is learned to its end, or not at all. The stage `prepare-data` encodes;
+whoever plans one asks before whether its rows will fit (`check_fits`).
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ class Encoded:
     kept: np.ndarray
     """which conversation each sequence is of, int64 [N], ascending"""
     too_long: int
-    """conversations dropped: no assistant token within max_length"""
+    """conversations dropped: no answer ends within max_length"""
     cut: int
-    """sequences that lost their end to max_length"""
+    """sequences that lost turns to max_length"""
+    turns_left_out: int
+    """answers that they lost"""
 
 
 def encode(
@@ -44,26 +47,30 @@ def encode(
     """Encode conversations with the loss on assistant tokens only.
 
     Args:
-        max_length: tokens; longer sequences are cut at the right, and dropped when no assistant token is left.
+        max_length: tokens; longer sequences end with the last answer that ends within, and are dropped if none does.
         report: receives the number of conversations done.
 
     Raises:
         ConfigError: see `rendered`; or no conversation fits.
     """
-    examples, kept, needed, cut = [], [], [], 0
+    examples, kept, ends = [], [], []
+    cut = turns_left_out = 0
     for start in range(0, len(conversations), _BATCH):
         batch = conversations[start : start + _BATCH]
         wheres = [f"row {row} of the mixture" for row in range(start, start + len(batch))]
         for row, (ids, in_loss) in enumerate(_encode_batch(batch, wheres, tokenizer), start):
-            needed.append(_needed(in_loss))
-            if in_loss[:max_length].any():
-                examples.append((ids[:max_length], in_loss[:max_length]))
+            ends.append(_ends(in_loss))
+            if fit := _fitting(ids, ends[-1], max_length):
+                examples.append((ids[:fit], in_loss[:fit]))
                 kept.append(row)
-                cut += len(ids) > max_length
+                lost = int((ends[-1] > fit).sum())
+                cut += lost > 0
+                turns_left_out += lost
         report(start + len(batch))
     if conversations and not examples:
-        raise _none_fits(max_length, needed)
-    return Encoded(TokenDataset.from_examples(examples), np.asarray(kept, np.int64), len(needed) - len(kept), cut)
+        raise _none_fits(max_length, [int(each[0]) for each in ends])
+    too_long = len(ends) - len(kept)
+    return Encoded(TokenDataset.from_examples(examples), np.asarray(kept, np.int64), too_long, cut, turns_left_out)
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[list[dict[str, str]], str]]) -> None:
@@ -134,39 +141,49 @@ def check_fits(
             wheres, batch = zip(*source.sample[start : start + _BATCH], strict=True)
             encoded = _encode_batch(batch, wheres, tokenizer)
             for where, (ids, in_loss) in zip(wheres, encoded, strict=True):
-                needed.append(_needed(in_loss))
-                if in_loss[:max_length].any():
-                    limits.check(ids[:max_length], min(len(ids), max_length), where, tokenizer.convert_ids_to_tokens)
+                ends = _ends(in_loss)
+                needed.append(int(ends[0]))
+                if fit := _fitting(ids, ends, max_length):
+                    limits.check(ids[:fit], fit, where, tokenizer.convert_ids_to_tokens)
                 else:
                     long += 1
         too_long += source.rows * long / len(source.sample)
     drawn = sum(source.rows for source in sources)
     if too_long == drawn:
-        raise _none_fits(max_length, needed)
+        raise _none_fits(max_length, needed, limits)
     # a sample of so many rows is sure to a few points; of fewer, the stage itself says it
     margin = 0.0 if all(source.whole for source in sources) else 0.1 if drawn >= _SURE else 1.0
     if too_long / drawn > max_dropped + margin:
         enough = sorted(needed)[int((1 - max_dropped) * (len(needed) - 1))]
         raise ConfigError(
             f"data.max_length = {max_length}: about {too_long / drawn:.0%} of {drawn:,} rows are too long to keep an "
-            f"answer and would be dropped; runtime.max_dropped = {max_dropped:g} allows for {max_dropped:.0%}. Set "
-            f"max_length to at least {enough}, or, if it is meant so, a larger runtime.max_dropped."
+            f"answer and would be dropped; runtime.max_dropped = {max_dropped:g} allows for {max_dropped:.0%}. "
+            f"{_advice(enough, limits)}, or, if it is meant so, set a larger runtime.max_dropped."
         )
 
 
-def _needed(in_loss: np.ndarray) -> int:
-    """Return how many tokens it takes to keep the first answer whole."""
-    first = int(in_loss.argmax())
-    after = np.flatnonzero(~in_loss[first:])
-    return first + int(after[0]) if in_loss[first] and len(after) else len(in_loss)
+def _ends(in_loss: np.ndarray) -> np.ndarray:
+    """Return after how many tokens each answer ends; of a row without one, as if all of it were one."""
+    ends = np.flatnonzero(in_loss & ~np.append(in_loss[1:], False)) + 1
+    return ends if len(ends) else np.asarray([len(in_loss)])
 
 
-def _none_fits(max_length: int, needed: Sequence[int]) -> ConfigError:
+def _fitting(ids: np.ndarray, ends: np.ndarray, max_length: int) -> int:
+    """Return how many tokens to keep: all, those to the end of the last answer that ends within, or none."""
+    return len(ids) if len(ids) <= max_length else int(ends[ends <= max_length].max(initial=0))
+
+
+def _none_fits(max_length: int, needed: Sequence[int], limits: Limits | None = None) -> ConfigError:
     return ConfigError(
-        f"data.max_length = {max_length}: every one of the {len(needed):,} examples is too long to keep an assistant "
-        f"token; the shortest has {min(needed)} tokens to the end of its first answer. Set max_length to at least "
-        f"{min(needed)}."
+        f"data.max_length = {max_length}: every one of the {len(needed):,} examples is too long to keep an answer; "
+        f"the shortest has {min(needed)} tokens to the end of its first one. {_advice(min(needed), limits)}."
     )
+
+
+def _advice(needed: int, limits: Limits | None) -> str:
+    if limits and limits.positions is not None and needed > limits.positions:
+        return f"Shorten the rows: the model takes {limits.positions} tokens (max_position_embeddings)"
+    return f"Set max_length to at least {needed}"
 
 
 def _encode_batch(

@@ -27,7 +27,7 @@ def row(summary: Mapping[str, Any]) -> dict[str, int]:
 
 
 def told(summary: Mapping[str, Any]) -> str | None:
-    """Say how many rows were dropped and why, and how many lost their end; None where none did."""
+    """Say how many rows were dropped and why, and how many lost turns; None where none did."""
     rows = sum(summary["rows"])
     counts = {
         "there twice": summary["duplicates_removed"],
@@ -38,7 +38,9 @@ def told(summary: Mapping[str, Any]) -> str | None:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
     lost = sum(counts.values())
     parts = [f"{lost:,} of {rows:,} rows ({lost / rows:.0%}) were dropped: {reasons}"] if lost else []
-    parts += [f"{summary['cut']:,} were cut at max_length"] if summary["cut"] else []
+    if summary["cut"]:
+        turns = summary["turns_left_out"]
+        parts.append(f"{summary['cut']:,} lost {turns:,} answers at their end, which do not fit into max_length")
     return "; ".join(parts) or None
 
 

@@ -79,6 +79,8 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
         },
         "too_long": encoded.too_long,
         "cut": encoded.cut,
+        # said only then: where every turn fits, the artifact is the one of versions that cut turns in their middle
+        **({"turns_left_out": encoded.turns_left_out} if encoded.cut else {}),
     }
     check_dropped(lost, context.runtime.max_dropped)
     sources = [source_of[cleaned.kept[index]] for index in encoded.kept]

@@ -212,6 +212,8 @@ class ArtifactStore:
             return f"{MANIFEST}: missing or unreadable"
         if manifests.broken_seal(manifest, stage, key):
             return f"{MANIFEST}: does not match its own digest or key"
+        if wrong := manifests.outdated(manifest):
+            return wrong
         for name, entry in manifest["files"].items():
             problem = self._file_damage(directory / name, entry)
             if problem:

@@ -125,7 +125,7 @@ def _data(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what became of the mixtures' rows: what was dropped, and what is left to train on."""
     note = (
         "Rows of each mixture, and how many of them were dropped: those there twice, benchmark questions, those too "
-        "long to keep an answer within `data.max_length`. Rows that were cut there are among those used."
+        "long to keep an answer within `data.max_length`. Rows that lost their last turns there are among those used."
     )
     lines = [[value if name == "data" else _count(value) for name, value in row.items()] for row in rows]
     return f"{note}\n\n{grid([name.replace('_', ' ') for name in rows[0]], lines)}"

@@ -84,6 +84,7 @@ def _commit(
     if node.stage == "prepare-data":
         summary |= {
             "rows": [1_000, 293], "duplicates_removed": 3, "benchmark_questions": 30, "too_long": 1_234, "cut": 5,
+            "turns_left_out": 7,
             "benchmark_overlaps_removed": {"equal_question": 1, "shared_13_words": 1}, "left_out_by_fraction": 0,
             "train": {"examples": 46}, "validation": {"examples": 8},
         }  # fmt: skip

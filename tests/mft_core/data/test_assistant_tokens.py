@@ -175,21 +175,40 @@ def test_a_token_across_a_boundary_belongs_to_where_it_begins():
     assert learned == ["▁a", "is"]
 
 
-def test_a_long_example_is_cut_at_the_right_and_counted():
-    rows = [conversation("u:What?", "a:The answer is 7."), conversation("u:What?", "a:7.")]
-    whole = encode(rows, TOKENIZER, 1000)
-    length = int(whole.dataset.lengths[1])
-    cut = encode(rows, TOKENIZER, length)
-    assert (whole.cut, whole.too_long, cut.cut, cut.too_long) == (0, 0, 1, 0)
-    assert cut.dataset.example(0)[0].tolist() == whole.dataset.example(0)[0][:length].tolist()
-    assert cut.dataset.example(1)[0].tolist() == whole.dataset.example(1)[0].tolist()
+@pytest.mark.parametrize("template", [TOKENIZER.chat_template, UNMARKED], ids=["marked", "by prefix"])
+def test_of_a_long_conversation_the_whole_turns_that_fit_are_kept_and_the_others_counted(template):
+    tokenizer = with_template(template)
+    turns = [("u:What?", "a:The answer is 7."), ("u:Why?", "a:So it is."), ("u:Sure?", "a:Yes.")]
+    row = conversation(*(text for turn in turns for text in turn))
+    whole = encode([row], tokenizer, 1000)
+    ids, in_loss = whole.dataset.example(0)
+    assert (len(ids), whole.cut, whole.turns_left_out) == (whole.dataset.lengths[0], 0, 0)
+    for length in range(2, len(ids)):
+        try:
+            shorter = encode([row, conversation("u:1", "a:2")], tokenizer, length)
+        except ConfigError:
+            continue  # nothing fits at all
+        if shorter.too_long:
+            assert "The answer is 7.</s>" not in tokenizer.decode(ids[:length])
+            continue
+        kept, learned = shorter.dataset.example(0)
+        said = tokenizer.decode(kept[learned]).split("</s>")
+        assert said[-1] == ""  # the last one ends
+        assert said[:-1] == [answer[2:] for _, answer in turns][: len(said) - 1]
+        assert kept.tolist() == ids[: len(kept)].tolist()
+        assert (shorter.cut, shorter.turns_left_out) == (int(len(said) < 4), 4 - len(said))
+        assert learned.sum() == in_loss[: len(kept)].sum()
 
 
-def test_an_example_that_keeps_no_assistant_token_is_dropped_and_counted():
-    rows = [conversation("u:" + "What? " * 30, "a:7."), conversation("u:What?", "a:7.")]
+def test_an_example_that_keeps_no_whole_answer_is_dropped_and_counted():
+    rows = [
+        conversation("u:" + "What? " * 30, "a:7."),
+        conversation("u:?", "a:" + "7" * 30),
+        conversation("u:?", "a:7"),
+    ]
     encoded = encode(rows, TOKENIZER, 20)
-    assert encoded.kept.tolist() == [1]
-    assert encoded.too_long == 1
+    assert encoded.kept.tolist() == [2]
+    assert encoded.too_long == 2
     assert all(encoded.dataset.example(i)[1].any() for i in range(len(encoded.dataset)))
 
 
@@ -304,7 +323,10 @@ def test_token_ids_and_lengths_that_the_model_does_not_take_are_refused_with_the
         check_fits([drawn("8")], TOKENIZER, 100, 0.5, Limits(most, None))
     with pytest.raises(ConfigError, match=rf"file line 1: {len(ids)} tokens .*takes {len(ids) - 1} positions"):
         check_fits([drawn("8")], TOKENIZER, 100, 0.5, Limits(1_000, len(ids) - 1))
-    check_fits([drawn("8")], TOKENIZER, len(ids) - 1, 0.5, Limits(1_000, len(ids) - 1))  # it is cut
+    long = drawn("8", "9", question="What is it, and why is it so?")
+    for sources, said in (([long], "every one of the 2 "), ([long, drawn("7")], "about 67% of 3")):
+        with pytest.raises(ConfigError, match=rf"{said}.*Shorten the rows: the model takes {len(ids)} tokens"):
+            check_fits(sources, TOKENIZER, len(ids), 0.5, Limits(1_000, len(ids)))
 
 
 def test_the_check_uses_the_chat_template_that_replaces_the_tokenizers_own(tmp_path):

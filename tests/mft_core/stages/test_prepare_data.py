@@ -76,6 +76,20 @@ def test_the_report_accounts_for_every_row(world, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == summary
 
 
+def test_turns_that_do_not_fit_are_left_out_told_and_in_the_report_only_then(world, tmp_path):
+    turns = [message for n in range(4) for message in chat(f"{n} and", f"{n} it is")["messages"]]
+    rows = [*(chat(f"{n}-{n}", "0") for n in range(9)), {"messages": turns}]
+    changes = {"source-1": write(tmp_path / "turns.jsonl", rows), "mixture": (MixturePart(rows=20), MixturePart())}
+    whole, _ = prepare(world, tmp_path / "whole", **changes, max_length=400)
+    assert "turns_left_out" not in whole
+    longest = max(whole[part]["longest"] for part in ("train", "validation"))
+    cut, parts = prepare(world, tmp_path / "cut", **changes, max_length=longest - 1)
+    assert (cut["cut"], cut["turns_left_out"]) == (1, 1)
+    assert told(cut).endswith("1 lost 1 answers at their end, which do not fit into max_length")
+    (long,) = [text for text in texts(parts["train"]) + texts(parts["validation"]) if "and" in text]
+    assert long.endswith("2 it is</s>")
+
+
 def test_neither_a_benchmark_question_nor_a_validation_row_stands_in_the_training_data(world, tmp_path):
     _, parts = prepare(world, tmp_path / "out")
     train, validation = (set(texts(parts[name])) for name in ("train", "validation"))
@@ -143,14 +157,14 @@ def test_a_chat_template_that_is_given_replaces_the_tokenizers_own(world, tmp_pa
     assert texts(given["train"]) == texts(own["train"])
 
 
-def test_too_long_and_cut_rows_are_counted(world, tmp_path):
+def test_rows_of_which_no_answer_fits_are_counted(world, tmp_path):
     long = write(
         tmp_path / "long.jsonl", [*(chat("x" * 99, "1") for _ in range(1)), chat("1", "y" * 99), chat("1", "2")]
     )
     summary, parts = prepare(
         world, tmp_path / "out", **{"source-1": long}, mixture=(MixturePart(), MixturePart()), max_length=30
     )
-    assert (summary["too_long"], summary["cut"]) == (1, 1)
+    assert (summary["too_long"], summary["cut"]) == (2, 0)
     assert parts["train"].lengths.max() <= 30
 
 
@@ -241,5 +255,3 @@ def test_rows_that_are_there_twice_are_no_loss(world, tmp_path):
 def test_nothing_is_told_where_nothing_was_dropped(world, tmp_path):
     given = {"source-0": world / "products.jsonl", "mixture": (MixturePart(),), "validation_rows": 0}
     assert told(prepare(world, tmp_path / "out", **given)[0]) is None
-    cut = prepare(world, tmp_path / "cut", max_length=16, **given)[0]
-    assert told(cut) == f"{cut['cut']} were cut at max_length"

@@ -17,6 +17,7 @@ import pytest
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.store.artifacts import ArtifactStore
+from tests.mft_core.store.test_artifacts import OUTDATED, make_stage
 from tests.support.shared_builder import SECONDS, writes
 
 RUNTIME = Runtime()
@@ -59,6 +60,19 @@ def machine(tmp_path, url, name):
 
 def build(store, runs, task="a", **options):
     return store.build(writes(runs), Evaluate(task=task), {}, RUNTIME, **options)
+
+
+def test_what_an_earlier_version_got_wrong_is_replaced_for_all_machines(tmp_path, url):
+    old = make_stage(name="prepare-data", change=lambda recipe, inputs, out, context: OUTDATED)
+    new, recipe = make_stage(name="prepare-data"), Evaluate(task="a")
+    first, second, third = (machine(tmp_path, url, name) for name in ("first", "second", "third"))
+    wrong = first.build(old, recipe, {}, RUNTIME).ref
+    right = second.build(new, recipe, {}, RUNTIME)
+    assert (right.computed, right.ref.key) == (True, wrong.key)
+    for store in (first, third):
+        taken = store.build(new, recipe, {}, RUNTIME)
+        assert (taken.computed, taken.ref) == (False, right.ref)
+        assert (taken.ref.local_path(store) / "other.txt").read_text() == "whole\n"
 
 
 def start(tmp_path, url, name, runs, *keys):
