@@ -48,7 +48,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 256,
+        "vocab_size": 400,
         "tie_word_embeddings": True,
     },
 }
