@@ -60,6 +60,11 @@ class Method:
         """Whether it cannot be had where nothing is known but the fine-tuned model."""
         return self.sees_base or (self.starts_from == "base" and self.name != "fft")
 
+    @property
+    def needs_fine_tuning(self) -> bool:
+        """Whether it is made of states of the fine-tuning, and cannot be had of a model that is fine-tuned already."""
+        return "averaged" in self.sections
+
 
 _DATA = frozenset({"data", "fine_tune"})
 _LORA = _DATA | {"lora"}
@@ -70,8 +75,17 @@ _ROWS = (
     Method("fft", "FFT", "reference", _DATA, seeded=False, starts_from="base"),
     Method("existing", "existing", "treatment", _DATA | {"existing"}, seeded=False, color="#117733", marker="X"),
     Method("wise-ft", "WiSE-FT", "treatment", _DATA | {"interpolation"}, seeded=False, color="#332288", marker="d"),
+    Method(
+        "checkpoint-average", "average of checkpoints", "treatment", _DATA | {"averaged"}, seeded=False,
+        color="#6699CC", marker="1",
+    ),
+    Method(
+        "fft-again", "FFT, measured again", "control", _DATA | {"answered_together"}, seeded=False, color="#BBBBBB",
+        marker="2",
+    ),
     Method("continued-fft", "continued FFT", "treatment", _DATA | {"continued"}, color="#CC79A7", marker=">"),
     Method("lora", "LoRA", "treatment", _LORA, starts_from="base", marker="h"),  # `fine_tune` is what it stands beside
+    Method("shira", "SHiRA", "treatment", _LORA, starts_from="base", color="#117799", marker="+"),
     Method("continued-lora", "LoRA on FFT", "treatment", _LORA, color="#9A9A9A", marker="p"),
     Method(
         "mft", "MFT", "treatment", _MASK, color="#0072B2", marker="o", selector="learned", trained=True, scopes=_LEARNED
@@ -148,6 +162,8 @@ def uses(method: str, key: str) -> bool:
             "granularity": row.granular,
         }
         return looked_at.get(name.split(".")[0], True)
+    if method == "shira" and section == "lora":
+        return name not in ("alpha", "dropout")  # which belong to low-rank factors
     return section in row.sections | _OF_ALL
 
 

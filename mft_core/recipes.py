@@ -132,6 +132,9 @@ class FineTune(Recipe):
 
     training: Training
     lora: Lora | None = None
+    sparse: bool = Field(
+        False, description="SHiRA: of each matrix, as many entries as the adapters' numbers, drawn at random"
+    )
 
 
 def _listed(selectors: frozenset[str]) -> str:
@@ -209,10 +212,13 @@ class Interpolate(Recipe):
 
 
 class PickCheckpoint(Recipe):
-    """Recipe of the stage `pick-checkpoint`: one of the states that a training with keep 'all' has left."""
+    """Recipe of the stage `pick-checkpoint`: one of the states that a training with keep 'all' has left, or the mean
+    of it and those before it.
+    """
 
     point: int = Field(gt=0, description="1 is the first validation")
     of: int = Field(gt=0, description="validations of the training")
+    averaged: int = Field(1, gt=0, description="states whose weights are averaged, the last of them at `point`")
 
 
 class Evaluate(Recipe):
@@ -235,6 +241,9 @@ class Evaluate(Recipe):
     allow_code: bool = Field(False, description="run the code that a local-file task names")
     engine: Engine = "hf"
     engine_version: str | None = Field(None, description="of vLLM; of a server, what its owner says that it is")
+    answered_together: int | None = Field(
+        None, gt=0, description="sequences decoded together, where that is what is studied; null: as the runtime says"
+    )
 
 
 class Compare(Recipe):

@@ -48,7 +48,7 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
             report: told how many items are answered.
         """
         self._prompt(tokenizer, end, report)
-        self._fixed = runtime.eval_batch_size
+        self._fixed = recipe.answered_together or runtime.eval_batch_size
         self._number = 4 if recipe.precision == "float32" else 2
         self._geometry = read_geometry(read_config(path).to_dict(), path)
         with PROCESS_WIDE:

@@ -69,7 +69,8 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
             base_url=f"{url}/completions",
             tokenizer_backend="huggingface",
             tokenizer=str(path),
-            num_concurrent=max(2, runtime.eval_batch_size or TOGETHER),  # lm-eval asks for one by one otherwise
+            # lm-eval asks for one by one otherwise
+            num_concurrent=max(2, recipe.answered_together or runtime.eval_batch_size or TOGETHER),
             max_length=resolve_max_length(read_config(path), tokenizer),
             add_bos_token=not recipe.apply_chat_template,
             seed=recipe.seed,

@@ -1,4 +1,4 @@
-"""Stage `fine-tune`: every weight is trained, or with LoRA low-rank adapters that are then merged into the weights.
+"""Stage `fine-tune`: every weight is trained, or adapters (LoRA's, SHiRA's) that are then merged into the weights.
 
 From a base model, or (continued) from another fine-tune's artifact; the result is an ordinary checkpoint either way.
 """
@@ -94,7 +94,8 @@ def _trainable(recipe: FineTune, model: PreTrainedModel) -> FullTuner | LoraTune
     optimizer = optimizer_factory(recipe.training)
     if recipe.lora is None:
         return (ShardedTuner if is_divided(model) else FullTuner)(model, optimizer=optimizer)
-    return LoraTuner(model, find_sites(model), recipe.lora, seed=recipe.training.seed, optimizer=optimizer)
+    seed = recipe.training.seed
+    return LoraTuner(model, find_sites(model), recipe.lora, seed=seed, optimizer=optimizer, sparse=recipe.sparse)
 
 
 def _set_chat_template(checkpoint: Path, template: Path) -> None:

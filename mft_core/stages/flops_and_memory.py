@@ -19,7 +19,7 @@ from typing import Any
 from mft_core.geometry import ROOM, Geometry, Matrix, decoded_together, layer_bytes, of_a_sequence
 from mft_core.layers import parse_layers
 from mft_core.methods import SELECTORS
-from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, PredictLayers, Training
+from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, PickCheckpoint, PredictLayers, Training
 from mft_core.stage import Facts, Needs
 
 PROCESS = 600_000_000
@@ -70,9 +70,13 @@ def interpolate(recipe: Any, facts: Facts) -> Needs:
     return _needs(memory, seconds=3 * stored / _DISK, left=stored)
 
 
-def pick_checkpoint(recipe: Any, facts: Facts) -> Needs:
-    """Files are linked, not copied."""
-    return _needs()
+def pick_checkpoint(recipe: PickCheckpoint, facts: Facts) -> Needs:
+    """Files are linked, not copied; or several models are read, one after the other, and their mean written."""
+    if recipe.averaged == 1:
+        return _needs()
+    stored = NUMBER[facts.precision] * facts.geometry.weights
+    memory: dict[str, float] = {"weights": 2 * stored, "sums": 4 * facts.geometry.weights}
+    return _needs(memory, seconds=(recipe.averaged + 1) * stored / _DISK, left=stored)
 
 
 def merge_mask(recipe: Any, facts: Facts) -> Needs:
@@ -86,17 +90,19 @@ def fine_tune(recipe: FineTune, facts: Facts) -> Needs:
     geometry, training, number = facts.geometry, recipe.training, NUMBER[recipe.training.precision]
     head, lora = geometry.vocabulary * geometry.hidden, recipe.lora
     trained = geometry.adapters(lora.rank) if lora else geometry.weights
-    own = 6 * trained if lora else forward(geometry, 0)
+    own = 6 * trained if lora and not recipe.sparse else forward(geometry, 0)
     lean = lora is not None or training.optimizer == "adamw-8bit"  # weights have the recipe's precision themselves
     mixed = number == 2 and not lean
     stored = number if lean else 4
     parts = facts.runtime.processes if facts.runtime.shard and not lora else 1
     kept = [_kept(geometry, number, True, True) + (4 + number) * 2 * geometry.hidden * mixed] * len(geometry.layers)
+    copied = (max if facts.runtime.gradient_checkpointing else sum)([0, *map(_weights, geometry.layers)])
     gathered = (stored + 4) * (2 * head + 2 * max(map(_weights, geometry.layers), default=0))
     memory = {
         "weights": stored * geometry.weights / parts,
         **_trained(training, trained / parts),
         "adapters": 4 * trained if lora else 0,
+        "adapted copies of the weights": stored * copied if recipe.sparse else 0,
         "weights gathered from all processes": gathered if parts > 1 else 0,
         "weights in bfloat16": 2 * (geometry.weights - head) if mixed else 0,
         "activations": max(
@@ -161,7 +167,7 @@ def evaluate(recipe: Evaluate, facts: Facts) -> Needs:
     longest = min(prompt + ANSWER, geometry.context or math.inf)
     cached, working = of_a_sequence(geometry, number, longest, min(prompt, longest))
     fitting = decoded_together(facts.items, cached + working, ROOM["cpu" if facts.cpu else "cuda"])
-    rows = facts.runtime.eval_batch_size or fitting
+    rows = recipe.answered_together or facts.runtime.eval_batch_size or fitting
     steps, length = math.ceil(facts.items / rows) * facts.answer, facts.prompt + facts.answer / 2
     head = 2 * geometry.vocabulary * geometry.hidden  # of a prompt, the last token alone has logits
     read = facts.items * facts.prompt * (forward(geometry, facts.prompt) - head)

@@ -1,4 +1,5 @@
-"""LoRA (Hu et al., 2021), the baseline that leaves the weights frozen, as masks do: W + (alpha / rank) · B A.
+"""LoRA (Hu et al., 2021), the baseline that leaves the weights frozen, as masks do: W + (alpha / rank) · B A; and SHiRA
+(Bhardwaj et al., 2024), which changes as many entries of W as that has numbers, drawn at random.
 
 `peft` puts the adapters into the model, in place of the layers they adapt, and merges them in the end; in between the
 model keeps its class, so the loop trains it like any other. Used by the stage `fine-tune`.
@@ -8,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, LoraModel, ShiraConfig, ShiraModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,17 +29,18 @@ _ADAPTER = "default"
 
 
 class LoraTuner(ParameterTuner):
-    """Trains low-rank adapters (float32) of a model whose weights are frozen, in whatever dtype they are.
+    """Trains low-rank or sparse adapters (float32) of a model whose weights are frozen, in whatever dtype they are.
 
-    A starts uniform in ±1/sqrt(inputs), B at zero: training starts at the model itself. State and snapshots hold the
-    adapters only.
+    A starts uniform in ±1/sqrt(inputs), B and sparse adapters at zero: training starts at the model itself. State and
+    snapshots hold the adapters only.
 
     Args:
         model: the decoder; its adapted layers are replaced until `merge`.
         sites: the matrices to adapt. Matrices that share one parameter (experts) have adapters of this rank each.
         lora: rank, scale, dropout.
-        seed: of A.
+        seed: of A, or of the sparse adapters' places.
         optimizer: makes the optimizer of the adapters.
+        sparse: SHiRA; of `lora`, the rank alone says something.
 
     Raises:
         ConfigError: the adapters cannot be put into this model as `lora` has them.
@@ -46,12 +49,24 @@ class LoraTuner(ParameterTuner):
     state_kind = "LoraOptimizer"
 
     def __init__(
-        self, model: PreTrainedModel, sites: Sequence[Site], lora: Lora, *, seed: int, optimizer: OptimizerFactory
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        lora: Lora,
+        *,
+        seed: int,
+        optimizer: OptimizerFactory,
+        sparse: bool = False,
     ) -> None:
-        config = _peft_config(sites, lora)
         with own_randomness(model.device):  # peft draws first values of its own
-            self._tuner = LoraModel(model, config, _ADAPTER)
-        adapters = {name: weight for name, weight in model.named_parameters() if f".{_ADAPTER}." in name}
+            self._tuner: LoraModel | ShiraModel
+            if sparse:
+                check_sparse(sites, lora.rank, (model.get_parameter(site.parameter).shape for site in sites))
+                torch.sparse.check_sparse_tensor_invariants.disable()  # the default, but torch would warn of it
+                self._tuner = ShiraModel(model, _shira_config(model, sites, lora.rank, seed), _ADAPTER)
+            else:
+                self._tuner = LoraModel(model, _peft_config(sites, lora), _ADAPTER)
+        adapters = {name: weight for name, weight in model.named_parameters() if f".{self._tuner.prefix}" in name}
         for name, weight in adapters.items():
             _initialise(weight, name, seed)
         super().__init__(model, adapters, optimizer=optimizer)
@@ -70,6 +85,38 @@ def check_lora(sites: Sequence[Site], lora: Lora) -> None:
             f"lora.dropout = {lora.dropout}: {stacked[0]} holds the matrices of several experts, whose adapters can "
             "have no dropout of their input; set it to 0."
         )
+
+
+def check_sparse(sites: Sequence[Site], rank: int, shapes: Iterable[Sequence[int]]) -> None:
+    """Raise a ConfigError if matrices of these shapes cannot have sparse adapters of this rank's count."""
+    other = next((site for site in sites if site.index is not None or site.transposed), None)
+    if other:
+        raise ConfigError(
+            f"method shira: {other.parameter} is no plain linear layer, which peft's sparse adapters need; leave shira "
+            "out."
+        )
+    most = min(int(rows * columns / (rows + columns)) for rows, columns in shapes)
+    if rank > most:
+        raise ConfigError(
+            f"lora.rank = {rank}: sparse adapters of that rank would have more numbers than the smallest matrix; "
+            f"valid: 1 to {most}."
+        )
+
+
+def _shira_config(model: PreTrainedModel, sites: Sequence[Site], rank: int, seed: int) -> ShiraConfig:
+    modules = {model.get_submodule(name): name for name in (site.parameter.removesuffix(".weight") for site in sites)}
+
+    def places(layer: nn.Linear, rank: int, **_: Any) -> torch.Tensor:
+        """Draw rank · (outputs + inputs) entries: the same ones on every device, whatever else is adapted."""
+        weight = layer.weight
+        drawn = torch.randperm(weight.numel(), generator=seeded_generator(seed, f"shira {modules[layer]}"))
+        chosen = torch.zeros(weight.numel(), dtype=torch.bool)
+        chosen[drawn[: rank * sum(weight.shape)]] = True
+        return chosen.view(weight.shape).to(weight.device)
+
+    config = ShiraConfig(r=rank, target_modules="|".join(map(re.escape, modules.values())))
+    config.mask_fn = places  # type: ignore[assignment]  # which peft's documentation asks for
+    return config
 
 
 def _peft_config(sites: Sequence[Site], lora: Lora) -> LoraConfig:

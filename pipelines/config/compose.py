@@ -29,7 +29,8 @@ Point = tuple[Setup, dict[str, Any]]
 _FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
 _SETTABLE = (
     *("precision", "engine", "engine_version"),
-    *("model", "base", "data", "fine_tune", "existing", "interpolation", "continued", "lora", "mask", "benchmarks"),
+    *("model", "base", "data", "fine_tune", "existing", "interpolation", "averaged", "answered_together"),
+    *("continued", "lora", "mask", "benchmarks"),
 )
 
 

@@ -175,6 +175,12 @@ class Setup(Recipe):
     fine_tune: Training | None = Field(None, description="null: the model has been fine-tuned before")
     base: ModelSpec | None = Field(None, description="without fine_tune: what the model was fine-tuned from")
     interpolation: float = Field(0.5, ge=0, le=1, description="of method 'wise-ft': share of the fine-tuned weights")
+    averaged: Annotated[int, Field(ge=2)] | Literal["all"] = Field(
+        "all", description="of method 'checkpoint-average': how many validated states of the fine-tuning, the last ones"
+    )
+    answered_together: int = Field(
+        16, gt=0, description="of method 'fft-again': sequences decoded together, instead of runtime.eval_batch_size"
+    )
     existing: str | None = Field(
         None, description="of method 'existing': directory of a mask or checkpoint, a hub name"
     )
@@ -229,6 +235,16 @@ class Setup(Recipe):
     def _lora_is_described(self) -> Setup:
         if "lora" in METHODS[self.method].sections and self.lora is None:
             raise ValueError(f"method '{self.method}' needs the section lora; give lora.training, as for fine_tune")
+        return self
+
+    @model_validator(mode="after")
+    def _averaged_states_are_kept(self) -> Setup:
+        wanted = 2 if self.averaged == "all" else self.averaged
+        if METHODS[self.method].needs_fine_tuning and self.fine_tune and self.fine_tune.validations < wanted:
+            raise ValueError(
+                f"averaged = {self.averaged}: the fine-tuning has {self.fine_tune.validations} validated states; set "
+                f"fine_tune.validations to {wanted} or more"
+            )
         return self
 
     @model_validator(mode="after")

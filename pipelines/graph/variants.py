@@ -120,6 +120,8 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
     elif "interpolation" in method.sections:
         inputs = {"model": model, "base": _whole(_base(resolved))}
         trained = Node("interpolate", Interpolate(alpha=setup.interpolation), inputs, f"interpolate{suffix}")
+    elif "averaged" in method.sections:
+        trained = _averaged(resolved, _of_fine_tuning(details), names, suffix)
     elif method.selector:
         trained = _mask(resolved, model, suffix)
     elif "existing" in method.sections:
@@ -250,11 +252,22 @@ def _template(model: ResolvedModel, checkpoint: Source | Edge) -> dict[str, Sour
     return {"chat_template": model.template} if model.template else {}
 
 
-def _fine_tuned(resolved: Resolved, details: Mapping[str, Any], names: Mapping[str, str]) -> Node:
+def _fine_tuned(
+    resolved: Resolved, details: Mapping[str, Any], names: Mapping[str, str], *, keep_all: bool = False
+) -> Node:
     setup, model = resolved.setup, _whole(resolved.model)
-    suffix = _suffix(setup, details, names)
+    training = setup.fine_tuning.model_copy(update={"keep": "all"}) if keep_all else setup.fine_tuning
+    suffix = _suffix(setup, details, names) + (" keep=all" if training != setup.fine_tuning else "")
     inputs = {"model": model, "data": Edge(training_data(resolved)), **_template(resolved.model, model)}
-    return Node("fine-tune", FineTune(training=setup.fine_tuning), inputs, f"fine-tune {setup.domain}{suffix}")
+    return Node("fine-tune", FineTune(training=training), inputs, f"fine-tune {setup.domain}{suffix}")
+
+
+def _averaged(resolved: Resolved, details: Mapping[str, Any], names: Mapping[str, str], suffix: str) -> Node:
+    """Average the last states of the fine-tuning, once more trained to keep them all: `fft` keeps its best alone."""
+    training = _fine_tuned(resolved, details, names, keep_all=True)
+    states, averaged = resolved.setup.fine_tuning.validations, resolved.setup.averaged
+    recipe = PickCheckpoint(point=states, of=states, averaged=states if averaged == "all" else averaged)
+    return Node("pick-checkpoint", recipe, {"training": Edge(training)}, f"average {resolved.setup.domain}{suffix}")
 
 
 def _continued(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
@@ -270,11 +283,12 @@ def _continued(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
 
 
 def _adapted(resolved: Resolved, of: ResolvedModel, model: Source | Edge, suffix: str) -> Node:
-    """Fine-tune low-rank adapters of a model, the base or a fine-tuned one, which is made of `of`."""
+    """Fine-tune adapters of a model, the base or a fine-tuned one, which is made of `of`."""
     setup, spec = resolved.setup, resolved.setup.lora
     assert spec is not None  # the setup's validator sees to it
-    lora = Lora.model_validate(spec.model_dump(exclude={"training"}))
-    recipe = FineTune(training=_seeded(spec.training, setup), lora=lora)
+    sparse = setup.method == "shira"
+    lora = Lora(rank=spec.rank, dropout=0) if sparse else Lora.model_validate(spec.model_dump(exclude={"training"}))
+    recipe = FineTune(training=_seeded(spec.training, setup), lora=lora, sparse=sparse)
     inputs: dict[str, Source | Edge] = {"model": model, "data": Edge(training_data(resolved)), **_template(of, model)}
     return Node("fine-tune", recipe, inputs, f"{setup.method} {setup.domain} seed={setup.seed}{suffix}")
 
@@ -335,6 +349,8 @@ def _evaluation(
 ) -> Node:
     asked = bench.model_dump(exclude={"name", "path"}, exclude_defaults=True)
     setup = resolved.setup
+    if uses(setup.method, "answered_together"):
+        asked["answered_together"] = setup.answered_together
     recipe = Evaluate(**asked, precision=setup.precision, engine=setup.engine, engine_version=setup.engine_version)
     inputs: dict[str, Source | Edge] = {"model": model, **_template(of, model)}
     inputs["benchmark" if bench.path else "harness"] = asked_of

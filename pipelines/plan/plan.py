@@ -75,10 +75,13 @@ class Plan:
         """What a reader of the tables must know of the models."""
         given = any(item.resolved.setup.fine_tune is None for item in self.variants)
         left_out = sorted({spec.method for spec in self.study.variants} - {item.setup.method for item in self.variants})
+        stateless = [method for method in left_out if METHODS[method].needs_fine_tuning]
+        baseless = [method for method in left_out if method not in stateless]
         return (
             *dict.fromkeys(note for item in self.variants for note in item.resolved.model.notes),
             *(("FFT is the fine-tuned model that was given; it was not trained here.",) if given else ()),
-            *((f"Left out, since the profile names no `base`: {', '.join(left_out)}.",) if left_out else ()),
+            *((f"Left out, since the profile names no `base`: {', '.join(baseless)}.",) if baseless else ()),
+            *((f"Left out, since nothing is fine-tuned here: {', '.join(stateless)}.",) if stateless else ()),
         )
 
     def needs(self, node: Node) -> Needs:
@@ -223,11 +226,9 @@ def _graph(
 ) -> tuple[list[Variant], Search | None]:
     """Return the study's variants and its search, walked as far as the store holds the trials."""
     grid = {key for spec in study.families for key in spec.grid}
-    possible = [(resolved, point) for resolved, point in own if resolved.base or not _needs_base(resolved)]
+    possible = [(resolved, point) for resolved, point in own if not _lacks(resolved)]
     if not possible:
-        raise ConfigError(
-            f"study {study.name}: all its variants need what the model was fine-tuned from; name it as `base:`."
-        )
+        raise ConfigError(f"study {study.name}: no variant can be had: {_lacks(own[0][0])}.")
     asked = [variant(resolved, point, grid) for resolved, point in possible]
     if not searched:
         return _distinct(asked, study), None
@@ -235,8 +236,14 @@ def _graph(
     return _distinct([*asked, *(trial.variant for trial in search.chosen.values())], study), search
 
 
-def _needs_base(resolved: Resolved) -> bool:
-    return METHODS[resolved.setup.method].needs_base
+def _lacks(resolved: Resolved) -> str:
+    """Say what is missing for the setup's method where the model has been fine-tuned before; '': nothing."""
+    method = METHODS[resolved.setup.method]
+    if method.needs_base and not resolved.base:
+        return "what the model was fine-tuned from is not known; name it as `base:`"
+    if method.needs_fine_tuning and not resolved.setup.fine_tune:
+        return "the model's fine-tuning has left no states; describe it as `fine_tune:`"
+    return ""
 
 
 def _known_losses(store: ArtifactStore, trials: Sequence[Trial]) -> list[float | None]:

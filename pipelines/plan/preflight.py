@@ -166,7 +166,7 @@ def _check_models(asked: Sequence[Resolved]) -> None:
     from mft_core.layers import parse_layers
     from mft_core.masks.sites import choose_sites, find_sites
     from mft_core.selectors import wanda
-    from mft_core.training.lora import check_lora
+    from mft_core.training.lora import check_lora, check_sparse
 
     sites: dict[ModelSpec, list] = {}
     for resolved in asked:
@@ -179,7 +179,10 @@ def _check_models(asked: Sequence[Resolved]) -> None:
         if method.selector or uses(setup.method, "lora"):
             if spec not in sites:
                 sites[spec] = find_sites(skeleton(directory))
-            if setup.lora and uses(setup.method, "lora"):
+            if method.name == "shira" and setup.lora:
+                every = [matrix for layer in resolved.model.geometry.layers for matrix in layer]
+                check_sparse(sites[spec], setup.lora.rank, [(matrix.outputs, matrix.inputs) for matrix in every])
+            elif setup.lora and uses(setup.method, "lora"):
                 check_lora(sites[spec], setup.lora)
         if method.selector:
             layers = parse_layers(setup.mask.layers, len(resolved.model.geometry.layers))

@@ -43,9 +43,9 @@ GOLDEN = {
 }
 GOLDEN_DEFAULTS = {
     "prepare-data": "4182137f08ec7d01faaab7067bc479ab7ebd3381f7fd8d7b67b6f60c1b019cb3",
-    "fine-tune": "a8cf0332c9d179967b205de0eb070f21c67e525d3f4b10d14185d3fa5ebcee7a",
+    "fine-tune": "614a1487074b1c92df19673d4fa8281517755469e05847742da3a32b4598b2e2",
     "learn-mask": "1747ef0fd0c52c36ac5e32ecdb968828305d3ccab392f0102b48dadf271194a5",
-    "evaluate": "385eeda7bc4968025e837bd67090a223739063b58284bcb7c741cab4024c2ae1",
+    "evaluate": "57beaf07c485883327ef0fa2afe72ace84b5f33e6f8d40010c5f11ba4fd87762",
     "anatomy": "4e75ae36d86c437d7e3206e19b0af73da9f3909cc57a20361fa7042d10f47251",
     "landscape": "6106c61f414dadbe1f2ccb19d367b92a0f817900864dc80150bde3392aa033c9",
     "predict-layers": "c3d0ba30baf3e0f1ce60e34e58f5bd7f64e0b6d7bfc3990732696f9787b36d7a",

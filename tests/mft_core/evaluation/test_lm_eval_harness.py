@@ -199,6 +199,13 @@ def test_progress_ends_at_the_number_of_items(model: Path, benchmark: Path):
     assert seen[-1].metrics["tokens_per_second"] > 0
 
 
+def test_a_recipe_that_studies_the_batch_size_decides_over_the_runtime(model: Path, benchmark: Path):
+    seen: list[Progress] = []
+    recipe = RECIPE.model_copy(update={"answered_together": 9})
+    evaluate(recipe, model, benchmark, Runtime(eval_batch_size=10), seen.append)
+    assert sorted({p.step for p in seen}) == [0, 9, 18, 24]
+
+
 @pytest.mark.parametrize(("choices", "total"), [(["a dozen", "two dozens"], 48), (["1", "2"], 24)])
 def test_log_likelihoods_tell_their_progress_too(model: Path, tmp_path: Path, choices: list[str], total: int):
     changes = {"output_type": "multiple_choice", "doc_to_choice": choices, "doc_to_target": "0"}

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mft_core.checkpoints.files import check_written
@@ -71,6 +72,21 @@ def test_every_kept_state_is_that_of_a_training_that_ends_there(kind, tmp_path):
         if (picked / "model").exists():
             check_written(picked / "model")
     assert not same(tmp_path / "picked-1", tmp_path / "picked-3")
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_average_has_the_mean_of_the_last_states_in_every_weight(kind, tmp_path):
+    every = train(tmp_path, "every", kind, keep="all", validations=3, learning_rate=0.03)
+    out = tmp_path / "average"
+    out.mkdir()
+    recipe = PickCheckpoint(point=3, of=3, averaged=2)
+    found = get_stage("pick-checkpoint").run(recipe, {"training": every}, out, make_context(out))
+    assert found == {"averaged_steps": [7, 10], "steps": 10}
+    check_written(out / "model")
+    first, second = (content(every / "checkpoints" / step) for step in ("7", "10"))
+    for name, weight in content(out).items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
+        assert kind == "lora" or not torch.equal(weight, second[name]), name
 
 
 @pytest.mark.parametrize("kind", ["full", "learned"])

@@ -62,6 +62,46 @@ def test_adapters_learn_and_merging_them_changes_no_output_and_no_other_weight(f
         assert torch.linalg.matrix_rank(site.of(merged) - site.of(base), tol=1e-5) <= 4
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_sparse_adapters_change_as_many_entries_as_low_rank_ones_have_numbers(family: str, tmp_path: Path) -> None:
+    changed = []
+    for seed in (1, 1, 2):
+        model, recipe = make_model(family), make_recipe(epochs=4)
+        base, sites, factory = content(model), find_sites(model), optimizer_factory(recipe)
+        shira = LoraTuner(model, sites, Lora(rank=4, dropout=0), seed=seed, optimizer=factory, sparse=True)
+        history = train(shira, make_data(), recipe, make_context(tmp_path / str(len(changed))))
+        assert history.rows[-1]["loss"] < history.rows[0]["loss"] - 0.1
+        model.eval()
+        ids = torch.arange(3, 15).unsqueeze(0)
+        with torch.no_grad():
+            adapted = model(input_ids=ids).logits
+            shira.merge()
+            assert torch.allclose(model(input_ids=ids).logits, adapted, atol=1e-5)
+        merged = model.state_dict()
+        places = {name: merged[name] != base[name] for name in base}
+        for site in sites:  # an entry whose gradient is zero stays
+            assert 0.9 < int(places[site.parameter].sum()) / (4 * sum(base[site.parameter].shape)) <= 1
+        assert {name for name in base if places[name].any()} == {site.parameter for site in sites}
+        changed.append(merged)
+    first, again, other = changed
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name] != base[name], other[name] != base[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("family", "rank", "message"),
+    [
+        ("gpt2", 4, "no plain linear layer"),
+        ("mixtral", 4, "no plain linear layer"),
+        ("llama", 500, r"lora.rank = 500: .*valid: 1 to \d+"),
+    ],
+)
+def test_sparse_adapters_that_cannot_be_are_refused_in_words(family: str, rank: int, message: str) -> None:
+    model, factory = make_model(family), optimizer_factory(make_recipe())
+    with pytest.raises(ConfigError, match=message):
+        LoraTuner(model, find_sites(model), Lora(rank=rank, dropout=0), seed=1, optimizer=factory, sparse=True)
+
+
 @pytest.mark.parametrize(("family", "name"), [("llama", "mlp.up_proj"), ("gpt2", "mlp.c_fc")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_merged_weight_is_the_base_plus_the_scaled_product(family: str, name: str, dtype: torch.dtype) -> None:

@@ -61,7 +61,12 @@ def test_nothing_is_fine_tuned_and_every_gain_is_against_the_given_checkpoint(fo
     against = {nodes[row["baseline"]].id for row in recipe.variants if row["baseline"] is not None}
     assert against == {fft.evaluations["sums"].id}
     labels = [node.label.split()[0] for node in closure(answers(plan)) if node.stage == "fine-tune"]
-    assert sorted(labels) == ["continue-fft", "continued-lora", "lora"]  # treatments, none of them the baseline's
+    assert sorted(labels) == [
+        "continue-fft",
+        "continued-lora",
+        "lora",
+        "shira",
+    ]  # treatments, none of them the baseline's
     assert any("given" in note for note in recipe.notes)
     check(plan, store, {})
 
@@ -82,11 +87,14 @@ def test_masks_and_further_training_start_from_the_given_checkpoint_and_the_rest
 
 def test_what_needs_a_base_that_nobody_named_is_left_out_and_said(folder):
     plan, _ = planned(folder)
-    without = {"base", "lora", "rewind", "matched-random", "delta-magnitude", "dare", "wise-ft", "mft-base"}
-    assert {item.setup.method for item in plan.variants} == {*PLAIN_METHODS} - without
+    without = {"base", "lora", "shira", "rewind", "matched-random", "delta-magnitude", "dare", "wise-ft", "mft-base"}
+    assert {item.setup.method for item in plan.variants} == {*PLAIN_METHODS} - without - {"checkpoint-average"}
+    assert "Left out, since nothing is fine-tuned here: checkpoint-average." in plan.notes
     assert f"Left out, since the profile names no `base`: {', '.join(sorted(without))}." in plan.notes
     with pytest.raises(ConfigError, match="name it as `base:`"):
         planned(folder, {"method": "rewind"})
+    with pytest.raises(ConfigError, match="describe it as `fine_tune:`"):
+        planned(folder, {"method": "checkpoint-average"})
 
 
 def test_a_contrast_with_a_method_that_is_left_out_is_left_out_too(folder):
@@ -198,9 +206,10 @@ def test_a_template_of_the_profile_goes_with_every_model_that_no_stage_trained(f
     plan, store = planned(folder, model={"path": "model", "chat_template": "chat.jinja"}, base={"path": "before"})
     check(plan, store, {})
     with_template = {item.setup.method for item in plan.variants if "chat_template" in item.evaluations["sums"].inputs}
-    assert with_template == {*PLAIN_METHODS} - {"continued-fft", "lora", "continued-lora"}
+    trained = {"continued-fft", "lora", "shira", "continued-lora"}
+    assert with_template == {*PLAIN_METHODS} - trained - {"checkpoint-average"}
     of = {item.setup.method: item for item in plan.variants}
-    assert all("chat_template" in of[method].trained.inputs for method in ("continued-fft", "lora", "continued-lora"))
+    assert all("chat_template" in of[method].trained.inputs for method in trained)
 
 
 def test_weights_that_were_dequantised_are_said_above_the_table(folder):

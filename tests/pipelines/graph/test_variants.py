@@ -5,7 +5,7 @@ import yaml
 
 from mft_core.errors import ConfigError
 from mft_core.methods import METHODS
-from mft_core.recipes import FineTune, Interpolate
+from mft_core.recipes import FineTune, Interpolate, Lora, PickCheckpoint
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.config.setup import own_training
@@ -312,6 +312,44 @@ def test_an_interpolation_is_of_the_fine_tuned_model_and_its_base_and_has_no_tra
         assert own_training(item.setup) is None
 
 
+def test_an_average_is_of_the_fine_tuning_of_the_same_settings_with_all_its_states_kept(plan):
+    the_plan = plan({"method": "mft"}, {"method": "checkpoint-average", "grid": {"averaged": [2, "all"]}})
+    fft, mft, *average = the_plan.variants
+    assert [item.name for item in average] == ["checkpoint-average averaged=2"], "all of two states are two"
+    picked = average[0].model.node
+    assert picked.recipe == PickCheckpoint(point=2, of=2, averaged=2)
+    training = picked.inputs["training"].node
+    assert training.recipe.training == fft.trained.recipe.training.model_copy(update={"keep": "all"})
+    assert training.inputs.keys() == fft.trained.inputs.keys()
+    assert mft.trained.inputs["model"].node.id == fft.trained.id, "what others start from stays the best state"
+    assert average[0].baseline.trained.id == fft.trained.id
+    with pytest.raises(ConfigError, match=r"averaged = 3: the fine-tuning has 2 validated states; set .* to 3 or more"):
+        plan({"method": "checkpoint-average", "grid": {"averaged": [3]}})
+
+
+def test_fft_again_is_the_same_model_asked_in_batches_of_another_size_and_no_other_key_has_it(plan):
+    the_plan = plan({"method": "fft-again"}, {"method": "magnitude"}, overrides=["answered_together=3"])
+    fft, again, magnitude = the_plan.variants
+    ours, first = again.evaluations["sums"], fft.evaluations["sums"]
+    assert ours.inputs == first.inputs
+    assert ours.recipe == first.recipe.model_copy(update={"answered_together": 3})
+    assert magnitude.evaluations["sums"].recipe.answered_together is None
+    assert again.baseline.evaluations["sums"].id == first.id
+    with pytest.raises(ConfigError, match="no variant of study 'mini-study' uses 'answered_together'"):
+        plan({"method": "magnitude"}, overrides=["answered_together=3"])
+
+
+def test_shira_has_the_data_rank_and_budget_of_lora_and_no_scale(plan):
+    lora, shira = plan({"method": "lora"}, {"method": "shira"}).variants[-2:]
+    assert shira.trained.recipe.sparse
+    assert shira.trained.recipe.training == lora.trained.recipe.training
+    assert shira.trained.recipe.lora == Lora(rank=lora.trained.recipe.lora.rank, dropout=0)
+    assert shira.trained.inputs["data"].node.id == lora.trained.inputs["data"].node.id
+    assert shira.trained.inputs["model"] == lora.trained.inputs["model"]
+    with pytest.raises(ConfigError, match="makes no difference to shira"):
+        plan({"method": "shira", "grid": {"lora.alpha": [8, 16]}})
+
+
 def test_a_mask_of_the_base_is_learned_on_and_merged_into_the_base_and_compared_with_the_fine_tuning(plan):
     the_plan = plan({"method": "base"}, {"method": "mft"}, {"method": "mft-base"})
     base, fft, mft, masked = the_plan.variants
@@ -436,11 +474,12 @@ def test_every_method_of_a_replicate_starts_from_and_is_compared_with_its_own_fi
         if row["baseline"] is not None:
             own = recipe.variants[row["baseline"]]
             assert (own["method"], own.get("replicate")) == ("fft", row.get("replicate"))
-            if METHODS[row["method"]].starts_from == "fft":
+            if METHODS[row["method"]].starts_from == "fft" and row["method"] != "checkpoint-average":
                 assert parent(nodes[row["baseline"]]) in (parent(node), continued_from(node))
     fine_tunings = [items["fft", replicate, 0].trained for replicate in range(2)]
     assert [node.recipe.training.seed for node in fine_tunings] == [42, 43]
     assert items["continued-fft", 1, 0].trained.inputs["model"].node.id == fine_tunings[1].id
+    assert items["checkpoint-average", 1, 0].trained.inputs["training"].node.recipe.training.seed == 43
     bases = [row["baseline"] for row in recipe.variants if row["method"] == "base"]
     assert [nodes[index].inputs["model"].node.id for index in bases] == [node.id for node in fine_tunings]
 

@@ -86,7 +86,7 @@ def trainable(recipe, fields=SMALL, family="llama"):
     if not fine_tune:
         return MaskTuner(model, sparsity=0.1, layers="1-2", modules=recipe.modules, seed=0, optimizer=factory)
     if recipe.lora:
-        return LoraTuner(model, find_sites(model), recipe.lora, seed=0, optimizer=factory)
+        return LoraTuner(model, find_sites(model), recipe.lora, seed=0, optimizer=factory, sparse=recipe.sparse)
     return FullTuner(model, optimizer=factory)
 
 
@@ -102,6 +102,7 @@ MEASURED = {
     "full in mixed precision": FineTune(training=training(precision="bfloat16")),
     "full with factored moments": FineTune(training=training(optimizer="adafactor")),
     "adapters": FineTune(training=training(precision="bfloat16"), lora=Lora(rank=8, dropout=0)),
+    "sparse adapters": FineTune(training=training(), lora=Lora(rank=8, dropout=0), sparse=True),
     "mask": mask_of(),
     "mask of the attention in bfloat16": mask_of(modules="attention", training=training(precision="bfloat16")),
 }

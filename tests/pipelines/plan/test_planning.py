@@ -43,7 +43,7 @@ def test_variants_share_data_and_fine_tuning(folder):
     stages = [step.node.stage for step in plan(folder).steps]
     masks = sum(row.selector is not None for row in METHODS.values())
     assert stages.count("prepare-data") == 1
-    assert stages.count("fine-tune") == 4  # full, continued, and two with adapters
+    assert stages.count("fine-tune") == 6  # full, full with its states kept, continued, and three with adapters
     assert stages.count("learn-mask") == stages.count("merge-mask") == masks + 1  # mft at two sparsities
     assert stages.count("evaluate") == len(PLAIN_METHODS) + 1
 
@@ -57,7 +57,7 @@ def test_a_node_comes_after_what_it_needs(folder):
 
 
 _MASKS = {"learn-mask", "merge-mask", "evaluate"}
-_ADAPTERS = {"lora", "continued-lora", "evaluate"}
+_ADAPTERS = {"lora", "shira", "continued-lora", "evaluate"}
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,16 @@ _ADAPTERS = {"lora", "continued-lora", "evaluate"}
         ("mask.training.learning_rate=0.5", _MASKS),
         ("continued.learning_rate=0.5", {"continue-fft", "evaluate"}),
         ("lora.rank=2", _ADAPTERS),
-        ("fine_tune.epochs=1", {"fine-tune", "continue-fft", "continued-lora", "interpolate"} | _MASKS),
+        ("fine_tune.epochs=1", {"fine-tune", "average", "continue-fft", "continued-lora", "interpolate"} | _MASKS),
         (
             "data.max_length=32",
             {
                 "prepare-data",
                 "fine-tune",
                 "continue-fft",
+                "average",
                 "lora",
+                "shira",
                 "continued-lora",
                 "interpolate",
                 "learn-mask",
@@ -100,7 +102,7 @@ def test_seeds_multiply_only_the_methods_that_have_one(folder):
     expected = {name: 3 if row.seeded else 1 for name, row in METHODS.items() if name in PLAIN_METHODS}
     assert {m: methods.count(m) for m in methods} == expected | {"mft": 6}
     assert [name for name, count in expected.items() if count == 1] == [
-        "base", "fft", "wise-ft", "magnitude", "delta-magnitude"
+        "base", "fft", "wise-ft", "checkpoint-average", "fft-again", "magnitude", "delta-magnitude"
     ]  # fmt: skip
 
 
