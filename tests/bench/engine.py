@@ -51,8 +51,8 @@ def prompts(count: int) -> list[str]:
         lambda: f"What is {draw.randint(1, 99)} plus {draw.randint(1, 99)}?",
         lambda: f"Write one sentence about the number {draw.randint(1, 99)}.",
         lambda: (
-            f"Tom has {draw.randint(60, 99)} apples and buys {draw.randint(1, 99)} more. He gives {draw.randint(1, 59)} "
-            "to a friend. How many are left? Answer with a number only."
+            f"Tom has {draw.randint(60, 99)} apples and buys {draw.randint(1, 99)} more. He gives "
+            f"{draw.randint(1, 59)} to a friend. How many are left? Answer with a number only."
         ),
         lambda: (
             f"A shop sells {draw.randint(2, 99)} boxes of {draw.randint(2, 40)} pens each, and {draw.randint(1, 99)} "
@@ -177,8 +177,8 @@ def table(result: dict[str, Any]) -> str:
         f"# Engine `hf` against plain `generate`: {config['model']}, {config['items']} items × "
         f"{config['new_tokens']} tokens, {config['precision']}",
         "",
-        f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads. Ratio: useful tokens per second of the "
-        f"engine to those of `generate`, median and range of {config['rounds']} rounds; bar: {BAR}.",
+        f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads. Ratio: useful tokens per second of "
+        f"the engine to those of `generate`, median and range of {config['rounds']} rounds; bar: {BAR}.",
         "",
         "| answers | useful tokens | `generate`, best batch | engine, batch | ratio | equal texts |",
         "|---|---|---|---|---|---|",
