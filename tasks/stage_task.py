@@ -86,12 +86,13 @@ def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> s
     """Return the artifact's key; forget Prefect's stored reference unless the artifact it names is whole."""
     call, place = parameters["call"], parameters["place"]
     stage = STAGES[call.stage]
-    key = place.store.key(stage, call.recipe, inputs_of(call, parameters["made"]))
+    inputs = inputs_of(call, parameters["made"])
+    key = place.store.key(stage, call.recipe, inputs)
     record = place.results / key
     if record.exists():
-        found = None if call.rerun else place.store.find(stage.name, key)
+        found = None if call.rerun else place.store.find(stage.name, key, inputs)
         if found is None and not call.rerun:
-            damage = place.store.damage(stage.name, key)
+            damage = place.store.damage(stage.name, key, inputs)
             logging.getLogger("mft").warning("%s: cached artifact is not usable: %s", call.label, damage)
         if found is None or found.model_dump() != _kept(record):
             shutil.rmtree(record) if record.is_dir() else record.unlink(missing_ok=True)
@@ -126,7 +127,7 @@ def run_stage(label: str, call: StageCall, made: dict[str, Made], place: Workpla
     key = place.store.key(stage, call.recipe, inputs)
     log = logging.getLogger("mft")
     if not call.rerun:
-        found = place.store.find(stage.name, key)
+        found = place.store.find(stage.name, key, inputs)
         if found:
             return Made(artifact=found.model_dump(), computed=False)
     ref = _build(call, inputs, key, place, log)

@@ -138,8 +138,7 @@ def parse_row(row: Any, where: str) -> Conversation:
     """Check one row and return its conversation; `where` names file and line in the ConfigError."""
     if not isinstance(row, dict) or "messages" not in row:
         found = f"it has {', '.join(map(repr, row)) or 'no fields'}" if isinstance(row, dict) else f"it is {row!r:.60}"
-        advice = " It looks like one JSON array: write each of its objects on a line." if isinstance(row, list) else ""
-        raise ConfigError(f"{where}: no field 'messages'; {found}. A row is {_SHAPE}.{advice}")
+        raise ConfigError(f"{where}: no field 'messages'; {found}. A row is {_SHAPE}.")
     messages = row["messages"]
     if isinstance(messages, np.ndarray):
         messages = messages.tolist()
@@ -349,6 +348,11 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parse_line(line: bytes, where: str) -> Any:
+    if line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
+        raise ConfigError(
+            f"{where}: a JSON array. Valid: one JSON object per line (JSONL); of a file that is one array, "
+            "jq -c '.[]' FILE > rows.jsonl makes it."
+        )
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -358,7 +362,7 @@ def _parse_line(line: bytes, where: str) -> Any:
     except RecursionError:
         reason = "nested too deeply"
     except json.JSONDecodeError as error:
-        reason = error.msg
+        reason = "lines end with CR alone; make it LF" if b"\r" in line.strip() else error.msg
     except ValueError:
         reason = "a number of thousands of digits"
     shown = line.decode(errors="replace").strip()

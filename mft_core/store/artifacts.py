@@ -36,7 +36,9 @@ from mft_core.recipes import Recipe, Runtime
 from mft_core.stage import Progress, Stage, StageContext
 from mft_core.store import manifests, provenance
 from mft_core.store.manifests import MANIFEST
+from mft_core.store.outdated import outdated
 from mft_core.store.shared import SharedStore
+from mft_core.store.sources import Source
 from mft_core.store.usage import Meter, compare
 
 _RERUN = ".rerun"
@@ -181,27 +183,41 @@ class ArtifactStore:
         keys |= self.shared.keys(stage) if self.shared else set()
         return [found for key in sorted(keys) if (found := self.manifest(stage, key))]
 
-    def find(self, stage: str, key: str) -> ArtifactRef | None:
-        """Return the artifact if it is there and whole, else None."""
-        return None if self.damage(stage, key) else self._ref(stage, key)
+    def find(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> ArtifactRef | None:
+        """Return the artifact if it is there, whole and not outdated (see `damage`), else None."""
+        return None if self.damage(stage, key, inputs) else self._ref(stage, key)
 
-    def damage(self, stage: str, key: str, held: bool = False) -> str | None:
+    def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}, held: bool = False) -> str | None:
         """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
 
         Whole is what has every file of the manifest, and no other. What the shared store has is whole unless its
-        manifest is not: files are verified when they are fetched.
+        manifest is not: files are verified when they are fetched. Of a whole one, what a mended fault left in it.
 
         Args:
+            inputs: what the key was made of; without them, some faults cannot be told.
             held: the caller holds the key's lock, which is not to be waited for.
         """
-        problem = self._own_damage(stage, key)
-        if problem is None or self.shared is None or self.shared.manifest(stage, key) is None:
+        problem = self._own_damage(stage, key) or self._outdated(manifests.read(self.directory(stage, key)), inputs)
+        shared = self.shared.manifest(stage, key) if problem and self.shared else None
+        if shared is None:
             return problem
+        if wrong := self._outdated(shared, inputs):
+            return wrong
         if problem != "missing":
             with contextlib.nullcontext() if held else self.lock(key):
-                if self._own_damage(stage, key):  # no other process has fetched it again meanwhile
+                own = manifests.read(self.directory(stage, key))
+                if self._own_damage(stage, key) or self._outdated(own, inputs):  # nobody has fetched it again meanwhile
                     manifests.discard(self.directory(stage, key))
         return None
+
+    def _outdated(self, manifest: dict[str, Any] | None, inputs: Mapping[str, Input]) -> str | None:
+        def given(name: str) -> Path | None:
+            ref = inputs.get(name)
+            if isinstance(ref, Source) and ref.kind == "model":  # of which no more than the tokenizer is looked at
+                ref = ref.model_copy(update={"kind": "tokenizer"})
+            return ref.local_path(self) if ref else None
+
+        return outdated(manifest, self.directory(manifest["stage"], manifest["key"]), given) if manifest else None
 
     def _own_damage(self, stage: str, key: str) -> str | None:
         directory = self.directory(stage, key)
@@ -212,8 +228,6 @@ class ArtifactStore:
             return f"{MANIFEST}: missing or unreadable"
         if manifests.broken_seal(manifest, stage, key):
             return f"{MANIFEST}: does not match its own digest or key"
-        if wrong := manifests.outdated(manifest):
-            return wrong
         for name, entry in manifest["files"].items():
             problem = self._file_damage(directory / name, entry)
             if problem:
@@ -266,7 +280,7 @@ class ArtifactStore:
         key = self.key(stage, recipe, inputs)
         held = self.shared.lease(key, log, report) if self.shared else contextlib.nullcontext()
         with self.lock(key, report), held:
-            problem = "rerun asked for" if force else self.damage(stage.name, key, held=True)
+            problem = "rerun asked for" if force else self.damage(stage.name, key, inputs, held=True)
             if problem is None:
                 manifest = self.manifest(stage.name, key)
                 assert manifest is not None
@@ -275,7 +289,9 @@ class ArtifactStore:
                 log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
             if force:
                 self._begin_rerun(key)
-            return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {}, force)
+            # a sound manifest that the shared store has in spite of the problem is outdated
+            replace = force or bool(self.shared and self.shared.manifest(stage.name, key))
+            return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {}, replace)
 
     def _compute(
         self,
@@ -287,7 +303,7 @@ class ArtifactStore:
         report: Callable[[Progress], None],
         log: logging.Logger,
         notes: Mapping[str, Any],
-        force: bool,
+        replace: bool,
     ) -> Built:
         report(Progress(0, 0))
         final = self.directory(stage.name, key)
@@ -320,7 +336,7 @@ class ArtifactStore:
         }
         compare(notes.get("promised"), meter.used, f"{stage.name} {key[:12]}", log)
         manifest = manifests.seal(content)
-        if self.shared and not self.shared.push(stage.name, key, temporary, manifest, replace=force):
+        if self.shared and not self.shared.push(stage.name, key, temporary, manifest, replace):
             log.info("another machine has finished %s %s meanwhile: its artifact is taken", stage.name, key)
             self.shared.pull(stage.name, key, final, log)
             manifest = self.manifest(stage.name, key) or manifest

@@ -64,18 +64,6 @@ def broken_seal(manifest: Mapping[str, Any], stage: str, key: str) -> bool:
     return (manifest["stage"], manifest["key"]) != (stage, key) or seal(content) != manifest
 
 
-def outdated(manifest: Mapping[str, Any]) -> str | None:
-    """Say in what an artifact of an earlier version is wrong, or None.
-
-    Its key says what was asked, and stays; it is computed again. What was made of it has other keys from then on, since
-    inputs count by their content.
-    """
-    summary = manifest["summary"]
-    if manifest["stage"] == "prepare-data" and summary.get("cut") and "turns_left_out" not in summary:
-        return f"an earlier version cut the last turn of {summary['cut']} rows in its middle"
-    return None
-
-
 def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     """Turn a directory into an artifact: write its manifest, put all on the disk, and give it its name."""
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -67,7 +67,7 @@ class SharedStore:
             ) from error
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
-        """Return an artifact's manifest, or None where there is no sound one (or an outdated one)."""
+        """Return an artifact's manifest, or None where there is none that holds what its seal says."""
         entry = self._entry(stage, key)
         return entry["manifest"] if entry else None
 
@@ -79,7 +79,7 @@ class SharedStore:
         """Upload a payload, then its manifest; returns whether it is this one that stands.
 
         Args:
-            replace: write over a manifest that is there (`--rerun`); else the first one stands.
+            replace: write over a manifest that is there; else the first one stands.
         """
         attempt = uuid.uuid4().hex
         for name in manifest["files"]:
@@ -181,9 +181,8 @@ class SharedStore:
         try:
             entry = json.loads(text or b"null")
             manifest = manifests.of_right_shape(entry["manifest"])
-            if manifest is None or manifests.broken_seal(manifest, stage, key) or manifests.outdated(manifest):
-                return None
-            return entry if isinstance(entry["payload"], str) else None
+            sound = manifest is not None and not manifests.broken_seal(manifest, stage, key)
+            return entry if sound and isinstance(entry["payload"], str) else None
         except (ValueError, TypeError, LookupError, RecursionError):
             return None
 

@@ -150,7 +150,7 @@ def local_checkpoint(kind: Literal["model", "tokenizer"], directory: Path) -> So
 def local_file(path: Path, what: str) -> Source:
     """Return a data file as a source; `what` names the field in the error when it is missing."""
     if not path.is_file():
-        raise ConfigError(f"{what} = {path}: no such file; give the path of a JSONL file.")
+        raise ConfigError(f"{what} = {path}: no such file; relative paths start at the profile's folder.")
     return local_files(path, ("",))
 
 

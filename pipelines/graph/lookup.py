@@ -40,7 +40,7 @@ def look_up(nodes: Sequence[Node], store: ArtifactStore, known: Sequence[Step] =
             inputs = {name: made.get(name) or given for name, given in node.inputs.items()}
             stage = STAGES[node.stage]
             key = store.key(stage, node.recipe, inputs)  # type: ignore[arg-type]
-            artifact = store.find(stage.name, key)
+            artifact = store.find(stage.name, key, inputs)  # type: ignore[arg-type]
         manifest = store.manifest(artifact.stage, artifact.key) if artifact else None
         if artifact:
             found[node.id] = artifact

@@ -58,25 +58,28 @@ def checked_plans(
     plans = make_plans(studies, profile, store, overrides, seeds, replicates, looks)
     seen: Looks = {}
     for plan in plans:
-        check(plan, store, seen)
+        check(plan, store, seen, rerun)
     return plans, store
 
 
-def check(plan: Plan, store: ArtifactStore, looks: Looks) -> None:
+def check(plan: Plan, store: ArtifactStore, looks: Looks, rerun: Sequence[str] = ()) -> None:
     """Raise a ConfigError for anything in the plan that is bound to fail.
 
     Args:
         looks: what has been seen of data files before; is added to.
+        rerun: as in `checked_plans`.
     """
-    for _, look in checks(plan, store, looks):
+    for _, look in checks(plan, store, looks, rerun):
         look()
 
 
-def checks(plan: Plan, store: ArtifactStore, looks: Looks) -> Iterator[tuple[str, Callable[[], object]]]:
+def checks(
+    plan: Plan, store: ArtifactStore, looks: Looks, rerun: Sequence[str] = ()
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield, by what they look at, the checks of a plan; each raises a ConfigError for what is bound to fail."""
     yield "MFT_HOME", store.check_writable
     yield "disk", partial(check_disk, plan, store.home)
-    nodes = [step.node for step in plan.to_compute]
+    nodes = [step.node for step in plan.steps if step.artifact is None or step.node.stage in rerun]
     stages = {node.stage for node in nodes}
     if any(get_stage(stage).heavy for stage in stages):
         if plan.runtime.cluster:

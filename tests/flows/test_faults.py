@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.support.faults import (
     KINDS,
     Study,
     copy,
+    damaged,
     digests,
     files_of,
     fill,
@@ -71,6 +72,7 @@ def flip_and_run(study: Study, home: Path, expected: tuple[Path, list[dict[str, 
         return "refused"
     assert rows == expected[1], flips
     assert digests(work) == digests(expected[0]), flips
+    assert damaged(work) == [], flips
     return "right"
 
 
@@ -111,18 +113,18 @@ def test_a_disk_that_is_full_is_told_in_a_sentence_and_the_run_goes_on_when_ther
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("first", [0, 20], ids=["first hundred", "second hundred"])
+@pytest.mark.parametrize("first", [0, 10], ids=["first hundred", "second hundred"])
 def test_two_hundred_flipped_bits_give_no_wrong_answer(
     study: Study, finished: tuple[Path, list[dict[str, Any]]], stopped: Path, first: int
 ) -> None:
     ends = [
-        flip_and_run(study, stopped, finished, "state state state artifacts MLflow", seed)
+        flip_and_run(study, stopped, finished, "state " * 6 + "artifacts " * 2 + "MLflow " * 2, seed)
         if seed % 3 == 0
-        else flip_and_run(study, finished[0], finished, "artifacts artifacts artifacts results MLflow", seed)
-        for seed in range(first, first + 20)
+        else flip_and_run(study, finished[0], finished, "artifacts " * 6 + "results " * 2 + "MLflow " * 2, seed)
+        for seed in range(first, first + 10)
     ]
-    print(f"{5 * len(ends)} flips in {len(ends)} runs: {ends.count('right')} right, {ends.count('refused')} refused")
-    assert ends.count("right") >= 18
+    print(f"{10 * len(ends)} flips in {len(ends)} runs: {ends.count('right')} right, {ends.count('refused')} refused")
+    assert ends.count("right") >= 9
 
 
 HERE = ("mft", "worker", "training process", "Prefect server", "watchdog", "resource tracker")
@@ -151,20 +153,26 @@ def others(folder: Path, home: Path) -> Iterator[dict[str, str]]:
         mlflow.wait()
 
 
-def kill_one(
-    study: Study, home: Path, kind: str, dice: random.Random, within: float, environment: dict[str, str]
-) -> tuple[bool, int, str]:
-    """Run the study and kill a process of that kind at a random moment; returns whether, exit code and stderr."""
-    process, killed, moment = study.start(home, environment), False, time.monotonic() + dice.uniform(0, within)
-    while process.poll() is None and not killed:
-        time.sleep(0.2)
-        if time.monotonic() > moment and (victims := processes(home, KINDS[kind])):
-            time.sleep(dice.uniform(0, 2))
-            with contextlib.suppress(psutil.NoSuchProcess):
-                dice.choice(processes(home, KINDS[kind]) or victims).kill()
-                killed = True
-    _, err = process.communicate(timeout=400)
-    return killed, process.returncode, err
+def kill_some(
+    study: Study, home: Path, kinds: Sequence[str], dice: random.Random, within: float, environment: dict[str, str]
+) -> tuple[Counter[str], int, str]:
+    """Run the study and kill a process of each kind, one after the other at random moments.
+
+    Returns:
+        how many of each kind were killed, the exit code and stderr.
+    """
+    process, kills, moment = study.start(home, environment), Counter[str](), time.monotonic()
+    for kind in kinds:
+        moment += dice.uniform(0, 2 * within / len(kinds))
+        while process.poll() is None:
+            time.sleep(0.3)
+            if time.monotonic() > moment and (victims := processes(home, KINDS[kind])):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    dice.choice(victims).kill()
+                    kills[kind] += 1
+                    break
+    _, err = process.communicate(timeout=900)
+    return kills, process.returncode, err
 
 
 @pytest.mark.slow
@@ -173,30 +181,33 @@ def kill_one(
 def test_twenty_five_killed_processes_change_no_answer_repeat_no_stage_and_leave_no_orphan(
     kinds: tuple[str, ...], tmp_path: Path
 ) -> None:
-    settings = [f"runtime.processes={1 + (kinds is HERE)}", "runtime.heavy_slots=2", "runtime.checkpoint_seconds=0"]
+    settings = [f"runtime.processes={1 + (kinds is HERE)}", "runtime.checkpoint_seconds=0"]
     study, began = Study(tmp_path, *settings), time.monotonic()
-    code, expected, err = study.run(tmp_path / "undisturbed")
+    code, expected, err = study.run(tmp_path / "undisturbed", seconds=900)
     assert code == 0, err
     within, kills, home = 0.6 * (time.monotonic() - began), Counter[str](), tmp_path / "home-0"
-    for turn in range(75):
-        kind, dice = kinds[turn % len(kinds)], random.Random(turn)
+    ending = [kind for kind in kinds if kind in ("mft", "Dask scheduler")]
+    for turn in range(25):
+        dice = random.Random(turn)
+        chosen = dice.sample([kind for kind in kinds if kind not in ending], len(kinds) - len(ending))
+        chosen += [dice.choice(ending)] * (turn % 3 < 2)  # which ends the run
         with contextlib.ExitStack() as stack:
             environment = {} if kinds is HERE else stack.enter_context(others(tmp_path / f"others-{turn}", home))
             there = [f"runtime.cluster={environment.pop('cluster')}"] if environment else []
-            killed, code, err = kill_one(Study(tmp_path, *settings, *there), home, kind, dice, within, environment)
-        kills[kind] += killed
-        print(turn, kind, killed, code, err.strip().splitlines()[-1:] if code else "", flush=True)
+            killed, code, err = kill_some(Study(tmp_path, *settings, *there), home, chosen, dice, within, environment)
+        kills += killed
+        print(turn, chosen, dict(killed), code, err.strip().splitlines()[-1:] if code else "", flush=True)
         assert "Traceback" not in err, err
         assert wait_until_gone(home, 30) == []
         if code == 0:
             _check_answer(study, home, expected, tmp_path)
             home = tmp_path / f"home-{turn + 1}"
-        if kills.total() == 25:
+        if kills.total() >= 25 and all(kills[kind] for kind in kinds):
             break
     if home.exists():
         _check_answer(study, home, expected, tmp_path)
     print(dict(kills))
-    assert kills.total() == 25
+    assert kills.total() >= 25
     assert all(kills[kind] for kind in kinds)
 
 

@@ -116,6 +116,18 @@ def test_a_second_run_executes_no_stage_makes_no_cluster_and_gives_the_same_answ
     assert all(row["cached"] for row in rows)
 
 
+@pytest.mark.parametrize("setting", ["runtime.devices=9", "runtime.device=cuda:9"])
+def test_a_device_that_is_not_here_is_missed_only_where_something_is_computed(folder, first, setting):
+    rows, err = run(folder, "--set", setting)
+    assert computed(err) == []
+    assert results(rows) == results(first[0])
+    study = ["run", folder / "mini-study.yaml", "--profile", folder / "mini.yaml"]
+    process = start(folder, *study, "--set", setting, "--rerun", "evaluate")
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, len(err.strip().splitlines())) == (2, 1), err
+    assert "torch sees " in err
+
+
 def test_what_was_damaged_or_deleted_is_computed_again_and_nothing_else(folder, first):
     artifacts = folder / "home" / "artifacts"
     mask = sorted((artifacts / "learn-mask").iterdir())[0]

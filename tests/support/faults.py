@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mft_core.store.artifacts import ArtifactStore
 from tests.support.mini import write_profile, write_study
 
 VARIANTS = [{"method": "fft"}, {"method": "mft"}, {"method": "magnitude"}]
@@ -58,6 +59,13 @@ def digests(home: Path) -> dict[str, str]:
     """Return the digest of every artifact of the home, by stage and key."""
     found = [json.loads(path.read_text()) for path in (home / "artifacts").glob("*/*/manifest.json")]
     return {f"{manifest['stage']}/{manifest['key']}": manifest["digest"] for manifest in found}
+
+
+def damaged(home: Path) -> list[str]:
+    """Return what is wrong with the home's artifacts."""
+    store = ArtifactStore(home)
+    found = [(path.parent.parent.name, path.parent.name) for path in (home / "artifacts").glob("*/*/manifest.json")]
+    return [problem for stage, key in found if (problem := store.damage(stage, key))]
 
 
 class Study:

@@ -43,7 +43,10 @@ def test_a_file_of_conversations_is_counted_and_read_in_order(tmp_path):
 
 BAD_LINES = {
     "not JSON": ('{"messages": [', ["not JSON", "{"]),
-    "no object": ("[1]", ["messages", "[1]"]),
+    "a number": ("1", ["messages", "it is 1"]),
+    "an array": (json.dumps([GOOD, GOOD]), ["a JSON array", "one JSON object per line", "jq"]),
+    "an array over several lines": ("[\n  {\n", ["a JSON array", "jq"]),
+    "lines of an old Mac": ('{"messages": []}\r{"messages": []}\r', ["lines end with CR alone"]),
     "no messages": ({"text": "x"}, ["messages", "'text'"]),
     "messages no list": ({"messages": "hello"}, ["messages = 'hello'", "not a list"]),
     "turn no object": ({"messages": ["hello"]}, ["messages[0] = 'hello'"]),
@@ -73,7 +76,6 @@ BAD_LINES = {
     "row without weight": ({**GOOD, "weight": 0}, ["weight = 0", "changes what the row means"]),
     "system beside": ({**GOOD, "system": "Be kind."}, ["system = 'Be kind.'", "put it into the messages"]),
     "long number": ('{"id": ' + "9" * 5_000 + "}", ["not JSON", "thousands of digits"]),
-    "array": (json.dumps([GOOD, GOOD]), ["one JSON array", "on a line"]),
     "no turns": ({"messages": []}, ["no assistant turn", "none"]),
 }
 

@@ -81,24 +81,6 @@ def test_a_second_build_computes_nothing(store):
     assert len(stage.runs) == 1
 
 
-OUTDATED = {"cut": 2}
-"""the summary of data in which an earlier version cut turns in their middle"""
-
-
-@pytest.mark.parametrize(
-    ("summary", "computed"), [(OUTDATED, True), ({"cut": 0}, False), ({"cut": 2, "turns_left_out": 3}, False)]
-)
-def test_data_of_an_earlier_version_are_computed_again_where_it_cut_turns_and_keep_their_key(
-    store, summary, computed, caplog
-):
-    stage = make_stage(name="prepare-data", change=lambda recipe, inputs, out, context: summary)
-    first = build(store, stage)
-    again = build(store, make_stage(name="prepare-data"))
-    assert (again.computed, again.ref.key) == (computed, first.ref.key)
-    assert ("an earlier version cut the last turn of 2 rows in its middle" in caplog.text) == computed
-    assert (again.ref.digest == first.ref.digest) == (not computed)  # of which the keys of all that follows are made
-
-
 def test_the_manifest_lists_every_file_with_size_and_sha256_and_where_it_comes_from(store):
     ref = build(store, make_stage()).ref
     manifest = json.loads((ref.local_path(store) / MANIFEST).read_text())

@@ -17,7 +17,8 @@ import pytest
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.store.artifacts import ArtifactStore
-from tests.mft_core.store.test_artifacts import OUTDATED, make_stage
+from tests.mft_core.store.test_artifacts import make_stage
+from tests.mft_core.store.test_outdated import OUTDATED
 from tests.support.shared_builder import SECONDS, writes
 
 RUNTIME = Runtime()

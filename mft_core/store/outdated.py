@@ -1,0 +1,65 @@
+"""Artifacts of earlier versions whose content is wrong by a fault that has been mended since.
+
+A key says what was asked, so it stays; what is told here is computed again under it, and since inputs count by their
+content, only what was made of it gets another key. Told is only what a manifest, its payload or the inputs show; what
+is right stays as it is. Asked by `mft_core.store.artifacts`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def outdated(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], Path | None]) -> str | None:
+    """Say in what a whole artifact is wrong, or None.
+
+    Args:
+        payload: its directory on this machine, if it is here.
+        given: returns where an input lies, or None where there is none of that name.
+    """
+    if manifest["stage"] == "prepare-data":
+        summary = manifest["summary"]
+        if summary.get("cut") and "turns_left_out" not in summary:
+            return f"an earlier version cut the last turn of {summary['cut']} rows in its middle"
+    elif (
+        manifest["stage"] == "evaluate" and "allow_code" not in manifest["recipe"]
+    ):  # what it had not yet in its recipe
+        return _evaluated_wrongly(manifest, payload, given)
+    return None
+
+
+def _evaluated_wrongly(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], Path | None]) -> str | None:
+    items = payload / "items.jsonl"
+    if items.is_file() and '"target": "None"' in items.read_text(encoding="utf-8"):
+        return "an earlier version scored items without an answer"
+    model = given("model") if manifest["recipe"]["apply_chat_template"] else None
+    if model is None:
+        return None
+    settings, tokenizer = (_read(model / name) for name in ("tokenizer_config.json", "tokenizer.json"))
+    if settings.get("add_bos_token") or _adds(tokenizer.get("post_processor")):
+        return "an earlier version put a token before the prompts that the training had not"
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    file = given("chat_template") or model / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else str(settings.get("chat_template"))
+    if "eos_token" not in template and not (end and end in template):
+        return "an earlier version did not stop answers at the end of turn of the chat template"
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _adds(processor: Any) -> bool:
+    """Say whether what a tokenizer does after the splitting puts tokens of its own into a text."""
+    kind = processor["type"] if processor else "None"
+    if kind == "Sequence":
+        return any(map(_adds, processor["processors"]))
+    if kind == "TemplateProcessing":
+        return any("SpecialToken" in piece for piece in processor["single"])
+    return kind in ("BertProcessing", "RobertaProcessing")
