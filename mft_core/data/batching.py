@@ -7,7 +7,8 @@ are in the loss. Used by the training loop.
 
 Packed rows rely on transformers recognising restarting `position_ids`, which it does only when neither an
 attention mask nor a cache is in play: always call `model(**batch, use_cache=False)`, else packed examples
-see each other. A test compares packed with padded losses token by token.
+see each other (on a GPU `mft_core.training.attention` may do it instead). Tests compare packed with padded losses
+token by token.
 """
 
 from __future__ import annotations
@@ -175,6 +176,7 @@ def _collate(
             attended[row, start:stop] = 1
             weights[row, start:stop] = in_loss / max(1, in_loss.sum())
             start = stop
+        positions[row, start:] = np.arange(width - start)  # padding is an example too
     extra = {"position_ids": positions} if packing else {"attention_mask": attended}
     tensors = {"input_ids": ids, "labels": labels, **extra, **({"loss_weights": weights} if per_sequence else {})}
     return {name: torch.from_numpy(array) for name, array in tensors.items()}

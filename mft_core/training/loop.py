@@ -42,7 +42,7 @@ from mft_core.recipes import Training
 from mft_core.stage import Progress, StageContext
 from mft_core.training import parallel, sharded
 from mft_core.training.checkpoints import ResumableState
-from mft_core.training.loss import LossHead, keeps_packed_apart
+from mft_core.training.loss import LossHead, packed_rows
 from mft_core.training.schedule import learning_rate, validation_steps
 
 
@@ -161,7 +161,7 @@ class _Loop:
         self.steps = min(len(self.plan), recipe.max_steps or len(self.plan))
         self.validations = validation_steps(self.steps, recipe.validations)
         self.device = next(trainable.model.parameters()).device
-        self.packing = keeps_packed_apart(trainable.model)
+        self.limit = context.runtime.micro_batch_tokens
         self.noisy = recipe.dropout > 0 or trainable.draws_random_numbers
         self.divided = sharded.is_divided(trainable.model)
         self.history = History()
@@ -172,7 +172,9 @@ class _Loop:
         self._resume()
         started, tokens_before = time.perf_counter(), self.history.tokens
         alone = own_randomness(self.device) if self.noisy else contextlib.nullcontext()
-        with alone, LossHead(self.trainable.model) as self.head:
+        kernel = self.recipe.precision == "bfloat16" and self.recipe.dropout == 0
+        model = self.trainable.model
+        with alone, packed_rows(model, kernel) as self.packing, LossHead(model) as self.head:
             for step in range(len(self.history.rows), self.steps):
                 self._step(step)
                 self._tell((self.history.tokens - tokens_before) / (time.perf_counter() - started))
@@ -187,14 +189,8 @@ class _Loop:
         return self.history
 
     def _step(self, step: int) -> None:
-        self._seed(step, stream=parallel.rank())  # every process has other examples, and noise of its own
         self.trainable.model.train()
-        batches = self._cut(self.data.train, self.plan[step])
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
-        for batch, counts in self._mine(batches):
-            loss = self._loss(batch) / batches.divisor * counts
-            loss.backward()
-            loss_sum += loss.detach()
+        batches, loss_sum = self._in_memory(self.data.train, self.plan[step], self._add_gradients)
         loss_value = self._prepare_gradients(step, loss_sum)
         rate = learning_rate(self.recipe, step, len(self.plan))
         self._seed(step, stream=-1)  # what is drawn here has to be the same in all
@@ -206,6 +202,16 @@ class _Loop:
         self.history.rows.append(row)
         self.history.loss_tokens += batches.loss_tokens
 
+    def _add_gradients(self, batches: StepBatches) -> Tensor:
+        """Add up the gradients of this process's micro-batches, and return their share of the step's loss."""
+        self._seed(len(self.history.rows), stream=parallel.rank())  # each has other examples, and noise of its own
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        for batch, counts in self._mine(batches):
+            loss = self._loss(batch) / batches.divisor * counts
+            loss.backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
     def _seed(self, step: int, stream: int) -> None:
         """Begin a stream of random numbers of this step; torch's generator of the CPU takes 32 bits."""
         if self.noisy:
@@ -215,7 +221,7 @@ class _Loop:
 
     def _cut(self, dataset: TokenDataset, indices: np.ndarray) -> StepBatches:
         """Cut a step into micro-batches, small enough that every process gets some; the same in all of them."""
-        limit = self.context.runtime.micro_batch_tokens
+        limit = self.limit
         if parallel.processes() > 1:
             limit = min(limit, math.ceil(int(dataset.lengths[indices].sum()) / parallel.processes()))
         per_sequence = self.recipe.loss == "sequence"
@@ -271,14 +277,52 @@ class _Loop:
             "or use precision float32."
         )
 
+    def _in_memory(
+        self, dataset: TokenDataset, indices: np.ndarray, work: Callable[[StepBatches], Tensor]
+    ) -> tuple[StepBatches, Tensor]:
+        """Cut sequences into micro-batches and do the work on them, again with smaller ones if the GPU's memory ends.
+
+        Raises:
+            StageError: they cannot be smaller, or other processes have gone on meanwhile.
+        """
+        while True:
+            batches = self._cut(dataset, indices)
+            try:
+                return batches, work(batches)
+            except torch.OutOfMemoryError as error:
+                self._smaller(batches, error)
+            torch.cuda.empty_cache()  # what the failed attempt held is free by now
+
+    def _smaller(self, batches: StepBatches, error: torch.OutOfMemoryError) -> None:
+        """Have micro-batches cut in half from now on."""
+        shapes = [tuple(batch["input_ids"].shape) for batch in batches.batches]
+        divisible = [rows * width for rows, width in shapes if rows > 1]
+        if not divisible or parallel.processes() > 1:
+            advice = "lower runtime.micro_batch_tokens" if divisible else "use training.optimizer adamw-8bit"
+            raise StageError(
+                f"out of memory in a pass over {' x '.join(map(str, max(shapes)))} tokens "
+                f"({str(error).splitlines()[0]}). Set runtime.gradient_checkpointing to true, or {advice}."
+            ) from error
+        self.limit = min(self.limit, max(divisible)) // 2
+        self.trainable.discard_gradients()
+        self.context.log.warning(
+            "out of memory with %d tokens at a time: the same step again, and all that follow, with at most %d "
+            "(runtime.micro_batch_tokens)",
+            max(divisible),
+            self.limit,
+        )
+
+    def _add_nats(self, batches: StepBatches) -> Tensor:
+        nats = sum(self._loss(batch).double().item() * counts for batch, counts in self._mine(batches))
+        return torch.tensor(nats, dtype=torch.float64, device=self.device)
+
     def _validate(self, step: int) -> float:
         """Return the loss on the validation data, of the kind that is trained; keep a snapshot of the best so far."""
         self.trainable.model.eval()
-        batches = self._cut(self.data.validation, np.arange(len(self.data.validation)))
+        everything = np.arange(len(self.data.validation))
         with torch.no_grad(), self.trainable.evaluating():
-            nats = sum(self._loss(batch).double().item() * counts for batch, counts in self._mine(batches))
-        total = parallel.add_up(torch.tensor(nats, dtype=torch.float64, device=self.device))
-        loss = float(total) / batches.divisor
+            batches, nats = self._in_memory(self.data.validation, everything, self._add_nats)
+        loss = float(parallel.add_up(nats)) / batches.divisor
         if not math.isfinite(loss):
             raise StageError(
                 f"step {step} of {self.steps}: the validation loss is not finite ({loss}); the last state saved before "

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mft_core.data.batching import IGNORED
+from mft_core.training import attention
 
 MOST_LOGITS = 2**26
 """logits at one time; with what the backward pass needs, 0.8 GB"""
@@ -62,6 +63,8 @@ class LossHead:
             for name, value in batch.items()
             if name not in ("labels", "loss_weights")
         }
+        if "position_ids" in batch:
+            arguments |= attention.bounds(self._model, batch["position_ids"])
         targets = next_labels[positions].to(device)
         weights: Tensor | None = batch.get("loss_weights")
         if weights is not None:
@@ -140,19 +143,52 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def packed_rows(model: PreTrainedModel, kernel: bool) -> Iterator[bool]:
+    """Give the model the fastest attention that keeps packed examples apart; yields whether there is one.
+
+    transformers sees to it for most families, with a mask; the others are trained on padded rows.
+
+    Args:
+        kernel: try `mft_core.training.attention` where it can run: the training is in bfloat16, without dropout.
+    """
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    try:
+        yield (kernel and attention.has_kernel(model) and _kernel_keeps_apart(model)) or keeps_packed_apart(model)
+    finally:
+        config._attn_implementation = before
+
+
+def _kernel_keeps_apart(model: PreTrainedModel) -> bool:
+    """Give the model the kernel if it works with it, and say so."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, attention.NAME
+    apart = False
+    with contextlib.suppress(NotImplementedError), torch.autocast(model.device.type, torch.bfloat16):
+        apart = keeps_packed_apart(model)
+    if not apart:
+        config._attn_implementation = before
+    return apart
+
+
 @torch.no_grad()
 def keeps_packed_apart(model: PreTrainedModel) -> bool:
     """Whether examples packed into one row, told apart by restarting positions, do not see each other in this model.
 
-    transformers sees to it for most families; the others are trained on padded rows. Tried on the model itself, since a
-    family that mixes them would do so silently.
+    Tried on the model itself, since a family that mixes them would do so silently.
     """
     device = next(model.parameters()).device
-    lengths = (3, 5)
-    ids = torch.arange(sum(lengths), device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths]).unsqueeze(0)
+    first, second = 3, 5
+    ids = torch.arange(first + second, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    restarting = torch.cat([torch.arange(first), torch.arange(second)]).unsqueeze(0)
+
+    def logits(ids: Tensor, positions: Tensor, **given: Tensor) -> Tensor:
+        found: Tensor = model(input_ids=ids, use_cache=False, **given, **attention.bounds(model, positions)).logits
+        return found[:, -second:].float()
+
     with _evaluating(model):
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, lengths[0] :].float()
-        alone = model(input_ids=ids[:, lengths[0] :], use_cache=False).logits.float()
-        mixed = model(input_ids=ids, use_cache=False).logits[:, lengths[0] :].float()
+        packed = logits(ids, restarting, position_ids=restarting.to(device))
+        alone = logits(ids[:, first:], torch.arange(second))
+        mixed = logits(ids, torch.arange(first + second))
     return bool((packed - alone).abs().max() < 0.1 * (mixed - alone).abs().max())

@@ -48,7 +48,7 @@ def trainable_of(kind: str, recipe: Any) -> Any:
 def test_a_step_has_the_loss_and_gradients_of_the_plain_definition(
     kind: str, tokens: int, packing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "keeps_packed_apart", lambda model: packing)
+    monkeypatch.setattr(losses, "keeps_packed_apart", lambda model: packing)
     monkeypatch.setattr(losses, "MOST_LOGITS", 500)  # the head's logits in parts
     recipe = make_recipe(loss="sequence", max_steps=1, validations=1)
     trainable = trainable_of(kind, recipe)

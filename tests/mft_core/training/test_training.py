@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -243,3 +244,41 @@ def test_packing_is_not_used_where_a_model_would_mix_packed_examples() -> None:
     forward = model.model.forward
     model.model.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": None})
     assert not keeps_packed_apart(model)
+
+
+def short_of_memory(model: Any, most: int) -> None:
+    """Have a model's passes over more than so many tokens end as they do where a GPU's memory does."""
+
+    def refuse(_module: Any, _inputs: Any, arguments: dict[str, Any]) -> None:
+        if arguments["input_ids"].numel() > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total ...")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+@pytest.mark.parametrize("kind", ["full", "mask"])
+def test_a_training_that_runs_out_of_memory_goes_on_with_smaller_micro_batches_to_the_same_end(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(validations=2)
+    ends = []
+    for most in (10_000, 40):
+        trainable = make_trainable(kind, make_model(), recipe)
+        short_of_memory(trainable.model, most)
+        history = train(trainable, make_data(), recipe, make_context(tmp_path / str(most)))
+        ends.append(([row["loss"] for row in history.rows], history.rows[-1]["validation_loss"], trainable.snapshot()))
+    (losses, validated, weights), (cut_losses, cut_validated, cut_weights) = ends
+    assert cut_losses == pytest.approx(losses, abs=1e-5)
+    assert cut_validated == pytest.approx(validated, abs=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(cut_weights[name], weight, atol=1e-3, rtol=0)
+    assert "the same step again, and all that follow, with at most" in caplog.text
+    assert caplog.text.count("out of memory") < 5  # it does not begin anew at every step
+
+
+def test_a_training_that_has_no_memory_for_one_sequence_says_so(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    trainable = make_trainable("full", make_model(), recipe)
+    short_of_memory(trainable.model, 8)
+    with pytest.raises(StageError, match=r"^out of memory in a pass over 1 x 14 tokens \(CUDA out of memory.*8-bit\.$"):
+        train(trainable, make_data(), recipe, make_context(tmp_path))
