@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo check test test-all bench vllm deploy clean
+.PHONY: help install demo check test test-all test-gpu bench vllm deploy clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,11 +32,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: install  ## set-up and all tests but the slow ones
 	$(PYTEST)
 
-test-all: install  ## every test
-	$(PYTEST) -m 'slow or not slow'
+test-all: install  ## every test but those that need a GPU
+	$(PYTEST) -m 'not gpu'
 
-bench: install  ## time and memory of mask learning against a dense model and the published way
+test-gpu: install  ## the tests that need a CUDA device; skipped with one line where there is none
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	  then $(BIN)/python -m pytest -m gpu tests/gpu; else echo 'skipped: torch finds no CUDA device here'; fi
+
+bench: install  ## a step of mask learning against a dense model and the published way, fine-tuning against TRL, a 7B model on a GPU
 	$(BIN)/python -m tests.bench.mask_step
+	$(BIN)/python -m tests.bench.trl
+	$(BIN)/python -m tests.bench.throughput
 
 # Its pins exclude ours, so vLLM has an environment of its own. The CPU build brings torchvision, torchaudio and torchcodec
 # of another torch, which break its import, and looks for its own metadata under the name of the CUDA build.

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -77,6 +77,11 @@ def trains(recipe: Recipe) -> bool:
     return isinstance(recipe, FineTune) or (isinstance(recipe, LearnMask) and recipe.selector in TRAINED)
 
 
+def shards(recipe: Recipe, runtime: Runtime) -> TypeGuard[FineTune]:
+    """Say whether a stage with this recipe divides its model among its processes, be it one: it needs a group."""
+    return runtime.shard and isinstance(recipe, FineTune) and recipe.lora is None
+
+
 def check(recipe: Recipe, runtime: Runtime) -> None:
     """Refuse what several processes cannot do with this recipe on this machine.
 
@@ -85,8 +90,11 @@ def check(recipe: Recipe, runtime: Runtime) -> None:
     """
     if not trains(recipe):
         return
-    if runtime.shard and isinstance(recipe, FineTune) and recipe.lora is None:
-        _check_shard(recipe, max(runtime.processes, parallel.processes()))
+    if shards(recipe, runtime) and recipe.training.optimizer != "adamw":
+        raise ConfigError(
+            f"runtime.shard = true: optimizer '{recipe.training.optimizer}' has no divided form; use adamw, or set "
+            "runtime.shard to false."
+        )
     if runtime.processes > 1:
         device = compute.find_device(runtime)
         if device.type == "cuda" and device.index is not None:
@@ -101,22 +109,13 @@ def check(recipe: Recipe, runtime: Runtime) -> None:
             )
 
 
-def _check_shard(recipe: FineTune, processes: int) -> None:
-    if recipe.training.optimizer != "adamw":
-        reason = f"optimizer '{recipe.training.optimizer}' has no divided form; use adamw, or"
-    elif processes == 1:
-        reason = "there is one process, nothing to divide among; set runtime.processes, or"
-    else:
-        return
-    raise ConfigError(f"runtime.shard = true: {reason} set runtime.shard to false.")
-
-
 def spread(stage: str, run: StageFunction) -> StageFunction:
     """Return a stage's function that runs in as many processes as the context's runtime says."""
 
     def run_spread(recipe: Any, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
         check(recipe, context.runtime)
-        if context.runtime.processes == 1 or not trains(recipe) or parallel.processes() > 1:
+        together = trains(recipe) and (context.runtime.processes > 1 or shards(recipe, context.runtime))
+        if parallel.joined() or not together:
             return run(recipe, inputs, out, context)
         for restarts in range(1, RESTARTS + 1):
             try:

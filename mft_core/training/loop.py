@@ -301,7 +301,7 @@ class _Loop:
             advice = "lower runtime.micro_batch_tokens" if divisible else "use training.optimizer adamw-8bit"
             raise StageError(
                 f"out of memory in a pass over {' x '.join(map(str, max(shapes)))} tokens "
-                f"({str(error).splitlines()[0]}). Set runtime.gradient_checkpointing to true, or {advice}."
+                f"({str(error).splitlines()[0].rstrip('.')}). Set runtime.gradient_checkpointing to true, or {advice}."
             ) from error
         self.limit = min(self.limit, max(divisible)) // 2
         self.trainable.discard_gradients()

@@ -22,12 +22,12 @@ _BUCKET = 16 * 2**20
 
 def rank() -> int:
     """Return which of the processes this is, from 0."""
-    return dist.get_rank() if _many() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def processes() -> int:
     """Return how many processes there are."""
-    return dist.get_world_size() if _many() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def is_first() -> bool:
@@ -35,7 +35,8 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def _many() -> bool:
+def joined() -> bool:
+    """Say whether this process belongs to a group, be it of one."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -46,7 +47,7 @@ def check_joined() -> None:
         ConfigError: the environment speaks of several processes, and no process group is initialised.
     """
     announced = os.environ.get("WORLD_SIZE", "1")
-    if announced != "1" and "RANK" in os.environ and not _many():
+    if announced != "1" and "RANK" in os.environ and not joined():
         raise ConfigError(
             f"WORLD_SIZE = {announced}, but this process has joined no group: call "
             "torch.distributed.init_process_group() before the training, or start one process without torchrun."

@@ -12,8 +12,8 @@ The bars: an optimizer step takes at most 1.08 times the dense floor's time with
 at least 1.7 times the tokens per second of sorting in every forward pass, with micro-batches of 1 × 256 tokens; and it
 takes no more memory on top of the floor than the scores, their optimizer's states and a copy of the masked weights.
 
-Where torch finds a GPU, LLaMA2-7B's geometry is measured on it as well, in bfloat16 (about 90 GB for the three
-together). Writes a JSON file with everything and a Markdown table for each geometry.
+Where torch finds a GPU, LLaMA2-7B's geometry is measured on it as well, in bfloat16. The three together need about 90
+GB; on a smaller GPU, which does nothing else, they are measured one after the other, and the table says so. Writes a JSON file with everything and a Markdown table for each geometry.
 """
 
 from __future__ import annotations
@@ -101,14 +101,28 @@ def _workers(jobs: list[Job]) -> Iterator[list[Worker]]:
             worker.kill()
 
 
-def measure(jobs: dict[str, Job], options: argparse.Namespace) -> dict[str, Any]:
+TOGETHER = 100e9
+"""bytes of a GPU on which the three variants of LLaMA2-7B's geometry are alive together"""
+
+_Seconds = dict[str, dict[str, dict[str, list[float]]]]
+
+
+def measure(jobs: dict[str, Job], options: argparse.Namespace, together: bool) -> dict[str, Any]:
     """Return how long an optimizer step took in every round, and the peaks of memory.
 
     Returns:
         `seconds[clock][accumulation][variant]`, a list with a number for each round, and `peaks[variant]` in bytes.
     """
-    seconds = {clock: {str(a): {name: [] for name in jobs} for a in ACCUMULATIONS} for clock in CLOCKS}
-    with _workers(list(jobs.values())) as workers:
+    seconds: _Seconds = {clock: {str(a): {name: [] for name in jobs} for a in ACCUMULATIONS} for clock in CLOCKS}
+    peaks: dict[str, Any] = {}
+    for group in [list(jobs.values())] if together else [[job] for job in jobs.values()]:
+        peaks |= _measure_together(group, options, seconds)
+    return {"seconds": seconds, "peaks": peaks}
+
+
+def _measure_together(jobs: list[Job], options: argparse.Namespace, seconds: _Seconds) -> dict[str, Any]:
+    """Add the seconds of some variants, alive together, and return their peaks of memory."""
+    with _workers(jobs) as workers:
         for worker in workers:
             worker.answer()
         for accumulation in ACCUMULATIONS:
@@ -120,8 +134,7 @@ def measure(jobs: dict[str, Job], options: argparse.Namespace) -> dict[str, Any]
                     for clock in CLOCKS:
                         seconds[clock][str(accumulation)][name].append(took[clock])
             _say(f"round {number} of {options.rounds}: {_progress(seconds['wall'])}")
-        peaks = {worker.job.variant: worker.finish() for worker in workers}
-    return {"seconds": seconds, "peaks": peaks}
+        return {worker.job.variant: worker.finish() for worker in workers}
 
 
 def _round(workers: Sequence[Worker], accumulation: int, steps: int) -> dict[str, dict[str, float]]:
@@ -137,7 +150,7 @@ def _round(workers: Sequence[Worker], accumulation: int, steps: int) -> dict[str
 
 def _progress(seconds: dict[str, dict[str, list[float]]]) -> str:
     return "; ".join(
-        f"accumulation {accumulation}: " + ", ".join(f"{name} {took[-1]:.2f} s" for name, took in of.items())
+        f"accumulation {accumulation}: " + ", ".join(f"{name} {took[-1]:.2f} s" for name, took in of.items() if took)
         for accumulation, of in seconds.items()
     )
 
@@ -156,7 +169,8 @@ def run(geometry: str, device: str, options: argparse.Namespace) -> dict[str, An
     precision = options.precision or ("bfloat16" if device == "cuda" else "float32")
     jobs = {name: Job(name, geometry, device, precision, layers, options.sparsity, options.tokens) for name in VARIANTS}
     _say(f"{geometry} on {device}, {precision}, layers {format_layers(tuple(layers))}")
-    measured = measure(jobs, options)
+    together = device == "cpu" or torch.cuda.get_device_properties(0).total_memory > TOGETHER
+    measured = measure(jobs, options, together)
     _count_memory(jobs, measured["peaks"])
     config = {
         "geometry": geometry,
@@ -168,6 +182,7 @@ def run(geometry: str, device: str, options: argparse.Namespace) -> dict[str, An
         "micro_batch": f"1 x {options.tokens}",
         "rounds": options.rounds,
         "steps_per_round": options.steps,
+        "together": together,
         "masked_weights": masked_weights(make_model(jobs["mask"], "meta"), layers),
         "bytes_per_weight": DTYPES[precision].itemsize,
     }

@@ -120,10 +120,11 @@ def table(result: dict[str, Any]) -> str:
     about = (
         f"{config['geometry']} geometry, random weights, {config['precision']}; layers {config['layers']} masked at "
         f"{config['sparsity']:.0%} ({config['masked_weights']:,} weights); micro-batch {config['micro_batch']} tokens; "
-        f"{config['rounds']} rounds of {config['steps_per_round']} optimizer steps. {where}; torch "
+        f"{config['rounds']} rounds of {config['steps_per_round']} optimizer steps"
+        f"{'' if config['together'] else ', one variant after the other, for want of memory'}. {where}; torch "
         f"{machine['packages']['torch']}, transformers {machine['packages']['transformers']}; commit {commit}."
     )
-    return f"{about}\n\n{_markdown(rows)}\n\n{_markdown(bars)}\n"
+    return f"{about}\n\n{markdown(rows)}\n\n{markdown(bars)}\n"
 
 
 def _bar_row(bar: dict[str, Any]) -> list[str]:
@@ -134,6 +135,7 @@ def _bar_row(bar: dict[str, Any]) -> list[str]:
     return [bar["what"], f"{bar['value']:.2f}", span, f"{bar['by_processor_time']:.2f}", bar["bar"], held]
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
+    """Return rows, of which the first is the head, as a Markdown table."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

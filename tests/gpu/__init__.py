@@ -1,0 +1,1 @@
+"""What needs a CUDA device; run by `make test-gpu`."""
