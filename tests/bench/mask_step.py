@@ -13,7 +13,9 @@ at least 1.7 times the tokens per second of sorting in every forward pass, with 
 takes no more memory on top of the floor than the scores, their optimizer's states and a copy of the masked weights.
 
 Where torch finds a GPU, LLaMA2-7B's geometry is measured on it as well, in bfloat16. The three together need about 90
-GB; on a smaller GPU, which does nothing else, they are measured one after the other, and the table says so. Writes a JSON file with everything and a Markdown table for each geometry.
+GB; on a smaller GPU, which does nothing else, they are measured one after the other, and the table says so.
+
+Writes a JSON file with everything and a Markdown table for each geometry.
 """
 
 from __future__ import annotations

@@ -180,8 +180,8 @@ def table(result: dict[str, Any]) -> str:
     config, packages = result["config"], result["machine"]["packages"]
     about = (
         f"{config['geometry']} geometry, random weights, bfloat16; {result['card']}; steps of {config['batch']} rows, "
-        f"micro-batches of {config['micro_batch_tokens']:,} tokens; mask: layers {config['layers']}; full: 8-bit AdamW, "
-        f"activations recomputed. torch {packages['torch']}, transformers {packages['transformers']}."
+        f"micro-batches of {config['micro_batch_tokens']:,} tokens; mask: layers {config['layers']}; full: 8-bit "
+        f"AdamW, activations recomputed. torch {packages['torch']}, transformers {packages['transformers']}."
     )
     return f"{about}\n\n{markdown(lines)}\n"
 

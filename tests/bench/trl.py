@@ -3,11 +3,11 @@
     python -m tests.bench.trl [--geometry smollm2-135m] [--device cpu] [--rows 24] [--batch 8] [--out results/bench]
 
 The same random model, the same rows of 40 to 900 tokens with the second half in the loss, the same optimizer (fused
-AdamW on float32 weights, clipped, computed in the same precision) and rows of the same longest length; an optimizer step
-of TRL is of as many tokens: `--batch` padded rows, or half as many packed ones. Nothing is recomputed in the backward
-pass. Useful tokens per second, so without padding; the first step of each is not counted. The bars: 1.5 times TRL
-padded, 1.2 times TRL packed. On a GPU TRL is measured packed with `flex_attention`, too: flash-attn, where it is
-installed, besides.
+AdamW on float32 weights, clipped, computed in the same precision) and rows of the same longest length; an optimizer
+step of TRL is of as many tokens: `--batch` padded rows, or half as many packed ones. Nothing is recomputed in the
+backward pass. Useful tokens per second, so without padding; the first step of each is not counted. The bars: 1.5 times
+TRL padded, 1.2 times TRL packed. On a GPU TRL is measured packed with `flex_attention`, too, and with flash attention
+where that is installed.
 """
 
 from __future__ import annotations
