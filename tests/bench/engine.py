@@ -4,10 +4,10 @@
 
 A useful token is one of an answer up to its end; what is decoded beyond an end, or for the other answers of a batch, is
 not. Two regimes: every answer takes all its tokens, and answers end where the model ends them. `generate` is given the
-same prompts sorted by length, and tried once with every batch size; the best goes into the rounds. In a round both
-take their turn in this process on the same model, so whatever else the machine does, it does to both; the ratio is
-taken within a round, on a CPU also that of processor time, which other work changes less. A geometry has random weights, whose answers would not end: there a token ends an answer where
-token and position say so, the same for both.
+same prompts sorted by length, and tried once with every batch size; the best goes into the rounds. In a round both take
+their turn in this process on the same model, so whatever else the machine does, it does to both; the ratio is taken
+within a round, on a CPU also that of processor time, which other work changes less. A geometry has random weights,
+whose answers would not end: there a token ends an answer where token and position say so, the same for both.
 
 The bar: at least 0.95 of the useful tokens per second of `generate`, in both regimes.
 """
@@ -180,7 +180,7 @@ def table(result: dict[str, Any]) -> str:
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads. Ratio: useful tokens per second of "
         f"the engine to those of `generate`, median and range of {config['rounds']} rounds; bar: {BAR}.",
         "",
-        "| answers | useful tokens | `generate`, best batch | engine, batch | ratio | of processor time | equal texts |",
+        "| answers | useful tokens | `generate`, best batch | engine, batch | ratio | processor time | equal texts |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, one in result["regimes"].items():
