@@ -34,10 +34,12 @@ def look_up(nodes: Sequence[Node], store: ArtifactStore, known: Sequence[Step] =
     found = {step.node.id: step.artifact for step in known if step.artifact}
     steps = []
     for node in nodes:
-        made = {name: found.get(given.node.id) for name, given in node.inputs.items() if isinstance(given, Edge)}
+        inputs = {
+            name: ((ref := found.get(given.node.id)) and ref.at(given.part)) if isinstance(given, Edge) else given
+            for name, given in node.inputs.items()
+        }
         artifact = None
-        if None not in made.values():
-            inputs = {name: made.get(name) or given for name, given in node.inputs.items()}
+        if None not in inputs.values():
             stage = STAGES[node.stage]
             key = store.key(stage, node.recipe, inputs)  # type: ignore[arg-type]
             artifact = store.find(stage.name, key, inputs)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mft_core.methods import METHODS
+from mft_core.store import manifests
 from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -126,6 +127,16 @@ def test_a_device_that_is_not_here_is_missed_only_where_something_is_computed(fo
     _, err = process.communicate(timeout=100)
     assert (process.returncode, len(err.strip().splitlines())) == (2, 1), err
     assert "torch sees " in err
+
+
+def test_of_an_earlier_versions_evaluations_those_that_were_right_are_found(folder, first):
+    for path in (folder / "home/artifacts/evaluate").glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["recipe"]["allow_code"], manifest["manifest_sha256"]
+        path.write_text(json.dumps(manifests.seal(manifest)))
+    rows, err = run(folder)
+    assert computed(err) == []
+    assert results(rows) == results(first[0])
 
 
 def test_what_was_damaged_or_deleted_is_computed_again_and_nothing_else(folder, first):
