@@ -127,7 +127,7 @@ def test_two_hundred_flipped_bits_give_no_wrong_answer(
     assert ends.count("right") >= 9
 
 
-HERE = ("mft", "worker", "training process", "Prefect server", "watchdog", "resource tracker")
+HERE = ("mft", "worker", "training process", "Prefect server", "watchdog")
 CLUSTER = ("mft", "worker", "Dask scheduler", "Dask nanny", "MLflow server")
 
 

@@ -32,7 +32,6 @@ KINDS: dict[str, Callable[[list[str]], bool]] = {
     "training process": lambda words: any("mft_core.stages import worker" in word for word in words),
     "Prefect server": lambda words: "pipelines.servers.prefect_server" in words,
     "watchdog": lambda words: words[-1].endswith("mft_core/processes.py"),
-    "resource tracker": lambda words: any("resource_tracker" in word for word in words),
     "Dask scheduler": lambda words: "distributed.cli.dask_scheduler" in words,
     "Dask nanny": lambda words: "distributed.cli.dask_worker" in words,
     "MLflow server": lambda words: any(word.startswith("mlflow.server") for word in words),  # the one that answers
