@@ -7,9 +7,12 @@ the choice, say what it is worth. For the report's tables (`pipelines.report.rep
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
+
+import yaml
 
 from mft_core.errors import StageError
 from mft_core.methods import METHODS
@@ -32,7 +35,8 @@ def chosen(rows: Sequence[Row], by: By = "loss") -> list[Row]:
 
     Returns:
         method, domain, variant, how many `variants` there were, the `validation_loss` or `validation_accuracy` of this
-        one, `edge`: the setting of which it has the least or the greatest value that was tried, and its results.
+        one, `edge`: the setting of which it has the least or the greatest value that was tried, its `settings` as a
+        profile has them, and its results.
     """
     measure = f"validation_{by}"
     tried: dict[tuple[str, str, str | None], dict[str, list[Row]]] = {}
@@ -48,9 +52,33 @@ def chosen(rows: Sequence[Row], by: By = "loss") -> list[Row]:
         best = min(means, key=lambda name: means[name] if by == "loss" else -means[name])
         described = {"method": method, "domain": domain, "variant": best, "variants": len(variants)}
         described |= {measure: round(means[best], 6), "edge": _edge(best, variants)}
+        described["settings"] = _as_profile(method, variants[best][0])
         own = [row for row in pooled(rows) if (row["domain"], without_seed(row["variant"])) == (domain, best)]
         found += [described | {name: row[name] for name in _RESULTS} for row in own]
     return found
+
+
+def _as_profile(method: str, row: Row) -> str:
+    """Return what was varied of the variant's settings as lines of a profile's `defaults`."""
+    found: dict[str, Any] = {}
+    varied = [key for key in settings([row]) if key.split(".")[0] in METHODS[method].sections]
+    own = {key: row[key] for key in varied if row[key] is not None}
+    own |= {"mask.sparsity": row["sparsity"]} if METHODS[method].selector else {}
+    for key, value in own.items():
+        *parents, last = key.split(".")
+        functools.reduce(lambda inner, name: inner.setdefault(name, {}), parents, found)[last] = value
+    lines = (yaml.safe_dump({key: inner}, default_flow_style=None, sort_keys=False) for key, inner in found.items())
+    return "".join(lines)
+
+
+def for_profile(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the settings of all that was chosen, in a form that goes into a profile.
+
+    Args:
+        rows: of `chosen`.
+    """
+    texts = {f"# {METHODS[row['method']].label}, {row['domain']}\n{row['settings']}": None for row in rows}
+    return "".join(texts)
 
 
 def _edge(best: str, variants: Mapping[str, Sequence[Row]]) -> str | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipelines.config.catalogue import Study, load_profile, load_studies, load_s
 from pipelines.plan.analyses import analysis_nodes
 from pipelines.plan.plan import make_plans
 from pipelines.report.asked import Asked
-from pipelines.report.chosen import refuse_edges
+from pipelines.report.chosen import for_profile, refuse_edges
 from pipelines.report.composite import composite_report
 from pipelines.report.looks import declared, undecided
 from pipelines.report.page import write_report
@@ -80,14 +81,16 @@ def write_last_look(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Re
 
 
 def check_choices(reports: Sequence[Report]) -> None:
-    """Refuse tunings, whose pages are written, that end on an edge of their grids.
+    """Say what tunings have chosen, and refuse those that end on an edge of their grids; their pages are written.
 
     Raises:
         StageError: a choice lies on an edge.
     """
     for report in reports:
         if report.plan.study.choose:
-            refuse_edges(report.plan.study.name, report.tables.get("chosen", []))
+            choices = report.tables.get("chosen", [])
+            print(f"\nchosen, for the profile's defaults:\n\n{for_profile(choices)}", file=sys.stderr)
+            refuse_edges(report.plan.study.name, choices)
 
 
 def write_part(report: Report, whole: Study, asked: Asked, store: ArtifactStore, out: Path | None = None) -> Path:

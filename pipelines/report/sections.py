@@ -17,6 +17,7 @@ from pipelines.cost.measured import SHARED
 from pipelines.report import published, verdict
 from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt
+from pipelines.report.chosen import for_profile
 from pipelines.report.render import Section, grid
 from pipelines.report.report import Report, slug
 from pipelines.report.search_section import search_section
@@ -86,7 +87,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
         f"Of each method's variants the one of {by}, mean over seeds), and its gain on the benchmarks, which had no "
         "part in the choice; tests and verdicts are those of the table above."
     )
-    return f"{note}\n\n{grid(header, list(lines.values()))}"
+    return f"{note}\n\n{grid(header, list(lines.values()))}\n\n```yaml\n{for_profile(rows)}```"
 
 
 def _points(report: Report) -> str:

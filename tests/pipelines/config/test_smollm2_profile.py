@@ -119,7 +119,7 @@ def test_an_answer_is_the_last_number_however_it_is_written(name):
         assert found["exact_match"] == right, text
 
 
-@pytest.mark.parametrize("study", ["sparsity", "layer-groups", "main", "learning-rates"])
+@pytest.mark.parametrize("study", ["sparsity", "layer-groups", "main", "tuning"])
 def test_both_sizes_compose_with_the_studies_and_the_small_one_is_smaller(study):
     full, small = (
         [setup for setup, _ in setups(load_study(study), load_profile(f"smollm2-135m{size}"), {})]

@@ -87,6 +87,23 @@ def test_the_best_on_validation_items_is_chosen_whatever_its_loss_and_its_gain(f
     assert "greatest accuracy on validation items" in page
 
 
+def test_a_choice_is_by_the_mean_over_fine_tunings_and_is_told_at_the_end(folder, monkeypatch, capsys):
+    monkeypatch.setenv("MFT_HOME", str(folder / "home"))
+    path = folder / "mini.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "max_replicates": 2}))
+    plan, store = plan_of(folder, "accuracy", replicates=2)
+    right = {}
+    for item in plan.variants:  # the greatest rate is best of the first fine-tuning, the middle one of the two
+        rate = next((rate for rate in RATES if item.name.split(" replicate")[0].endswith(f"={rate}")), None)
+        shares = {None: (0.1, 0.1), RATES[0]: (0.3, 0.3), RATES[1]: (0.6, 0.6), RATES[2]: (0.9, 0.1)}[rate]
+        right |= {node.id: shares[item.setup.replicate] for node in item.validations.values()}
+    finish(plan, store, {"fft": 0.5, "mft": 0.6}, validation=right)
+    write(Asked(str(folder / "rates.yaml"), str(path)), folder / "out", sync=False)
+    told = "# MFT, sums\nmask:\n  training: {learning_rate: 0.01}\n  sparsity: 0.1\n"
+    assert told in capsys.readouterr().err
+    assert told in (folder / "out/report.md").read_text()
+
+
 @pytest.mark.parametrize("choose", ["accuracy", "loss", None])
 def test_a_tuning_that_ends_on_an_edge_of_its_grid_fails_with_its_pages_written(folder, choose, monkeypatch):
     monkeypatch.setenv("MFT_HOME", str(folder / "home"))

@@ -3,9 +3,11 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from mft_core.errors import StageError
-from pipelines.report.chosen import chosen, refuse_edges
+from pipelines.config.setup import MaskSpec
+from pipelines.report.chosen import chosen, for_profile, refuse_edges
 
 
 def row(variant: str, loss: float | None, accuracy: float = 0.5, **columns: Any) -> dict[str, Any]:
@@ -98,3 +100,19 @@ def test_a_setting_with_one_value_or_with_words_has_no_edge() -> None:
     sparsities = [row(f"mft {share}", loss, sparsity=share) for share, loss in ((0.1, 0.3), (0.2, 0.1), (0.4, 0.2))]
     assert {one["edge"] for one in chosen(sparsities)} == {None}
     assert {one["edge"] for one in chosen(sparsities[:2])} == {"mask.sparsity = 0.2 (tried: 0.1, 0.2)"}
+
+
+def test_what_was_chosen_is_told_as_a_profile_has_it() -> None:
+    masks = [
+        row("mft a", 0.3, sparsity=0.1, **{"mask.training.learning_rate": 0.001, "mask.training.epochs": 2.0}),
+        row("mft b", 0.4, sparsity=0.1, **{"mask.score_init": "magnitude"}),
+    ]
+    rates = [row(f"fft {rate}", loss, **{"fine_tune.learning_rate": rate}) for rate, loss in ((0.1, 0.2), (0.2, 0.1))]
+    found = for_profile(chosen([*rates, *masks]))
+    assert [line for line in found.splitlines() if line[0] == "#"] == ["# FFT, maths", "# MFT, maths"]
+    told = yaml.safe_load(found)
+    assert told["fine_tune"] == {"learning_rate": 0.2}
+    assert told["mask"] == {"training": {"learning_rate": 0.001, "epochs": 2.0}, "sparsity": 0.1}
+    assert MaskSpec.model_validate(
+        {"layers": "1", **told["mask"], "training": {**told["mask"]["training"], "batch_size": 1}}
+    )
