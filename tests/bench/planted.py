@@ -1,0 +1,203 @@
+"""Positive control: does the chain find a gain that is known to be there, and none where there is none?
+
+    python -m tests.bench.planted [--runs 20] [--processes 16] [--kinds planted,nothing,rewinding] [--home DIR]
+
+Each run fine-tunes `tiny` with a seed of its own, damages that model, and gives it to a study as a user gives a
+checkpoint (no `fine_tune`):
+
+- *planted*: one weight in each attention output and each MLP output of the masked layers, at a random place, is made so
+  large that accuracy falls by 4 points; a mask that removes these 8 weights gives the points back. MFT has to find them
+  among all others, and the verdict on `mft - fft` has to be *better*.
+- *nothing*: the same without damage; *better* is an error.
+- *rewinding*: noise is added to all weights of the masked layers until the model that stands as the base is 4 points
+  better. Removing weights cannot undo that, rewinding can: `rewind` has to be better than both.
+
+The size of the damage is found by bisection on the benchmarks' own items, so that the gain is 4 points on what the
+study measures; no training sees them. A study is planned and its stages are run as `mft run` does, but in this process:
+neither Prefect nor MLflow is needed. Prints a line a run, then the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mft_core.draws import seeded_generator
+from mft_core.evaluation.lm_eval_harness import evaluate
+from mft_core.recipes import Evaluate, Runtime
+from mft_core.stages import get_stage
+from mft_core.store.artifacts import ArtifactRef, ArtifactStore
+from pipelines.config.catalogue import FOLDERS, Study, load_profile, load_study
+from pipelines.graph.nodes import Edge, closure
+from pipelines.plan.plan import Plan, comparison_node, make_plan
+
+HERE = Path(__file__).parent
+POINTS = 4.0
+LAYERS = range(2, 6)
+SETTINGS = {"sparsity": 0.05}
+"""of the mask: more than the damage, since the entries of least score include some that learning left near zero"""
+REWINDING = {"sparsity": 0.8}
+KINDS = {"planted": "planted.yaml", "nothing": "planted.yaml", "rewinding": "rewinding.yaml"}
+Damage = Callable[[Mapping[str, Tensor], float, int], dict[str, Tensor]]
+
+
+def run_plan(plan: Plan, store: ArtifactStore) -> dict[str, ArtifactRef]:
+    """Run every stage of a plan and its comparison, one after the other; returns the artifacts by node id."""
+    made: dict[str, ArtifactRef] = {}
+    for node in closure([comparison_node(plan)]):
+        inputs = {
+            name: made[given.node.id].at(given.part) if isinstance(given, Edge) else given
+            for name, given in node.inputs.items()
+        }
+        made[node.id] = store.build(get_stage(node.stage), node.recipe, inputs, plan.runtime).ref
+    return made
+
+
+def fine_tuned(home: Path, seed: int) -> Path:
+    """Fine-tune `tiny` with that seed; returns the checkpoint's directory."""
+    study = Study.model_validate(
+        {"name": "fine-tuning", "question": "-", "seeds": [0], "variants": [{"method": "fft"}]}
+    )
+    store = ArtifactStore(home)
+    plan = make_plan(study, load_profile("tiny"), store, [f"fine_tune.seed={1000 + seed}"])
+    (fft,) = plan.variants
+    assert isinstance(fft.model, Edge)
+    return store.directory("fine-tune", run_plan(plan, store)[fft.model.node.id].key) / fft.model.part
+
+
+def outliers(weights: Mapping[str, Tensor], size: float, seed: int) -> dict[str, Tensor]:
+    """Make one weight of each output matrix of the masked layers that many root mean squares large."""
+    names = [
+        f"model.layers.{layer}.{part}.weight" for layer in LAYERS for part in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    changed = {}
+    for name in names:
+        generator = seeded_generator(seed, f"damage of {name}")
+        weight = weights[name].clone()
+        place = int(torch.randint(weight.numel(), (1,), generator=generator))
+        sign = 2 * int(torch.randint(2, (1,), generator=generator)) - 1
+        weight.view(-1)[place] = sign * size * weights[name].square().mean().sqrt()
+        changed[name] = weight
+    return changed
+
+
+def noise(weights: Mapping[str, Tensor], size: float, seed: int) -> dict[str, Tensor]:
+    """Add normal noise of that many root mean squares to all weights of the masked layers' matrices."""
+    changed = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and name.startswith(tuple(f"model.layers.{layer}." for layer in LAYERS)):
+            drawn = torch.randn(weight.shape, generator=seeded_generator(seed, f"damage of {name}"))
+            changed[name] = weight + size * weight.square().mean().sqrt() * drawn
+    return changed
+
+
+def damaged(source: Path, out: Path, damage: Damage, first: float, seed: int) -> tuple[Path, float, float]:
+    """Write the checkpoint damaged by about `POINTS` points of accuracy; returns it, the size, and the points."""
+    weights = load_file(source / "model.safetensors")
+    shutil.copytree(source, out)
+    whole, low, high, size = accuracy(source), 0.0, float("inf"), first
+    for _ in range(9):
+        save_file({**weights, **damage(weights, size, seed)}, out / "model.safetensors", {"format": "pt"})
+        lost = whole - accuracy(out)
+        if abs(lost - POINTS) <= 0.3:
+            break
+        low, high = (size, high) if lost < POINTS else (low, size)
+        size = 2 * size if high == float("inf") else float(np.sqrt(max(low, size / 4) * high))
+    return out, size, lost
+
+
+def accuracy(model: Path) -> float:
+    """Return the mean accuracy on the benchmarks of `tiny`, in per cent."""
+    runtime = Runtime.model_validate({"device": "cpu", "threads": 1, "eval_batch_size": 128})
+    folder = FOLDERS["profile"] / "tiny" / "benchmarks"
+    tasks = ("tiny_arithmetic", "tiny_number_theory", "tiny_symbols")
+    found = [evaluate(Evaluate(task=task), model, folder, runtime).summary["accuracy"] for task in tasks]
+    return 100 * float(np.mean(found))
+
+
+def studied(kind: str, home: Path, folder: Path, model: Path, base: Path | None, seed: int) -> dict[str, Any]:
+    """Run the study of a kind on a user's checkpoint; returns its contrasts on the mean: difference and verdict."""
+    defaults: dict[str, Any] = {"fine_tune": None, "model": {"path": str(model)}, "mask": SETTINGS}
+    if base:
+        defaults |= {"base": {"path": str(base)}, "mask": REWINDING}
+    profile = {"extends": "tiny", "defaults": defaults}
+    path = folder / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    store = ArtifactStore(home)
+    plan = make_plan(load_study(str(HERE / KINDS[kind])), load_profile(str(path)), store, seeds=[seed])
+    made = run_plan(plan, store)
+    node = comparison_node(plan)
+    rows = json.loads((store.directory("compare", made[node.id].key) / "contrasts.json").read_text())
+    return {
+        row["contrast"]: (round(100 * row["gain"], 1), row["verdict"]) for row in rows if row["family"] == "primary"
+    }
+
+
+def one_run(kind: str, home: Path, seed: int) -> dict[str, Any]:
+    """Prepare one run of a kind and run its study; the fine-tuning is shared between the kinds."""
+    torch.set_num_threads(1)
+    folder = home / f"{kind}-{seed}"
+    folder.mkdir(parents=True)
+    model = base = fine_tuned(home, seed)
+    told: dict[str, Any] = {"kind": kind, "run": seed}
+    if kind != "nothing":
+        damage, first = (noise, 0.25) if kind == "rewinding" else (outliers, 60.0)
+        model, size, lost = damaged(model, folder / "model", damage, first, seed)
+        told |= {"size": round(size, 2), "planted": round(lost, 1)}
+    return told | studied(kind, home, folder, model, base if kind == "rewinding" else None, seed)
+
+
+def found(result: Mapping[str, Any]) -> bool:
+    """Whether every contrast of a run says *better*."""
+    verdicts = [told[1] for told in result.values() if isinstance(told, tuple)]
+    return bool(verdicts) and set(verdicts) == {"better"}
+
+
+def run_all(kinds: Iterable[str], runs: int, processes: int, home: Path) -> list[dict[str, Any]]:
+    """Run all kinds and print each run as it ends."""
+    results = []
+    with ProcessPoolExecutor(processes) as pool:
+        tuned = [pool.submit(fine_tuned, home, seed) for seed in range(runs)]
+        for waiting in as_completed(tuned):
+            waiting.result()
+        asked = [pool.submit(one_run, kind, home, seed) for kind in kinds for seed in range(runs)]
+        for done in as_completed(asked):
+            results.append(done.result())
+            print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def main() -> None:
+    """Run as told on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--home", type=Path, help="where artifacts are kept; default: a temporary directory")
+    asked = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kinds = asked.kinds.split(",")
+    home = contextlib.nullcontext(str(asked.home)) if asked.home else tempfile.TemporaryDirectory()
+    with home as place:
+        results = run_all(kinds, asked.runs, asked.processes, Path(place))
+    for kind in kinds:
+        of_kind = [one for one in results if one["kind"] == kind]
+        print(f"{kind}: found in {sum(map(found, of_kind))} of {len(of_kind)}")
+
+
+if __name__ == "__main__":
+    main()
