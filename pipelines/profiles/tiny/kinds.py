@@ -6,8 +6,9 @@ reasoning-gym entry into a compact prompt; the answer is reasoning-gym's own, or
 operands, letters or numbers of the item, with no trace of wording, operation or order.
 
 One rule over the content decides where an item may appear, for all kinds of a family alike: the sha256 of
-``family:content`` modulo 100. Residues divisible by 10 are *reserved*: benchmarks only. Residue 1 is
-validation during pre-training only. Everything else may be trained on. Items with at most two operands and at
+``family:content`` modulo 100. Residues divisible by 10 are for benchmarks only: below 70 *reserved*, for those that
+report results, and the rest *tuning*, for those by which settings are chosen. Residue 1 is validation during
+pre-training only. Everything else may be trained on. Items with at most two operands and at
 most two digits in all (``7*8``, ``4 mod 3``) are *primitives*: always trainable, never in a benchmark,
 because such spaces are too small to be held out.
 """
@@ -27,7 +28,7 @@ Convert = Callable[[dict[str, Any]], Row | None]
 
 @dataclass(frozen=True)
 class Item:
-    """One question with its answer; `split` is "train", "validation" or "reserved" by content."""
+    """One question with its answer; `split` is "train", "validation", "reserved" or "tuning" by content."""
 
     kind: str
     prompt: str
@@ -74,7 +75,7 @@ def split_of(family: str, content: str) -> str:
         return "train"
     residue = int(hashlib.sha256(f"{family}:{content}".encode()).hexdigest(), 16) % 100
     if residue % 10 == 0:
-        return "reserved"
+        return "reserved" if residue < 70 else "tuning"
     return "validation" if residue == 1 else "train"
 
 
