@@ -24,6 +24,7 @@ from typing import Any
 from distributed import Worker, get_worker
 
 from mft_core.errors import StageError
+from mft_core.evaluation import vllm_server
 from mft_core.recipes import Recipe, Runtime
 from mft_core.stage import Progress
 from mft_core.stages import get_stage
@@ -94,6 +95,8 @@ def _build(job: Job, report: Callable[[Progress], None], tell: Callable[[object]
     log.addHandler(handler)
     try:
         assert stage.run  # imports its libraries, which are not what the stage itself takes in seconds and memory
+        if getattr(job.recipe, "engine", None) != "vllm":
+            vllm_server.close()  # it may be idle, and has the device's memory
         turn = os.environ.get(TURN)
         with store.lock(turn, report) if turn else contextlib.nullcontext():
             inputs = dict(job.inputs)

@@ -2,8 +2,9 @@
 
 Its pins exclude ours, so it lives in an environment of its own: `MFT_VLLM`, or on PATH; `make vllm` makes one. A
 process has one server at a time, reached on the loopback with a key that only this process has. It ends when another
-checkpoint is asked for, when nobody has asked for a while, and with this process, however that ends
-(`mft_core.processes`). Used by `mft_core.evaluation.lm_eval_harness`, and by planning for the version; without torch.
+checkpoint is asked for, before a stage of another kind (`tasks.job`), when nobody has asked for a while, and with this
+process, however that ends (`mft_core.processes`). Used by `mft_core.evaluation.lm_eval_harness`, and by planning for
+the version; without torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -117,6 +119,8 @@ def close() -> None:
 
 def _start(model: Path, precision: str, cpu: bool) -> Server:
     check()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what an earlier stage of this process has given back, and torch keeps
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,9 +17,12 @@ from mft_core.cache_key import canonical_json
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation import vllm_server
 from mft_core.evaluation.lm_eval_harness import evaluate
-from mft_core.recipes import Evaluate, Runtime
+from mft_core.recipes import Evaluate, LearnMask, Recipe, Runtime
 from mft_core.stage import Progress
+from mft_core.store.sources import local_checkpoint, local_files
+from tasks.job import Job, _build
 from tests.mft_core.evaluation.test_lm_eval_harness import QUESTIONS, write_task
+from tests.support.small_training import make_recipe, save_data
 from tests.support.tiny import save_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -141,6 +145,31 @@ def test_one_start_serves_all_benchmarks_of_a_model_and_ends_with_the_next_model
     assert not psutil.pid_exists(first)
     vllm_server.close()
     assert not psutil.pid_exists(second)
+
+
+def test_an_idle_server_ends_before_a_stage_of_another_kind_in_its_worker_and_not_before_the_next_benchmark(
+    model: Path, benchmarks: Path, starts: Path, tmp_path: Path
+):
+    checkpoint, data = local_checkpoint("model", model), save_data(tmp_path / "data")
+    questions = local_files(benchmarks, sorted(path.name for path in benchmarks.iterdir()))
+    rows = local_files(data, sorted(path.name for path in data.iterdir()))
+    alive: list[bool] = []
+
+    def build(stage: str, recipe: Recipe, **inputs: Any) -> None:
+        (tmp_path / "home").mkdir(exist_ok=True)
+        runtime = Runtime(device="cpu", threads=1)
+        job = Job(tmp_path / "home", "1 here", None, stage, recipe, {"model": checkpoint, **inputs}, runtime, False, {})
+        _build(job, lambda _: alive.append(starts.is_file() and psutil.pid_exists(pids(starts)[0])), print)
+
+    for limit in (2, 3):
+        build("evaluate", Evaluate(task="sums", limit=limit, engine="vllm"), benchmark=questions)
+    assert len(pids(starts)) == 1
+    assert alive[-1]
+    alive.clear()
+    mask = LearnMask(sparsity=0.3, layers="1", score_init="normal", training=make_recipe(max_steps=1))
+    build("learn-mask", mask, data=rows)
+    assert alive
+    assert not any(alive)
 
 
 def test_a_server_that_nobody_asks_ends(model: Path, starts: Path, monkeypatch: pytest.MonkeyPatch):
