@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from distributed import Worker, get_worker
+from tqdm import tqdm
 
 from mft_core.errors import StageError
 from mft_core.evaluation import vllm_server
@@ -114,6 +115,7 @@ def dask_setup(worker: Worker) -> None:
     with Path(os.environ[OUTPUT]).open("ab") as sink:
         for stream in (1, 2):
             os.dup2(sink.fileno(), stream)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which the kill at the end would leave behind
     threading.Thread(target=_import_libraries, daemon=True).start()
 
 

@@ -74,6 +74,10 @@ def test_a_study_answers_with_one_row_per_variant_and_benchmark(first):
     assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in rows if row["gain"] is not None)
 
 
+def test_python_has_nothing_to_complain_of_at_the_end_of_a_run(first):
+    assert "resource_tracker" not in first[1]
+
+
 def test_the_merged_checkpoint_has_the_exact_zeros_and_loads_without_this_project(folder, first):
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('mft_core', 'tasks', 'pipelines')))\n"
