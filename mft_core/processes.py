@@ -72,13 +72,17 @@ class Family:
         return child
 
     def revive(self) -> list[str]:
-        """Start again what has died, each service three times at most; return a line for people for each.
+        """Start again what has died, the watchdog too, and each service three times at most; return a line for each.
 
         Raises:
             ChildProcessError: one died once more; how, and the end of its log.
         """
         said: list[str] = []
         with self._lock:
+            if self._watchdog and self._watchdog.poll() is not None and not self.stopped.is_set():
+                self._watchdog = None  # somebody killed it
+                for child in self.children:
+                    self._tell_watchdog(child.process.pid)
             for child in self.children:
                 ending = None if self.stopped.is_set() else child.how_it_ended()
                 if ending is None:
@@ -131,7 +135,7 @@ class Family:
                 start_new_session=True,
             )
         assert self._watchdog.stdin
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the watchdog: the services still stop with us
+        with contextlib.suppress(BrokenPipeError):  # it was killed: `revive` starts it again
             self._watchdog.stdin.write(f"{group}\n".encode())
             self._watchdog.stdin.flush()
 

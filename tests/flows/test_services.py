@@ -99,11 +99,15 @@ def test_stopping_ends_grandchildren_and_those_that_ignore_a_polite_request(
     assert group_is_gone(stubborn.process.pid)
 
 
-def test_services_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+KILLED_WATCHDOG = "family._watchdog.kill(); family._watchdog.wait(); family.revive()\n"
+
+
+@pytest.mark.parametrize("before", ["", KILLED_WATCHDOG], ids=["", "the watchdog before"])
+def test_services_end_when_their_parent_is_killed(tmp_path: Path, before: str) -> None:
     code = (
         "import os, sys, time; from pathlib import Path; from mft_core.processes import Family\n"
-        "child = Family().start('s', ['sh', '-c', 'sleep 60 & sleep 60'], Path(sys.argv[1]), {})\n"
-        "print(child.process.pid, flush=True); time.sleep(60)\n"
+        "family = Family(); child = family.start('s', ['sh', '-c', 'sleep 60 & sleep 60'], Path(sys.argv[1]), {})\n"
+        f"{before}print(child.process.pid, flush=True); time.sleep(60)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "s.log")], cwd=ROOT, stdout=subprocess.PIPE, text=True
