@@ -44,7 +44,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def finished(study: Study) -> tuple[Path, list[dict[str, Any]]]:
     """Return the home of a study that ran undisturbed, and its rows."""
     home = study.folder / "finished"
-    code, rows, err = study.run(home)
+    code, rows, err = study.run(home, seconds=900)
     assert code == 0, err
     return home, rows
 
@@ -64,7 +64,7 @@ def flip_and_run(study: Study, home: Path, expected: tuple[Path, list[dict[str, 
     dice, work = random.Random(seed), copy(home, study.folder / "flipped")
     files = [dice.choice(files_of(work, kind)) for kind in kinds.split()]
     flips = [flip(path, dice) for path in files]
-    code, rows, err = study.run(work)
+    code, rows, err = study.run(work, seconds=900)
     print(seed, code, flips)
     assert "Traceback" not in err, (flips, err)
     if code:
@@ -213,7 +213,7 @@ def test_twenty_five_killed_processes_change_no_answer_repeat_no_stage_and_leave
 
 def _check_answer(study: Study, home: Path, expected: list[dict[str, Any]], folder: Path) -> None:
     """Check that the study ends there as if undisturbed, and that no stage was finished twice."""
-    code, rows, err = study.run(home)
+    code, rows, err = study.run(home, seconds=900)
     assert (code, rows) == (0, expected), err
     assert digests(home) == digests(folder / "undisturbed")
     assert finished_once(home)
