@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     style.title(figure, question)
     if not shown:
         figure.text(0.5, 0.6, "No variant is compared with FFT.", ha="center")
-    style.legend(figure, {}, confidence, single_seeds=bool(apart(shown)), published=bool(own))
+    style.legend(figure, shown, {}, confidence, published=bool(own))
     return figure
 
 

@@ -78,7 +78,7 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
         line += -(-len(benchmarks) // across_page)
     _name_axes(grid, layout)
     style.title(figure, question)
-    style.legend(figure, styles, confidence, single_seeds=bool(apart(shown)), published=bool(own))
+    style.legend(figure, shown, styles, confidence, published=bool(own))
     return figure
 
 

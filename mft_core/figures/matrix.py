@@ -1,7 +1,7 @@
 """Domains against benchmarks: what a mask (or another treatment) of one domain does to the benchmarks of all.
 
-A map per method: its gain in each cell as colour and number, with its interval; a star where it is distinguishable from
-noise. The colours run from red over white to blue (ColorBrewer's RdBu, safe for colour-blind readers), centred at no
+A map per method: its gain in each cell as colour and number, with its interval; a star where it is better or worse, an
+"about equal" where it is equivalent. The colours run from red over white to blue (ColorBrewer's RdBu, safe for colour-blind readers), centred at no
 gain; controls far below the rest are as dark as the scale goes.
 """
 
@@ -78,7 +78,8 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     bar = figure.colorbar(ScalarMappable(scale, _COLOURS), ax=grid, location="bottom", extend="both",
                           shrink=0.6, aspect=40)  # fmt: skip
     bar.set_label(
-        f"{style.GAIN_LABEL}; in brackets the {percent(confidence)} interval\nbold with *: distinguishable from noise"
+        f"{style.GAIN_LABEL}; in brackets the {percent(confidence)} interval\n"
+        f"* better or worse, ≈ equivalent, else undecided\n{style.rests_on(style.drawn(rows))}"
     )
     style.title(figure, question)
     return figure
@@ -108,9 +109,9 @@ def _write(axes: Axes, row: Row, place: tuple[int, int], scale: Normalize) -> No
     gain, low, high = (round(100 * row[key], 1) + 0.0 for key in ("gain", "gain_low", "gain_high"))  # no "−0.0"
     red, green, blue, _ = colormaps[_COLOURS](scale(gain))
     ink = "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.48 else "black"  # by the colour's luminance
-    real = row["verdict"] in ("better", "worse")
+    sign = {"better": " *", "worse": " *", "equivalent": " ≈"}.get(row["verdict"], "")
     x, y = place[1] + 0.5, place[0] + 0.5
-    axes.text(x, y - 0.06, f"{gain:+.1f}{' *' if real else ''}".replace("-", "−"), ha="center", va="bottom",
-              color=ink, fontsize=10, fontweight="bold" if real else "normal")  # fmt: skip
+    axes.text(x, y - 0.06, f"{gain:+.1f}{sign}".replace("-", "−"), ha="center", va="bottom",
+              color=ink, fontsize=10, fontweight="bold" if sign == " *" else "normal")  # fmt: skip
     interval = f"[{low:+.1f}, {high:+.1f}]".replace("-", "−")
     axes.text(x, y + 0.06, interval, ha="center", va="top", color=ink, fontsize=7.5)

@@ -1,7 +1,7 @@
 """How gains look in every figure: colours, markers, intervals, and what the legend says of them.
 
-Colours are those of Okabe and Ito (told apart by colour-blind readers), and methods differ in marker too. A filled mark
-is a gain that is distinguishable from noise, a hollow one is not; its line is the interval.
+Colours are those of Okabe and Ito (told apart by colour-blind readers), and methods differ in marker too. How a mark is
+filled says the verdict: filled better or worse, half filled equivalent, hollow undecided; its line is the interval.
 """
 
 from __future__ import annotations
@@ -51,6 +51,20 @@ def of_method(method: str) -> Style:
     return Style(row.color, row.marker)
 
 
+def filled(verdict: str | None, color: str) -> dict[str, Any]:
+    """Return how the mark of a gain is filled: by its verdict, hollow where it has none."""
+    fill = "left" if verdict == "equivalent" else "full"
+    face = color if verdict in ("better", "worse", "equivalent") else "white"
+    return {"fillstyle": fill, "markerfacecolor": face, "markerfacecoloralt": "white"}
+
+
+def verdict_handles(markersize: float) -> list[Line2D]:
+    """Return the lines of a legend that say how marks are filled."""
+    grey: dict[str, Any] = {"color": "0.35", "linestyle": "none", "marker": "o", "markersize": markersize}
+    verdicts = {"better or worse": "better", "equivalent": "equivalent", "undecided": "undecided"}
+    return [Line2D([], [], label=label, **grey, **filled(verdict, "0.35")) for label, verdict in verdicts.items()]
+
+
 def title(figure: Figure, question: str) -> None:
     """Put the question on top, in as many lines as it needs."""
     width = int(figure.get_figwidth() * 11)
@@ -88,14 +102,14 @@ def mark(axes: Axes, at: float, row: Row, style: Style, *, across: bool = False)
     """
     floor, top = axes.get_xlim() if across else axes.get_ylim()
     edge = floor + 0.03 * (top - floor)
-    gain, real = 100 * row["gain"], row["verdict"] in ("better", "worse")
+    gain = 100 * row["gain"]
     interval = [100 * row["gain_low"], 100 * row["gain_high"]]
     line = (interval, [at, at]) if across else ([at, at], interval)
     axes.plot(*line, color=style.color, linewidth=1.6, zorder=3, solid_capstyle="butt")
     point = (max(gain, edge), at) if across else (at, max(gain, edge))
     axes.plot(
         *point, style.marker, color=style.color, markersize=6, markeredgewidth=1.3, zorder=4,
-        markerfacecolor=style.color if real else "white", clip_on=False,
+        clip_on=False, **filled(row["verdict"], style.color),
     )  # fmt: skip
     if gain < edge:
         text, offset, place = (f"← {gain:+.0f}", (7, 0), ("left", "center")) if across else (
@@ -116,32 +130,42 @@ def published_mark(axes: Axes, at: float, gain: float, *, across: bool = False) 
 
 def legend(
     figure: Figure,
+    rows: Sequence[Row],
     series: Mapping[str, Style],
     confidence: float,
     *,
-    single_seeds: bool,
     published: bool,
 ) -> None:
-    """Say below the figure which mark is what.
+    """Say below the figure which mark is what, and how much stands behind it.
 
     Args:
+        rows: that are shown.
         series: label and style of each.
-        single_seeds: whether seeds are drawn apart.
         published: whether published gains are drawn.
     """
     handles = [
         Line2D([], [], color=style.color, marker=style.marker, markersize=6, linewidth=1.6, label=label)
         for label, style in series.items()
     ]
-    grey: dict[str, Any] = {"color": "0.35", "linestyle": "none", "markersize": 6}
     handles.append(Line2D([], [], color="0.35", linewidth=1.6, label=f"{percent(confidence)} interval"))
-    handles.append(Line2D([], [], marker="o", label="distinguishable from noise", **grey))
-    handles.append(Line2D([], [], marker="o", markerfacecolor="white", label="neither", **grey))
-    if single_seeds:
-        handles.append(Line2D([], [], color="0.35", linestyle="none", marker=".", markersize=5, label="one seed"))
+    handles += verdict_handles(6)
+    if apart(rows):
+        handles.append(Line2D([], [], color="0.35", linestyle="none", marker=".", markersize=5, label="one training"))
     if published:
         color, marker = _PUBLISHED
         label = "published (paper, one seed)"
         handles.append(Line2D([], [], color=color, marker=marker, linestyle="none", markersize=8, label=label))
     columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.0)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5,
+                  title=rests_on(rows), title_fontsize=8.5)  # fmt: skip
+
+
+def rests_on(rows: Sequence[Row]) -> str:
+    """Say how many items, fine-tunings and seeds stand behind the gains that are shown."""
+    shown = pooled(rows)
+    sizes = sorted({row["n"] for row in shown}) or [0]
+    items = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+    replicates = max((row["replicates"] for row in shown if row.get("replicate") == "all"), default=1)
+    tuned = f"the recipe, over {replicates} fine-tunings" if replicates > 1 else "one fine-tuned checkpoint"
+    seeds = max((row["seeds"] for row in shown), default=1)
+    return f"n = {items} items a benchmark; {tuned}, {seeds} {'seed' if seeds == 1 else 'seeds'}"

@@ -24,7 +24,7 @@ from mft_core.analysis.anatomy_figures import Labels
 from mft_core.errors import unknown
 from mft_core.figures import drawing
 from mft_core.figures.quantities import quantities
-from mft_core.figures.style import of_method
+from mft_core.figures.style import filled, of_method, verdict_handles
 from mft_core.statistics.tables import method_label
 from tasks.mlflow import results
 
@@ -165,9 +165,8 @@ def _p_values(rows: Sequence[Row], level: float) -> Figure:
     axes.step(ranks, level * ranks / len(ordered), where="mid", color="0.35", linewidth=1.0, zorder=1)
     for rank, row in zip(ranks, ordered, strict=True):
         look = of_method(row["method"])
-        real = row["verdict"] in ("better", "worse")
         axes.plot(rank, max(row["p_value"], _LEAST_P), look.marker, color=look.color, markersize=5.5,
-                  markerfacecolor=look.color if real else "white", zorder=2)  # fmt: skip
+                  **filled(row["verdict"], look.color), zorder=2)  # fmt: skip
         if row["p_value"] < _LEAST_P:
             axes.annotate("↓", (rank, _LEAST_P), (0, 5), textcoords="offset points", ha="center", color="0.25")
     axes.set_yscale("log")
@@ -177,14 +176,12 @@ def _p_values(rows: Sequence[Row], level: float) -> Figure:
     axes.grid(axis="y", color="0.93", linewidth=0.7, zorder=0)
     steps = max(1, math.ceil(len(ordered) / 12))
     axes.set_xticks(ranks[::steps])
-    grey: dict[str, Any] = {"color": "0.35", "linestyle": "none", "marker": "o", "markersize": 5.5}
     handles = [Line2D([], [], linestyle="none", color=of_method(method).color, marker=of_method(method).marker,
                       markersize=5.5, label=method_label(method))
                for method in drawing.unique(row["method"] for row in rows)]  # fmt: skip
     handles += [
         Line2D([], [], color="0.35", linewidth=1.0, label=f"false-discovery rate of {level:.2g}"),
-        Line2D([], [], label="better or worse", **grey),
-        Line2D([], [], label="neither", markerfacecolor="white", **grey),
+        *verdict_handles(5.5),
     ]
     columns = max(2, int(figure.get_figwidth() / 2.2))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)

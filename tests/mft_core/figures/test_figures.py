@@ -1,12 +1,13 @@
 """Which figure a study gets, where each variant stands in it, and that the same rows give the same bytes."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from mft_core import figures
 from mft_core.figures import forest, gain_curves, matrix, style
 from mft_core.figures.quantities import axis_of, quantities
+from mft_core.statistics.verdicts import Verdict
 
 MASK_RATE, CONTINUED_RATE = "mask.training.learning_rate", "continued.learning_rate"
 
@@ -17,12 +18,12 @@ def row(method: str, gain: float | None, benchmark: str = "sums", half: float = 
     setting = {"layers": "2-5", "modules": "both", "sparsity": 0.1} if masked else {}
     numbers = dict.fromkeys(("gain", "gain_low", "gain_high", "verdict"))
     if gain is not None:
-        better = gain - half > 0
         numbers = {"gain": gain, "gain_low": gain - half, "gain_high": gain + half}
-        numbers["verdict"] = "better" if better else "not distinguishable from noise"
+        numbers["verdict"] = "better" if gain > half else "worse" if gain < -half else "undecided"
     empty = dict.fromkeys(("layers", "modules", "sparsity", "seed"))
     name = " ".join([method, *(f"{key}={value}" for key, value in columns.items())])
     described = {"variant": name, "method": method, "domain": "maths", "benchmark": benchmark, "seeds": 1}
+    described |= {"n": 600, "replicate": 0, "replicates": 1}
     return {**empty, **described, **numbers, **setting, **columns}
 
 
@@ -146,3 +147,39 @@ def test_the_same_rows_give_the_same_bytes_and_a_study_without_comparison_still_
         figures.gains(rows, "Does it help?", tmp_path / f"{name}.png", kind=kind)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     figures.gains([row("fft", None)], "Does it help?", tmp_path / "none.png", kind=kind)
+
+
+@pytest.mark.parametrize("draw", [gain_curves.draw, forest.draw])
+def test_how_a_mark_is_filled_says_its_verdict_and_the_legend_has_the_words_of_the_tables(draw):
+    words = get_args(Verdict)
+    rows = [row("mft", 0.0, sparsity=0.1 * at, verdict=word) for at, word in enumerate(words, start=1)]
+    figure = draw(rows, "?", 0.95, {})
+    look = style.of_method("mft")
+    marks = [line for line in figure.axes[0].lines if (line.get_marker(), line.get_linewidth()) == (look.marker, 1.5)]
+    fills = [(mark.get_fillstyle(), mark.get_markerfacecolor()) for mark in marks]
+    assert dict(zip(words, fills, strict=True)) == {
+        "better": ("full", look.color), "worse": ("full", look.color),
+        "equivalent": ("left", look.color), "undecided": ("full", "white"),
+    }  # fmt: skip
+    legend = figure.legends[0]
+    fill_of = dict(zip([text.get_text() for text in legend.get_texts()], legend.legend_handles, strict=True))
+    assert set(" ".join(fill_of).replace(" or ", " ").split()) >= set(words)
+    assert fill_of["equivalent"].get_fillstyle() == "left"
+
+
+def test_the_matrix_marks_what_is_equivalent_apart_from_what_is_undecided():
+    rows = [row("mft", 0.001 * at, b, domain=d, verdict=word) for at, (d, b, word) in enumerate(
+        [("maths", "maths", "equivalent"), ("maths", "code", "undecided"),
+         ("code", "maths", "worse"), ("code", "code", "better")], start=1)]  # fmt: skip
+    assert {"+0.1 ≈", "+0.2", "+0.3 *", "+0.4 *"} <= set(texts(matrix.draw(rows, "?", 0.95, {})))
+
+
+@pytest.mark.parametrize("draw", [gain_curves.draw, forest.draw, matrix.draw])
+def test_a_figure_says_how_many_items_fine_tunings_and_seeds_stand_behind_it(draw):
+    def written(rows: list[dict[str, Any]]) -> str:
+        return " ".join(texts(draw(rows, "?", 0.95, {})))
+
+    one = [row("mft", 0.01), row("mft", 0.01, "loops", n=1319, seeds=2, seed="all")]
+    assert "n = 600 to 1,319 items a benchmark; one fine-tuned checkpoint, 2 seeds" in written(one)
+    recipe = [{**row("mft", 0.01), "replicate": "all", "replicates": 5, "seed": "all", "why": None}]
+    assert "n = 600 items a benchmark; the recipe, over 5 fine-tunings, 1 seed" in written([*one[:1], *recipe])
