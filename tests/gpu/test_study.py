@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.mini import TRAINING, write_profile, write_study
 
@@ -30,5 +31,7 @@ def test_a_study_runs_on_the_gpu_to_its_table(tmp_path: Path) -> None:
     rows = json.loads(done.stdout)
     assert [row["method"] for row in rows] == ["base", "fft", "mft", "magnitude", "random"]
     assert all(row["n"] == 30 for row in rows)
-    used = [json.loads(path.read_text()) for path in (tmp_path / "home").rglob("manifest.json")]
-    assert any("NVIDIA" in json.dumps(manifest) or "gpu" in json.dumps(manifest).lower() for manifest in used)
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "home").rglob("manifest.json")]
+    ran = {(each["stage"], each["provenance"].get("device")) for each in manifests if "provenance" in each}
+    name = torch.cuda.get_device_name()
+    assert {("fine-tune", name), ("learn-mask", name), ("evaluate", name)} <= ran
