@@ -91,7 +91,7 @@ def _flops(kind: str, geometry: str, layers: str, length: float) -> float:
     )
     if kind == "full":
         return flops_and_memory.fine_tune(FineTune(training=_training(kind)), facts).flops / length
-    recipe = LearnMask(sparsity=0.1, layers=layers, training=_training(kind))
+    recipe = LearnMask(sparsity=0.1, layers=layers, score_init="normal", training=_training(kind))
     return flops_and_memory.learn_mask(recipe, facts).flops / length
 
 

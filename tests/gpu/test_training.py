@@ -66,7 +66,8 @@ def test_a_model_is_fine_tuned_and_a_mask_learned_in_bfloat16(tmp_path: Path) ->
     training = make_recipe(precision="bfloat16", epochs=4, validations=2, learning_rate=0.003)
     tuned = run_stage(FineTune(training=training), tmp_path)
     assert tuned["final_loss"] < tuned["first_loss"] - 1
-    recipe = LearnMask(sparsity=0.3, layers="1-2", training=training.model_copy(update={"learning_rate": 0.01}))
+    own = training.model_copy(update={"learning_rate": 0.01})
+    recipe = LearnMask(sparsity=0.3, layers="1-2", score_init="normal", training=own)
     learned = run_stage(recipe, tmp_path)
     assert learned["final_loss"] < learned["first_loss"]
     masks = load_mask(learned["out"] / "mask").kept
