@@ -42,12 +42,18 @@ from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from pipelines.config.catalogue import FOLDERS, Study, load_profile, load_study
-from pipelines.graph.nodes import Edge, closure
+from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.plan import Plan, comparison_node, make_plan
 
 HERE = Path(__file__).parent
 POINTS = 4.0
 LAYERS = range(2, 6)
+ITEMS = 800
+"""of each benchmark"""
+BENCHMARKS = [
+    {"name": name, "task": f"tiny_{name}", "path": str(FOLDERS["profile"] / "tiny" / "benchmarks"), "limit": ITEMS}
+    for name in ("arithmetic", "number_theory", "symbols")
+]
 SETTINGS = {"sparsity": 0.05}
 """of the mask: more than the damage, since the entries of least score include some that learning left near zero"""
 REWINDING = {"sparsity": 0.8}
@@ -55,16 +61,16 @@ KINDS = {"planted": "planted.yaml", "nothing": "planted.yaml", "rewinding": "rew
 Damage = Callable[[Mapping[str, Tensor], float, int], dict[str, Tensor]]
 
 
-def run_plan(plan: Plan, store: ArtifactStore) -> dict[str, ArtifactRef]:
-    """Run every stage of a plan and its comparison, one after the other; returns the artifacts by node id."""
+def made_of(last: Node, plan: Plan, store: ArtifactStore) -> Path:
+    """Run a stage of a plan and all that it needs, one after the other; returns its artifact's directory."""
     made: dict[str, ArtifactRef] = {}
-    for node in closure([comparison_node(plan)]):
+    for node in closure([last]):
         inputs = {
             name: made[given.node.id].at(given.part) if isinstance(given, Edge) else given
             for name, given in node.inputs.items()
         }
         made[node.id] = store.build(get_stage(node.stage), node.recipe, inputs, plan.runtime).ref
-    return made
+    return store.directory(last.stage, made[last.id].key)
 
 
 def fine_tuned(home: Path, seed: int) -> Path:
@@ -76,7 +82,7 @@ def fine_tuned(home: Path, seed: int) -> Path:
     plan = make_plan(study, load_profile("tiny"), store, [f"fine_tune.seed={1000 + seed}"])
     (fft,) = plan.variants
     assert isinstance(fft.model, Edge)
-    return store.directory("fine-tune", run_plan(plan, store)[fft.model.node.id].key) / fft.model.part
+    return made_of(fft.model.node, plan, store) / fft.model.part
 
 
 def outliers(weights: Mapping[str, Tensor], size: float, seed: int) -> dict[str, Tensor]:
@@ -123,10 +129,11 @@ def damaged(source: Path, out: Path, damage: Damage, first: float, seed: int) ->
 def accuracy(model: Path) -> float:
     """Return the mean accuracy on the benchmarks of `tiny`, in per cent."""
     runtime = Runtime.model_validate({"device": "cpu", "threads": 1, "eval_batch_size": 128})
-    folder = FOLDERS["profile"] / "tiny" / "benchmarks"
-    tasks = ("tiny_arithmetic", "tiny_number_theory", "tiny_symbols")
-    found = [evaluate(Evaluate(task=task), model, folder, runtime).summary["accuracy"] for task in tasks]
-    return 100 * float(np.mean(found))
+    found = [
+        evaluate(Evaluate(task=str(one["task"]), limit=ITEMS), model, Path(str(one["path"])), runtime)
+        for one in BENCHMARKS
+    ]
+    return 100 * float(np.mean([one.summary["accuracy"] for one in found]))
 
 
 def studied(kind: str, home: Path, folder: Path, model: Path, base: Path | None, seed: int) -> dict[str, Any]:
@@ -134,14 +141,12 @@ def studied(kind: str, home: Path, folder: Path, model: Path, base: Path | None,
     defaults: dict[str, Any] = {"fine_tune": None, "model": {"path": str(model)}, "mask": SETTINGS}
     if base:
         defaults |= {"base": {"path": str(base)}, "mask": REWINDING}
-    profile = {"extends": "tiny", "defaults": defaults}
+    profile = {"extends": "tiny", "defaults": defaults, "domains": {"mixed": {"benchmarks": BENCHMARKS}}}
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(profile))
     store = ArtifactStore(home)
     plan = make_plan(load_study(str(HERE / KINDS[kind])), load_profile(str(path)), store, seeds=[seed])
-    made = run_plan(plan, store)
-    node = comparison_node(plan)
-    rows = json.loads((store.directory("compare", made[node.id].key) / "contrasts.json").read_text())
+    rows = json.loads((made_of(comparison_node(plan), plan, store) / "contrasts.json").read_text())
     return {
         row["contrast"]: (round(100 * row["gain"], 1), row["verdict"]) for row in rows if row["family"] == "primary"
     }
