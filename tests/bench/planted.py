@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -38,6 +39,7 @@ from torch import Tensor
 
 from mft_core.draws import seeded_generator
 from mft_core.evaluation.lm_eval_harness import evaluate
+from mft_core.masks.mask_file import load_mask
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
@@ -147,9 +149,17 @@ def studied(kind: str, home: Path, folder: Path, model: Path, base: Path | None,
     store = ArtifactStore(home)
     plan = make_plan(load_study(str(HERE / KINDS[kind])), load_profile(str(path)), store, seeds=[seed])
     rows = json.loads((made_of(comparison_node(plan), plan, store) / "contrasts.json").read_text())
-    return {
+    found = {
         row["contrast"]: (round(100 * row["gain"], 1), row["verdict"]) for row in rows if row["family"] == "primary"
     }
+    if kind != "planted":
+        return found
+    learned = next(item.trained for item in plan.variants if item.setup.method == "mft")
+    assert learned is not None
+    kept = load_mask(made_of(learned, plan, store) / "mask").kept
+    weights = load_file(model / "model.safetensors")
+    places = {name: int(weights[name].abs().argmax()) for name in outliers(weights, 1.0, seed)}
+    return {"removed": sum(not kept[name].flatten()[place] for name, place in places.items()), **found}
 
 
 def one_run(kind: str, home: Path, seed: int) -> dict[str, Any]:
@@ -175,7 +185,7 @@ def found(result: Mapping[str, Any]) -> bool:
 def run_all(kinds: Iterable[str], runs: int, processes: int, home: Path) -> list[dict[str, Any]]:
     """Run all kinds and print each run as it ends."""
     results = []
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         tuned = [pool.submit(fine_tuned, home, seed) for seed in range(runs)]
         for waiting in as_completed(tuned):
             waiting.result()
