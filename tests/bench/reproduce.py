@@ -25,13 +25,27 @@ from mft_core.recipes import Runtime
 from mft_core.stages import STAGES
 from mft_core.statistics.comparison import Outcomes, compare, pair
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.catalogue import FOLDERS, load_profile, load_study
 from pipelines.graph.nodes import Edge, closure
 from pipelines.plan.analyses import answers
 from pipelines.plan.plan import make_plan
 from tests.bench.report import describe_machine
 
-SETTINGS = ["fine_tune.epochs=1", "mask.training.epochs=1"]
+SETTINGS = [
+    "fine_tune.epochs=1",
+    "mask.training.epochs=1",
+    "benchmarks="
+    + json.dumps(
+        [
+            {
+                "name": "arithmetic",
+                "task": "tiny_arithmetic",
+                "path": f"{FOLDERS['profile']}/tiny/benchmarks",
+                "limit": 1000,
+            }
+        ]
+    ),
+]
 STUDY = {
     "question": "What is to the bit?",
     "seeds": [0],
