@@ -39,7 +39,7 @@ test-gpu: install  ## the tests that need a CUDA device; skipped with one line w
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	  then $(BIN)/python -m pytest -m gpu tests/gpu; else echo 'skipped: torch finds no CUDA device here'; fi
 
-bench: install  ## a step of mask learning against a dense model and the published way, fine-tuning against TRL, the engine hf, a 7B model on a GPU
+bench: install  ## mask learning, fine-tuning and evaluation timed beside the published way, TRL and plain generate; a 7B model on a GPU
 	$(BIN)/python -m tests.bench.mask_step
 	$(BIN)/python -m tests.bench.trl
 	$(BIN)/python -m tests.bench.throughput

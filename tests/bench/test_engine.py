@@ -20,7 +20,7 @@ def options() -> argparse.Namespace:
 
 def test_answers_end_by_token_and_position_in_every_batch_alike(tmp_path: Path, options: argparse.Namespace):
     with settled(Runtime()):
-        both = Contenders(save_geometry("tiny", "float32", tmp_path), options)
+        both = Contenders(save_geometry("tiny", "cpu", "float32", tmp_path), options)
         end_by_position(both.model)
         texts = both.plain(12)
         lengths = [len(both.answers[item]) for item in range(12)]
@@ -31,7 +31,7 @@ def test_answers_end_by_token_and_position_in_every_batch_alike(tmp_path: Path, 
 
 def test_both_regimes_are_measured_on_equal_texts(tmp_path: Path, options: argparse.Namespace):
     with settled(Runtime()):
-        result = run(options, save_geometry("tiny", "float32", tmp_path))
+        result = run(options, save_geometry("tiny", "cpu", "float32", tmp_path))
     full, ending = result["regimes"].values()
     assert full["equal_texts"] == ending["equal_texts"] == 12
     assert full["useful_tokens"] == 12 * 60 > ending["useful_tokens"]
