@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -31,6 +32,8 @@ from mft_core.processes import Child, Family
 IDLE_SECONDS = 60.0
 """after the last evaluation: the next benchmark of a checkpoint follows at once, other stages need the memory"""
 START_SECONDS = 900.0
+CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""features of an attention head that the CPU build (0.32) can compute; with others it starts, and dies when asked"""
 _ADVICE = "`make vllm` installs it into .venv-vllm; name that directory in MFT_VLLM, or have `vllm` on PATH."
 
 
@@ -54,12 +57,21 @@ def version() -> str | None:
     return max(found, default="unknown")
 
 
-def check() -> None:
-    """Raise a ConfigError where there is no vLLM."""
+def check(model: Path, cpu: bool) -> None:
+    """Raise a ConfigError where there is no vLLM, or none for the attention of a checkpoint on a CPU."""
     if find() is None:
         given = os.environ.get("MFT_VLLM")
         where = f"MFT_VLLM = {given}: no such program" if given else "there is none here"
         raise ConfigError(f"engine = vllm: {where}. {_ADVICE}")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= config.get("text_config") or {}
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    if cpu and size and size not in CPU_HEADS:
+        raise ConfigError(
+            f"engine = vllm: on a CPU it computes attention heads of {', '.join(map(str, CPU_HEADS))} features, and "
+            f"those of model = {model} have {size}; take engine: hf."
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,17 @@ class Server:
     key: str
     family: Family
     folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def child(self) -> Child:
+        """The program."""
+        return self.family.children[0]
+
+    def how_it_ended(self) -> str | None:
+        """Say how it died, and its first error, or None while it lives."""
+        ending = self.child.how_it_ended()
+        errors = [line for line in self.child.log.read_text(errors="replace").splitlines() if "Error: " in line]
+        return ending and "\n".join([ending, *(f"The first error in it: {line}" for line in errors[:1])])
 
     def end(self) -> None:
         """Stop it."""
@@ -89,18 +112,22 @@ def serving(model: Path, precision: str, cpu: bool) -> Iterator[Server]:
 
     Raises:
         ConfigError: there is no vLLM.
-        StageError: it does not start.
+        StageError: it does not start, or dies when it is asked.
     """
     global _server, _timer
     with _lock:
         if _timer:
             _timer.cancel()
         wanted = model, precision, cpu
-        if _server is None or _server.serves != wanted or _server.family.children[0].how_it_ended():
+        if _server is None or _server.serves != wanted or _server.how_it_ended():
             close()
             _server = _start(*wanted)
         try:
             yield _server
+        except StageError as error:
+            if ending := _server.how_it_ended():
+                raise StageError(f"engine = vllm: {ending}") from error
+            raise
         finally:
             _timer = threading.Timer(IDLE_SECONDS, close)
             _timer.daemon = True
@@ -118,7 +145,7 @@ def close() -> None:
 
 
 def _start(model: Path, precision: str, cpu: bool) -> Server:
-    check()
+    check(model, cpu)
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # what an earlier stage of this process has given back, and torch keeps
     with socket.socket() as free:
@@ -138,20 +165,21 @@ def _start(model: Path, precision: str, cpu: bool) -> Server:
     family = Family()
     server = Server((model, precision, cpu), f"http://127.0.0.1:{port}/v1", key, family, folder)
     try:
-        child = family.start("vLLM", command, Path(folder.name) / "vllm.log", environment)
-        _wait(child, f"http://127.0.0.1:{port}/health")
+        family.start("vLLM", command, Path(folder.name) / "vllm.log", environment)
+        _wait(server)
     except BaseException:
         server.end()
         raise
     return server
 
 
-def _wait(child: Child, address: str) -> None:
+def _wait(server: Server) -> None:
+    address = f"{server.url.removesuffix('/v1')}/health"
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if ending := child.how_it_ended():
+        if ending := server.how_it_ended():
             raise StageError(f"engine = vllm: {ending}")
         with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(address, timeout=5):
             return
         time.sleep(0.5)
-    raise StageError(f"engine = vllm: not ready after {START_SECONDS:.0f} s; its log ends:\n{child.tail()}")
+    raise StageError(f"engine = vllm: not ready after {START_SECONDS:.0f} s; its log ends:\n{server.child.tail()}")

@@ -101,7 +101,7 @@ def checks(
     if prepared := [node for node in nodes if node.stage == "prepare-data"]:  # else nothing heavy is imported
         yield "end of turn", partial(_check_end_of_turn, prepared)
         yield "training rows", partial(_check_data, plan, prepared, looks)
-    yield "engine", partial(_check_engine, nodes, plan.runtime)
+    yield "engine", partial(_check_engine, plan, nodes)
     tried: set[tuple[Any, ...]] = set()
     for node in nodes:
         if isinstance(node.recipe, Evaluate):
@@ -257,13 +257,17 @@ def _check_end_of_turn(nodes: Iterable[Node]) -> None:
         check_end_of_turn(load_tokenizer(tokenizer.local_path(), found))
 
 
-def _check_engine(nodes: Iterable[Node], runtime: Runtime) -> None:
-    """Refuse an engine that is not there."""
+def _check_engine(plan: Plan, nodes: Iterable[Node]) -> None:
+    """Refuse an engine that is not there, or not for these models."""
     engines = {node.recipe.engine for node in nodes if isinstance(node.recipe, Evaluate)}
     if "vllm" in engines:
-        vllm_server.check()
+        from mft_core.compute import find_device
+
+        cpu = plan.runtime.cluster is None and find_device(plan.runtime).type == "cpu"
+        for folder in dict.fromkeys(resolved.model.config.parent for resolved in plan.asked):
+            vllm_server.check(folder, cpu)
     if "openai" in engines:
-        url = runtime.engine_url
+        url = plan.runtime.engine_url
         if not (url or "").startswith(("http://", "https://")):
             raise ConfigError(
                 f"engine = openai: runtime.engine_url = {url}; give the server's address, e.g. "

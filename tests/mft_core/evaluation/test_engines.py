@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
+    return save_checkpoint(tmp_path_factory.mktemp("model"), head_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,9 @@ def test_one_start_serves_all_benchmarks_of_a_model_and_ends_with_the_next_model
         found = evaluate(Evaluate(task=task, limit=4, engine="vllm"), model, benchmarks)
         assert found.summary["n"] == 4
     assert len(pids(starts)) == 1
-    evaluate(Evaluate(task="sums", limit=4, engine="vllm"), save_checkpoint(tmp_path / "other"), benchmarks)
+    evaluate(
+        Evaluate(task="sums", limit=4, engine="vllm"), save_checkpoint(tmp_path / "other", head_dim=32), benchmarks
+    )
     first, second = pids(starts)
     assert not psutil.pid_exists(first)
     vllm_server.close()
@@ -207,11 +209,48 @@ def test_a_server_that_does_not_start_says_what_it_said(model: Path, tmp_path: P
         pass
 
 
+DIES_WHEN_ASKED = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        print("RuntimeError: no kernel for that", *range(30), sep="\\n", flush=True)
+        sys.stdout.flush()
+        import os; os._exit(4)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_dies_when_it_is_asked_says_of_what(
+    model: Path, benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program = tmp_path / "vllm"
+    program.write_text(f"#!{sys.executable}\n{DIES_WHEN_ASKED}")
+    program.chmod(0o755)
+    monkeypatch.setenv("MFT_VLLM", str(program))
+    with pytest.raises(StageError, match=r"(?s)engine = vllm: vLLM ended with code 4.*29\n.*Error: no kernel for that"):
+        evaluate(Evaluate(task="sums", limit=1, engine="vllm"), model, benchmarks)
+    vllm_server.close()
+
+
+def test_a_model_whose_attention_vllm_cannot_compute_on_a_cpu_is_refused(tmp_path: Path, starts: Path):
+    model = save_checkpoint(tmp_path / "small")
+    with (
+        pytest.raises(ConfigError, match=r"heads of 32, 64, .* have 8; take engine: hf"),
+        vllm_server.serving(model, "float32", True),
+    ):
+        pass
+    assert not starts.exists()
+    vllm_server.check(model, cpu=False)
+
+
 def test_a_missing_vllm_is_told_with_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MFT_VLLM", str(tmp_path / "nowhere"))
     assert vllm_server.version() is None
     with pytest.raises(ConfigError, match="make vllm"):
-        vllm_server.check()
+        vllm_server.check(tmp_path, cpu=True)
 
 
 def test_the_version_of_vllm_is_read_from_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

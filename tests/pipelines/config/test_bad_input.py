@@ -307,6 +307,13 @@ def test_an_engine_that_is_not_there_is_refused(mft, folder, tmp_path, monkeypat
     refused(done, tmp_path / "home", *words)
 
 
+def test_a_model_that_the_engine_cannot_compute_is_refused(mft, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MFT_VLLM", sys.executable)  # is there, and would be started
+    given = ["--profile", folder / "mini.yaml", "--set", "engine=vllm", "--set", "runtime.device=cpu"]
+    done = mft("run", folder / "mini-study.yaml", *given, home=tmp_path / "home")
+    refused(done, tmp_path / "home", "engine = vllm", "have 8", "engine: hf")
+
+
 def test_a_study_of_two_engines_is_refused(mft, folder, tmp_path):
     study = write_study(tmp_path, [{"method": "fft", "grid": {"engine": ["hf", "openai"]}}])
     done = mft("run", study, "--profile", folder / "mini.yaml", home=tmp_path / "home")
