@@ -7,7 +7,9 @@ prompt with log-probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
         """Answer prompts."""
         self._end_with(requests, self._end.text if self._end else None)
         self._expect(len(requests))
-        answers: list[str] = self._asking(super().generate_until, requests)
+        answers: list[str] = self._asking(super().generate_until, _with_own_seeds(requests, self._recipe.seed))
         ends = [handle_stop_sequences(request.args[1].get("until"), self.eos_string) for request in requests]
         return [postprocess_generated_text(*pair, None) for pair in zip(answers, ends, strict=True)]
 
@@ -125,3 +127,16 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
         except BaseException as error:
             self._refusal = error
         return answers
+
+
+def _with_own_seeds(requests: Sequence[Any], seed: int) -> list[Any]:
+    """Give the second and further answers to one prompt seeds of their own: with one seed, all would be the same."""
+    asked: Counter[int] = Counter()
+    found = []
+    for request in requests:
+        prompt, settings = request.args
+        before = asked[id(request)]
+        asked[id(request)] += 1
+        other = {**settings, "seed": seed + before}
+        found.append(replace(request, arguments=(prompt, other)) if before else request)
+    return found

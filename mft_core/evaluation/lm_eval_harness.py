@@ -267,6 +267,7 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
     from datasets import Dataset
     from lm_eval.api import metrics, registry  # noqa: F401 - the metrics register themselves
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.filters import build_filter_ensemble
 
     one.refuse_code(allow_code)
     if code_metrics.executes(one.config):
@@ -277,11 +278,23 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
         if isinstance(entry["metric"], str) and not known and not allow_code:  # it would be sought on the hub, and run
             raise unknown(f"metric of task '{one.task}'", entry["metric"], list(registry.metric_registry))
 
+    several = (one.config.get("repeats") or 1) > 1 and not code_metrics.executes(one.config)
+
     class LocalTask(ConfigurableTask):
+        def process_results(self, doc: dict[str, Any], results: Any) -> dict[str, Any]:
+            """Score each of several answers by itself: an item counts their mean. (pass@K takes them together.)"""
+            if not several or not isinstance(results[0], list):
+                return dict(super().process_results(doc, results))
+            each = [super(LocalTask, self).process_results(doc, [answer]) for answer in results[0]]
+            return {name: np.mean([one[name] for one in each], axis=0).tolist() for name in each[0]}
+
         def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
             self.dataset = {split: Dataset.from_list([row for _, row in one.items(split)]) for split in one.data_files}
 
-    return LocalTask(config=_with_functions(one.config))
+    task = LocalTask(config=_with_functions(one.config))
+    if several and one.config.get("filter_list") is None:
+        task._filters = [build_filter_ensemble("none", [])]  # lm-eval's own would take the first answer alone
+    return task
 
 
 def _register_metrics(config: Mapping[str, Any]) -> None:

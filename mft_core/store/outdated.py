@@ -8,9 +8,12 @@ is right stays as it is. Asked by `mft_core.store.artifacts`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+_SEVERAL = re.compile(r"^repeats:\s*([2-9]|\d{2})", re.MULTILINE)
 
 
 def outdated(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], Path | None]) -> str | None:
@@ -24,10 +27,9 @@ def outdated(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], 
         summary = manifest["summary"]
         if summary.get("cut") and "turns_left_out" not in summary:
             return f"an earlier version cut the last turn of {summary['cut']} rows in its middle"
-    elif (
-        manifest["stage"] == "evaluate" and "allow_code" not in manifest["recipe"]
-    ):  # what it had not yet in its recipe
-        return _evaluated_wrongly(manifest, payload, given)
+    elif manifest["stage"] == "evaluate":  # versions are told by what they had not yet in their recipe
+        wrong = None if "allow_code" in manifest["recipe"] else _evaluated_wrongly(manifest, payload, given)
+        return wrong or (None if "answered_together" in manifest["recipe"] else _answers_dropped(payload, given))
     return None
 
 
@@ -47,6 +49,17 @@ def _evaluated_wrongly(manifest: Mapping[str, Any], payload: Path, given: Callab
     template = file.read_text(encoding="utf-8") if file.is_file() else str(settings.get("chat_template"))
     if "eos_token" not in template and not (end and end in template):
         return "an earlier version did not stop answers at the end of turn of the chat template"
+    return None
+
+
+def _answers_dropped(payload: Path, given: Callable[[str], Path | None]) -> str | None:
+    """Look whether a task asked for several answers to a prompt, where each item has one."""
+    folder, items = given("benchmark"), payload / "items.jsonl"
+    if folder is None or not items.is_file():
+        return None
+    several = any(_SEVERAL.search(path.read_text(encoding="utf-8")) for path in folder.glob("*.y*ml"))
+    if several and '"response": [' not in items.read_text(encoding="utf-8"):
+        return "an earlier version scored the first of several sampled answers alone"
     return None
 
 

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server of completions: any checkpoint by its directory, greedy, by transformers.
+"""A small OpenAI-compatible server of completions: any checkpoint by its directory, by transformers, greedy or sampled.
 
 `python -m tests.support.completions_server serve MODEL --host 127.0.0.1 --port N …` takes vLLM's arguments, so that it
 can stand where vLLM does. With VLLM_API_KEY it answers only who has the key; under `/bare/v1` it knows no logprobs.
@@ -49,9 +49,13 @@ def answer(asked: dict[str, Any], prompt: list[int], scored: bool) -> dict[str, 
     model, tokenizer = loaded(asked["model"])
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["max_tokens"], do_sample=False
-        )[0]
+        drawn = (
+            {"do_sample": True, "temperature": asked["temperature"]}
+            if asked.get("temperature")
+            else {"do_sample": False}
+        )
+        torch.manual_seed(asked.get("seed", 0))
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=asked["max_tokens"], **drawn)[0]
         text = tokenizer.decode(made[len(prompt) :], skip_special_tokens=True)
         for stop in asked.get("stop") or []:
             text = text.split(stop)[0]

@@ -89,6 +89,17 @@ def test_a_server_gives_the_answers_of_hf_item_for_item(model: Path, benchmarks:
         assert 0 < here.summary["accuracy"] < 1
 
 
+def test_several_answers_of_a_server_to_one_prompt_differ_and_follow_the_seed(model: Path, tmp_path: Path, url: str):
+    settings = {"until": ["</s>"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    folder = write_task(tmp_path, "sums", ["no"] * len(QUESTIONS), generation_kwargs=settings, repeats=3)
+    runtime = Runtime(engine_url=url)
+    first, again = (
+        evaluate(Evaluate(task="sums", limit=3, engine="openai"), model, folder, runtime).items for _ in range(2)
+    )
+    assert [len(set(row["response"])) for row in first] == [3, 3, 3]
+    assert first == again
+
+
 def test_a_server_without_log_probabilities_is_said_to_lack_them(model: Path, benchmarks: Path, url: str):
     runtime = Runtime(engine_url=url.replace("/v1", "/bare/v1"))
     with pytest.raises(StageError, match=r"engine = openai.*/bare/v1.*echo a prompt with its logprobs"):

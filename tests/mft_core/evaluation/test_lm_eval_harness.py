@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -415,6 +416,22 @@ def test_sampled_answers_follow_the_recipes_seed_and_disturb_no_generator(model:
     torch.manual_seed(1)
     assert responses(1) == first
     assert responses(2) != first
+
+
+def test_an_item_counts_the_share_of_its_sampled_answers_that_are_right(model: Path, tmp_path: Path):
+    def answered(targets: list[str], **changes: object) -> list[dict[str, Any]]:
+        folder = write_task(tmp_path, "tiny_sums", targets, **SAMPLED, repeats=4, **changes)
+        return evaluate(Evaluate(task="tiny_sums"), model, folder).items
+
+    drawn = [row["response"] for row in answered(["no"] * len(QUESTIONS))]
+    assert all(len(each) == 4 for each in drawn)
+    assert all(len(set(each)) > 1 for each in drawn)
+    rows = answered([each[2] for each in drawn])
+    assert [row["response"] for row in rows] == drawn, "targets are not asked"
+    assert [row["outcome"] for row in rows] == [each.count(each[2]) / 4 for each in drawn]
+    take = [{"name": "none", "filter": [{"function": "take_first"}]}]
+    firsts = answered([each[0] for each in drawn], filter_list=take)
+    assert {row["outcome"] for row in firsts} == {1}, "who asks for the first answer alone has it"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tokenizers import processors
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
-from mft_core.store.sources import local_checkpoint
+from mft_core.store.sources import local_checkpoint, local_files
 from tests.mft_core.store.test_artifacts import build, make_stage
 from tests.support.tiny import make_tokenizer
 
@@ -100,3 +100,24 @@ def test_of_the_evaluations_of_an_earlier_version_the_wrong_ones_are_computed_ag
     assert not made().computed
     assert ("is computed again: an earlier version" in caplog.text) == wrong
     assert not wrong or said in caplog.text
+
+
+@pytest.mark.parametrize("response", ["3", ["3", "4"]])
+@pytest.mark.parametrize("asked", ["repeats: 2\n", "num_fewshot: 2\n"])
+def test_an_evaluation_that_dropped_all_but_the_first_answer_is_computed_again(store, tmp_path, asked, response):
+    (tmp_path / "task.yaml").write_text(f"task: sums\n{asked}")
+    inputs = {"benchmark": local_files(tmp_path, ["task.yaml"])}
+
+    def evaluate(recipe, given, out, context):
+        (out / "items.jsonl").write_text(json.dumps({"target": "3", "response": response}) + "\n")
+        return {}
+
+    def made():
+        return store.build(make_stage(change=evaluate), Evaluate(task="sums"), inputs, Runtime())
+
+    directory = made().ref.local_path(store)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    del manifest["recipe"]["answered_together"], manifest["manifest_sha256"]
+    (directory / "manifest.json").write_text(json.dumps(manifests.seal(manifest)))
+    assert made().computed == (asked == "repeats: 2\n" and response == "3")
+    assert not made().computed
