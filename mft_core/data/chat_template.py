@@ -8,10 +8,11 @@ the `<|assistant|>` header is not. `mft_core.data.assistant_tokens` goes on to t
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -189,9 +190,9 @@ def rendered(
             rewrites earlier turns.
     """
     template = check_tokenizer(tokenizer)
-    render = _render_marked if _MARKS.search(template) else _render_by_prefix
     found = []
     with TimeLimit("chat template") as limit:
+        render = _render_marked if _MARKS.search(template) else functools.partial(_render_by_prefix, limit.renew)
         for conversation, where in zip(batch, wheres, strict=True):
             limit.renew()
             try:
@@ -313,12 +314,17 @@ def _render_marked(
 
 
 def _render_by_prefix(
-    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
+    renew: Callable[[], None], tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
 ) -> tuple[str, list[Span]]:
-    """Render beginnings of the conversation: a turn is what stands between its generation prompt and its end."""
+    """Render beginnings of the conversation: a turn is what stands between its generation prompt and its end.
+
+    Args:
+        renew: called before each rendering, of which a long conversation takes thousands: each has its own time.
+    """
     messages, tools = _plain(conversation), _tools(conversation)
 
     def render(turns: int, prompt: bool) -> str:
+        renew()
         return _render(tokenizer, template, messages[:turns], add_generation_prompt=prompt, **tools)[0]
 
     text = render(len(messages), False)

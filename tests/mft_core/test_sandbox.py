@@ -72,6 +72,15 @@ def test_a_chat_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch):
         chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
 
 
+def test_a_long_conversation_has_the_time_of_each_of_its_renderings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TimeLimit.__init__, "__defaults__", (0.5,))
+    tokenizer = make_tokenizer()
+    slow = "{% for i in range(99999) %}{% endfor %}"
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = slow + turns + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    encode([(Message("user", "a"), Message("assistant", "b")) * 150], tokenizer, 10_000)  # all together: a second
+
+
 @pytest.mark.parametrize(
     ("shown", "words"),
     [
