@@ -94,9 +94,13 @@ def plan(
 ) -> None:
     """Show what a study would run: runs, stages, what is cached, time, memory and disk. Computes nothing."""
     from pipelines.cost.plan_view import as_dict, show, show_together
-    from pipelines.cost.predicted import bills
+    from pipelines.cost.predicted import bills, device_of
+    from pipelines.cost.probe import probe
 
-    priced = bills(*_plans(_asked(study, _sized(profile, budget), overrides, seeds, replicates)), on)
+    plans, store = _plans(_asked(study, _sized(profile, budget), overrides, seeds, replicates))
+    device = device_of(plans[0].runtime)
+    known = {} if on else probe(plans, store, device, lambda text: print(text, file=sys.stderr))
+    priced = bills(plans, store, on, known)
     if as_json:
         found = [as_dict(bill) for bill in priced]
         print(json.dumps(found if len(found) > 1 else found[0], indent=2))

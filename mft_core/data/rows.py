@@ -10,10 +10,12 @@ to do. `pipelines` calls `look` while it plans; the stage `prepare-data` loads a
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -296,6 +298,29 @@ def _rows(source: Path, part: MixturePart) -> Iterator[tuple[str, Conversation]]
         yield where, parse_row(row, where)
 
 
+def beginning(path: Path, count: int) -> tuple[int, list[Any]]:
+    """Return how many rows a file has, and the first of them as they are, parsed; for estimates.
+
+    Raises:
+        ConfigError, OSError, EOFError, ValueError, zlib.error: it cannot be read.
+    """
+    if _begins(path) == _PARQUET:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            first = next(file.iter_batches(count), None)
+            return file.metadata.num_rows, first.to_pylist() if first else []
+    with opened(path) as handle:
+        lines = filter(bytes.strip, handle)
+        first = [_parse_line(line, str(path)) for line in itertools.islice(lines, count)]
+        return len(first) + sum(1 for _ in lines), first
+
+
+def opened(path: Path) -> gzip.GzipFile | BufferedReader:
+    """Open a JSONL file, also a gzipped one."""
+    return gzip.open(path) if _begins(path)[:2] == _GZIP else path.open("rb")
+
+
 def _begins(path: Path) -> bytes:
     try:
         with path.open("rb") as handle:
@@ -334,7 +359,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ConfigError(f"data file {path}: no such file; give the path of a JSONL file, one row per line.")
     found = False
     try:
-        with gzip.open(path) if _begins(path)[:2] == _GZIP else path.open("rb") as handle:
+        with opened(path) as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     found = True

@@ -47,7 +47,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
     data = TrainingData.load(inputs["data"])
     data.check(Limits.of(read_config(inputs["model"])))
     model = _load(recipe, inputs["model"], device, context.runtime.shard and recipe.lora is None)
-    trainable = _trainable(recipe, model)
+    trainable = tuner_of(recipe, model)
     if context.runtime.gradient_checkpointing:
         recompute_activations(model, noise=training.dropout > 0 or trainable.draws_random_numbers)
 
@@ -55,7 +55,7 @@ def run(recipe: FineTune, inputs: Mapping[str, Path], out: Path, context: StageC
         mine, tuner = model, trainable
         if recipe.lora is not None:  # what is merged cannot be taken out again to the last bit
             mine = _load(recipe, inputs["model"], device, shard=False)
-            tuner = _trainable(recipe, mine)
+            tuner = tuner_of(recipe, mine)
         tuner.restore(snapshot)
         _write(mine, tuner, inputs, out / "checkpoints" / str(step) / "model", training)
 
@@ -90,7 +90,8 @@ def _load(recipe: FineTune, checkpoint: Path, device: torch.device, shard: bool)
     return divide(lambda: load(torch.device("cpu")), device) if shard else load(device)
 
 
-def _trainable(recipe: FineTune, model: PreTrainedModel) -> FullTuner | LoraTuner:
+def tuner_of(recipe: FineTune, model: PreTrainedModel) -> FullTuner | LoraTuner:
+    """Return what trains the model as the recipe says."""
     optimizer = optimizer_factory(recipe.training)
     if recipe.lora is None:
         return (ShardedTuner if is_divided(model) else FullTuner)(model, optimizer=optimizer)

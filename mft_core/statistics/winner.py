@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate, weights
-from mft_core.statistics.verdicts import MARGIN, Verdict, holm, verdict
+from mft_core.statistics.verdicts import MARGIN, Verdict, holm, sentence, verdict
 
 SPLITS = 25
 MEAN = "mean"
@@ -154,7 +154,7 @@ def best_of_sweeps(
     adjusted = holm([best.reported.p_value for _, best in found])
     smaller = holm([best.reported.p_equivalence(margin) for _, best in found])
     return [
-        _row(named, best, float(p), verdict(best.reported, margin, p, p_equivalence))
+        _row(named, best, float(p), verdict(best.reported, margin, p, p_equivalence), margin)
         for (named, best), p, p_equivalence in zip(found, adjusted, smaller, strict=True)
     ]
 
@@ -187,7 +187,7 @@ def _named(candidates: Sequence[Sequence[Entry]], best: Winner) -> dict[str, Any
     }
 
 
-def _row(named: Mapping[str, Any], best: Winner, p_holm: float, word: Verdict) -> dict[str, Any]:
+def _row(named: Mapping[str, Any], best: Winner, p_holm: float, word: Verdict, margin: float) -> dict[str, Any]:
     return {
         **named,
         "gain": float(best.reported.gain),
@@ -195,7 +195,9 @@ def _row(named: Mapping[str, Any], best: Winner, p_holm: float, word: Verdict) -
         "gain_high": float(best.reported.high),
         "p_value": float(best.reported.p_value),
         "p_holm": p_holm,
+        "detectable": float(best.reported.detectable),
         "verdict": word,
+        "sentence": sentence(best.reported, word, margin),
         "chosen": best.chosen,
         "gain_where_chosen": best.gain_where_chosen,
         "optimism": best.optimism,

@@ -1,7 +1,6 @@
-"""What there is time for: how many rows, items and variants of a study, before it starts and while it runs.
+"""What there is time for: how many rows and items of a study, before it starts.
 
-Estimates are the plan's own (`pipelines.cost.predicted`), corrected by stages that were measured just before. Used by
-`mft verdict`; looks at plans, runs nothing.
+Estimates are the plan's own (`pipelines.cost.predicted`). Used by `mft verdict`; looks at plans, runs nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.cost.predicted import Experience, bills
-from pipelines.graph.variants import Variant, unique_nodes
+from pipelines.cost.predicted import bills
+from pipelines.graph.variants import unique_nodes
 from pipelines.plan.plan import Plan
 
 _LEAST_ITEMS, _LEAST_ROWS = 150, 320
-"""fewer say nothing: variants are left out first"""
+"""fewer say nothing"""
 _MOST_ROWS = 20_000
 """rows that are used at most, whatever the budget"""
 _FEWEST = 3
@@ -34,21 +33,24 @@ class Fitted:
     values: Mapping[str, Any]
     """its profile"""
     plan: Plan
-    variants: Sequence[Variant]
-    """those that there is time for"""
     told: Sequence[str]
     """what was cut"""
 
 
-def seconds_to_come(plan: Plan, store: ArtifactStore, experience: Experience) -> list[float]:
+def seconds_to_come(plan: Plan, store: ArtifactStore, probed: Mapping[str, float]) -> dict[str, float]:
+    """Return by node id what is to be paid for each stage of a plan."""
+    costs = bills([plan], store, probed=probed)[0].costs
+    return {node_id: 3600 * cost.to_come for node_id, cost in costs.items()}
+
+
+def in_turn(plan: Plan, seconds: Mapping[str, float]) -> list[float]:
     """Return for each variant of a plan what is to be paid for it, after the ones before it."""
-    bill = bills([plan], store, experience=experience)[0]
     seen: set[str] = set()
     found = []
     for item in plan.variants:
         own = [node.id for node in unique_nodes([item]) if node.id not in seen]
         seen.update(own)
-        found.append(3600 * sum(bill.costs[node_id].to_come for node_id in own))
+        found.append(sum(seconds[node_id] for node_id in own))
     return found
 
 
@@ -60,7 +62,7 @@ def fit(
     price: Callable[[Plan], Sequence[float]],
     seconds: float,
 ) -> Fitted:
-    """Cut rows and items alike, then variants from the end, until the rest can be had in so many seconds.
+    """Cut rows and items alike until all variants can be had in so many seconds, or as far as that makes sense.
 
     Args:
         values: a profile with all rows and items.
@@ -70,32 +72,31 @@ def fit(
         price: seconds of each variant of a plan.
 
     Raises:
-        ConfigError: not even the least can be had.
+        ConfigError: not even the first variants can be had with the least.
     """
 
-    def of(share: float) -> dict[str, Any]:
-        return cut(values, items, passes, share)
+    def of(share: float) -> tuple[dict[str, Any], Plan, Sequence[float]]:
+        chosen = cut(values, items, passes, share)
+        plan = planned(chosen)
+        return chosen, plan, price(plan)
 
-    everything = of(1.0)
-    whole = planned(everything)
-    if sum(price(whole)) <= seconds:
-        return Fitted(everything, whole, whole.variants, _told(values, everything, items, ()))
-    least = of(0.0)
-    prices = price(planned(least))
-    count = next((count for count in range(len(prices), _FEWEST - 1, -1) if sum(prices[:count]) <= seconds), None)
-    if count is None:
-        needed = sum(prices[:_FEWEST])
-        raise ConfigError(
-            f"--budget: after the start, {max(seconds, 0):,.0f} s are left, and up to {_LEAST_ITEMS} items a benchmark "
-            f"with {_FEWEST} models alone take about {needed:,.0f} s here; give more time or fewer benchmarks."
-        )
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(price(planned(of(middle)))[:count]) <= seconds else (low, middle)
-    chosen = of(low)
-    plan = planned(chosen)
-    return Fitted(chosen, plan, plan.variants[:count], _told(values, chosen, items, plan.variants[count:]))
+    chosen, plan, prices = of(1.0)
+    if sum(prices) > seconds:
+        chosen, plan, prices = of(0.0)
+        if (needed := sum(prices[:_FEWEST])) > seconds:
+            raise ConfigError(
+                f"--budget: after the start, {max(seconds, 0):,.0f} s are left, and up to {_LEAST_ITEMS} items a "
+                f"benchmark with {_FEWEST} models alone take about {needed:,.0f} s here; give more time or fewer "
+                "benchmarks."
+            )
+        low, high = (0.0, 1.0) if sum(prices) <= seconds else (0.0, 0.0)
+        for _ in range(_HALVINGS if high else 0):
+            tried = of((low + high) / 2)
+            if sum(tried[2]) <= seconds:
+                low, (chosen, plan, prices) = (low + high) / 2, tried
+            else:
+                high = (low + high) / 2
+    return Fitted(chosen, plan, _told(values, chosen, items, sum(prices) - seconds))
 
 
 def cut(
@@ -122,13 +123,13 @@ def cut(
     return found
 
 
-def _told(
-    values: Mapping[str, Any], chosen: Mapping[str, Any], items: Mapping[str, int], left_out: Sequence[Variant]
-) -> list[str]:
+def _told(values: Mapping[str, Any], chosen: Mapping[str, Any], items: Mapping[str, int], missing: float) -> list[str]:
     """Say what was cut."""
     rows = [sum(source["rows"] for source in each["defaults"]["data"]["mixture"]) for each in (chosen, values)]
     lines = [f"rows: {rows[0]:,} of {rows[1]:,}"] if rows[0] < rows[1] else []
     for bench in chosen["defaults"]["benchmarks"]:
         if "limit" in bench:
             lines.append(f"items of {bench['name']}: {bench['limit']:,} of {items[bench['name']]:,}")
-    return lines + [f"left out: {item.name}" for item in reversed(left_out)]
+    if missing > 0:
+        lines.append(f"for all models about {missing:,.0f} s are missing: those at the end of the list may be left out")
+    return lines

@@ -216,9 +216,9 @@ def _total(hours: float, to_come: float, wall: float) -> str:
 
 def _assumed(bill: Bill) -> str:
     """Say what an estimate rests on."""
-    device, factors = bill.device, bill.experience.factors
+    device, learned = bill.device, bill.experience
     of = f", taken for {device.taken_for}" if device.taken_for not in device.name else ""
-    by = f"corrected by what was measured here of {', '.join(sorted(factors))}; " if factors else ""
+    by = "corrected by what was measured here, " if learned.finished or learned.probed else ""
     known = [source for item in bill.plan.resolved.values() for source in (item.model.source, *item.rows.values())]
     lost = sorted({source.location for source in known if source.revision and len(source.revision) != 40})
     note = f"Not pinned: the hub cannot be asked for {lost[0]} and {len(lost) - 1} more. " if lost else ""

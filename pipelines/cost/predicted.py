@@ -13,7 +13,7 @@ core is fitted to the profile `tiny` (1.6 M weights, one thread) and within 1.6 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from mft_core.errors import unknown
-from mft_core.recipes import Runtime
-from mft_core.stage import Needs
+from mft_core.recipes import Evaluate, FineTune, LearnMask, Runtime
+from mft_core.stage import Facts, Needs
 from mft_core.stages.flops_and_memory import PROCESS
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
@@ -66,11 +66,11 @@ class Device:
     taken_for: str = ""
     """the data sheet that is used"""
 
-    def hours(self, node: Node, needs: Needs, runtime: Runtime) -> float:
+    def hours(self, stage: str, needs: Needs, runtime: Runtime) -> float:
         """Return how long a stage takes."""
         seconds = needs.flops / (self.bfloat16 if needs.precision == "bfloat16" else self.float32)
         seconds += needs.moved / self.memory
-        seconds /= runtime.processes if node.stage in _TRAININGS else 1
+        seconds /= runtime.processes if stage in _TRAININGS else 1
         return (seconds + needs.seconds + self.start) / 3600
 
 
@@ -92,45 +92,63 @@ def device_of(runtime: Runtime, on: str | None = None) -> Device:
     return Device(found, bfloat16 * _UTILISATION, float32 * _UTILISATION, memory, 10, sheet)
 
 
+def likes(node: Node, facts: Facts) -> tuple[str, str]:
+    """Name what a node's work is like: its kind, on one model, for a probe; and more closely, for finished stages."""
+    recipe, kind, precision = node.recipe, node.stage, facts.precision
+    if isinstance(recipe, FineTune | LearnMask) and recipe.training:
+        kind += " lora" if isinstance(recipe, FineTune) and recipe.lora else ""
+        precision = recipe.training.precision
+    elif isinstance(recipe, LearnMask):
+        kind += f" {recipe.selector}"
+    elif isinstance(recipe, Evaluate):
+        precision = recipe.precision
+    kind = f"{kind} {precision} {facts.geometry.weights}"
+    return kind, f"{kind} {recipe.task}" if isinstance(recipe, Evaluate) else kind
+
+
 @dataclass(frozen=True)
 class Experience:
-    """What finished stages of a store took on one device, against what had been promised to them."""
+    """What stages took on one device, against what the table says: those that finished, else a probe's."""
 
-    factors: Mapping[str, float] = field(default_factory=dict)
-    """measured over promised seconds, the median, by stage"""
+    finished: Mapping[str, float] = field(default_factory=dict)
+    """measured over promised seconds, the median, by what they are like"""
+    probed: Mapping[str, float] = field(default_factory=dict)
+    """likewise, by kind"""
     peaks: Mapping[tuple[str, int], int] = field(default_factory=dict)
     """most bytes measured, by stage and bytes promised: of the same kind and shape"""
 
     @classmethod
-    def of(cls, store: ArtifactStore, device: Device) -> Experience:
+    def of(cls, store: ArtifactStore, device: Device, probed: Mapping[str, float] | None = None) -> Experience:
         """Read the manifests of a store."""
-        found = (store.home / "artifacts").glob("*/*/manifest.json")
-        return cls.learned((manifests.read(path.parent) or {} for path in found), device)
-
-    @classmethod
-    def learned(cls, known: Iterable[Mapping[str, Any]], device: Device) -> Experience:
-        """Learn from these manifests."""
         ratios: dict[str, list[float]] = {}
         peaks: dict[tuple[str, int], int] = {}
-        for manifest in known:
+        for path in (store.home / "artifacts").glob("*/*/manifest.json"):
+            manifest = manifests.read(path.parent) or {}
             used = manifest.get("provenance", {})
             promised = used.get("promised")
             if promised and used.get("device") == device.name:
-                ratios.setdefault(manifest["stage"], []).append(used["seconds"] / promised["seconds"])
+                if like := promised.get("like"):
+                    ratios.setdefault(like, []).append(used["seconds"] / promised["seconds"])
                 shape = manifest["stage"], promised["peak_memory_bytes"]
                 if used["alone"]:
                     peaks[shape] = max(peaks.get(shape, 0), used["peak_memory_bytes"])
-        return cls({stage: median(found) for stage, found in ratios.items()}, peaks)
+        return cls({like: median(found) for like, found in ratios.items()}, probed or {}, peaks)
+
+    def factor(self, node: Node, facts: Facts) -> float:
+        """Return what the table's seconds are to be multiplied by."""
+        kind, like = likes(node, facts)
+        return self.finished.get(like) or self.probed.get(kind) or 1.0
 
 
-def promises(plan: Plan) -> dict[str, dict[str, float]]:
-    """Return by node id what is promised to the stages to compute, of the table's rates alone."""
+def promises(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return by node id what is promised to the stages to compute, of the table's rates alone, and what it is like."""
     device = device_of(plan.runtime)
     found = {}
     for step in plan.to_compute:
-        needs = plan.needs(step.node)
-        seconds = 3600 * device.hours(step.node, needs, plan.runtime)
-        found[step.node.id] = {"seconds": round(seconds, 3), "peak_memory_bytes": sum(needs.memory.values())}
+        needs, facts = plan.needs(step.node), plan.facts(step.node)
+        seconds = 3600 * device.hours(step.node.stage, needs, plan.runtime)
+        peak, (_, like) = sum(needs.memory.values()), likes(step.node, facts)
+        found[step.node.id] = {"seconds": round(seconds, 3), "peak_memory_bytes": peak, "like": like}
     return found
 
 
@@ -214,18 +232,18 @@ class Bill:
 
 
 def bills(
-    plans: Sequence[Plan], store: ArtifactStore, on: str | None = None, experience: Experience | None = None
+    plans: Sequence[Plan], store: ArtifactStore, on: str | None = None, probed: Mapping[str, float] | None = None
 ) -> list[Bill]:
     """Price plans of one profile that run one after the other; what two of them need is charged to the first.
 
     Args:
         on: a device of `ON`; None is the one that is here.
-        experience: what to correct the table's rates by; None: what the store has of the device.
+        probed: what this device was measured to take, by kind of work (`pipelines.cost.probe`).
     """
     charged: dict[str, str] = {}
     estimates: dict[str, Cost] = {}
     device = device_of(plans[0].runtime, on)
-    experience = experience or Experience.of(store, device)
+    experience = Experience.of(store, device, probed)
     return [_bill(plan, store, device, experience, charged, estimates) for plan in plans]
 
 
@@ -257,9 +275,8 @@ def _cost(plan: Plan, device: Device, experience: Experience, step: Step) -> Cos
     """Return what a stage has taken, or is going to."""
     if step.manifest is not None:
         return Cost(float(step.manifest["provenance"].get("seconds") or 0) / 3600, True)
-    needs = plan.needs(step.node)
-    hours = device.hours(step.node, needs, plan.runtime) * experience.factors.get(step.node.stage, 1)
-    return Cost(hours, False)
+    hours = device.hours(step.node.stage, plan.needs(step.node), plan.runtime)
+    return Cost(hours * experience.factor(step.node, plan.facts(step.node)), False)
 
 
 def _open(

@@ -19,10 +19,15 @@ from pipelines.graph.nodes import Edge, Node
 from pipelines.plan import workload
 
 
-def needs_of(
+def needs_of(node: Node, facts: Facts) -> Needs:
+    """Return what computing a node needs."""
+    return STAGES[node.stage].needs(node.recipe, facts)
+
+
+def facts_of(
     node: Node, resolved: Mapping[str, Resolved], runtime: Runtime, manifests: Mapping[str, Mapping[str, Any]]
-) -> Needs:
-    """Return what computing a node needs.
+) -> Facts:
+    """Return what is known of a node's work besides its recipe.
 
     Args:
         resolved: by node id, of a variant that the node belongs to; an analysis belongs to the model that it looks at.
@@ -37,13 +42,12 @@ def needs_of(
     given = node.inputs.get("data")
     prepares = given.node if isinstance(given, Edge) else node
     if prepares.stage == "prepare-data":
-        amounts = workload.sequences(prepares, geometry.vocabulary, manifests.get(prepares.id))
+        amounts = workload.sequences(prepares, owner.model, manifests.get(prepares.id))
     elif node.stage == "evaluate":
-        amounts = workload.items(node, geometry.vocabulary)
+        amounts = workload.items(node, owner.model)
     longest = max((data.max_length for data in datas(owner.setup)), default=0)
     cpu = runtime.device == "cpu" or accelerator_here() is None
-    facts = Facts(geometry, runtime, owner.tuned_precision, longest, cpu, mask=_mask(node), **amounts)
-    return STAGES[node.stage].needs(node.recipe, facts)
+    return Facts(geometry, runtime, owner.tuned_precision, longest, cpu, mask=_mask(node), **amounts)
 
 
 def _mask(node: Node) -> LearnMask | None:

@@ -18,7 +18,7 @@ from typing import Any
 from mft_core.errors import ConfigError
 from mft_core.methods import METHODS, REFERENCES, Contrast
 from mft_core.recipes import Compare, Runtime
-from mft_core.stage import Needs
+from mft_core.stage import Facts, Needs
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
 from mft_core.store.sources import Source
@@ -29,7 +29,7 @@ from pipelines.config.setup import Resolved
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
-from pipelines.plan.needs import disk_needed, needs_of
+from pipelines.plan.needs import disk_needed, facts_of, needs_of
 from pipelines.plan.priors import with_priors
 from pipelines.search.trials import Point, Search, Trial, space_of, walk
 
@@ -53,6 +53,8 @@ class Plan:
     """numbers of replicates at which the study is declared to be read; none: once"""
     priors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """what earlier studies measured of how much trainings differ"""
+    remarks: tuple[str, ...] = ()
+    """further notes: of what a run has left out"""
 
     @property
     def asked(self) -> list[Resolved]:
@@ -76,17 +78,23 @@ class Plan:
         given = any(item.resolved.setup.fine_tune is None for item in self.variants)
         left_out = sorted({spec.method for spec in self.study.variants} - {item.setup.method for item in self.variants})
         stateless = [method for method in left_out if METHODS[method].needs_fine_tuning]
-        baseless = [method for method in left_out if method not in stateless]
+        based = any(item.resolved.base for item in self.variants)
+        baseless = [method for method in left_out if METHODS[method].needs_base and not based]
         return (
             *dict.fromkeys(note for item in self.variants for note in item.resolved.model.notes),
             *(("FFT is the fine-tuned model that was given; it was not trained here.",) if given else ()),
             *((f"Left out, since the profile names no `base`: {', '.join(baseless)}.",) if baseless else ()),
             *((f"Left out, since nothing is fine-tuned here: {', '.join(stateless)}.",) if stateless else ()),
+            *self.remarks,
         )
 
     def needs(self, node: Node) -> Needs:
         """Return what computing a stage of the plan, or one that answers it, needs."""
-        return needs_of(node, self.resolved, self.runtime, self._there)
+        return needs_of(node, self.facts(node))
+
+    def facts(self, node: Node) -> Facts:
+        """Return what is known of the work of such a stage besides its recipe."""
+        return facts_of(node, self.resolved, self.runtime, self._there)
 
     @functools.cached_property
     def _there(self) -> dict[str, Mapping[str, Any]]:
@@ -213,7 +221,7 @@ def make_plan(
     resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
     missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
-    needed = disk_needed((needs_of(node, resolved, runtime, {}) for node in missing), runtime.at_once)
+    needed = disk_needed((needs_of(node, facts_of(node, resolved, runtime, {})) for node in missing), runtime.at_once)
     plan = Plan(study, profile, runtime, variants, steps, resolved, needed, search, tuple(looks))
     treatments = [item for item in variants if item.setup.method not in REFERENCES]
     treated = {node.id for item in treatments for node in item.evaluations.values()}

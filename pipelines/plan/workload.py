@@ -1,26 +1,29 @@
 """How much there is to read and to answer: training sequences and benchmark items, in rows and tokens, for estimates.
 
-What `prepare-data` has counted is taken from its manifest. Before that, rows of local files are counted and their text
-is seen by its beginning; hub data sets, of which planning fetches nothing, are assumed to have `TOKENS` tokens a row.
-Characters become tokens by the size of the vocabulary V: log2(V) / 4 characters a token, which is 3.7 for 32,000 and
-4.2 for 128,256 entries, as is usual of English text. Items and answers of the paper's benchmarks are as it has them.
+What `prepare-data` has counted is taken from its manifest. Before that, rows of local files are counted and their
+beginning is encoded with the model's tokenizer; hub data sets, of which planning fetches nothing, are assumed to have
+`TOKENS` tokens a row. Where the tokenizer is not here, a token has log2(V) / 4 characters of a vocabulary of V: 3.7 for
+32,000 and 4.2 for 128,256 entries, as is usual of English text. Items and answers of the paper's benchmarks are as it
+has them.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mft_core.data.rows import beginning
+from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
 from mft_core.stages.flops_and_memory import ANSWER, EXAMPLE
 from mft_core.store.sources import Source
+from pipelines.config.setup import ResolvedModel
 from pipelines.graph.nodes import Node
 
 TOKENS = 500
@@ -45,14 +48,14 @@ _SEEN = 200
 
 @dataclass(frozen=True)
 class _Text:
-    """A JSONL file: its rows, and by its beginning of one row characters and turns."""
+    """A file: its rows, and of its first ones the texts, all in a row."""
 
     rows: int
-    characters: float
-    turns: float
+    seen: int
+    texts: tuple[str, ...]
 
 
-def sequences(node: Node, vocabulary: int, manifest: Mapping[str, Any] | None) -> dict[str, float]:
+def sequences(node: Node, model: ResolvedModel, manifest: Mapping[str, Any] | None) -> dict[str, float]:
     """Return what a stage `prepare-data` makes, as `Facts` have it; without its manifest it is estimated."""
     if manifest is not None:
         train, validation = manifest["summary"]["train"], manifest["summary"]["validation"]
@@ -60,22 +63,22 @@ def sequences(node: Node, vocabulary: int, manifest: Mapping[str, Any] | None) -
         return {"train": train["examples"], "validation": validation["examples"], "length": length}
     recipe = node.recipe
     assert isinstance(recipe, PrepareData)
-    parts = [_part(node.inputs[f"source-{i}"], part.rows, vocabulary) for i, part in enumerate(recipe.mixture)]
+    parts = [_part(node.inputs[f"source-{i}"], part.rows, model) for i, part in enumerate(recipe.mixture)]
     rows = sum(count for count, _ in parts)
     length = sum(count * min(length, recipe.max_length) for count, length in parts) / max(rows, 1)
     train = max(rows - recipe.validation_rows, 1) * recipe.fraction
     return {"train": train, "validation": recipe.validation_rows, "length": length}
 
 
-def _part(source: object, wanted: int | None, vocabulary: int) -> tuple[float, float]:
+def _part(source: object, wanted: int | None, model: ResolvedModel) -> tuple[float, float]:
     """Return rows and tokens of a row of one source."""
     text = _beginning(Path(source.location)) if isinstance(source, Source) and source.revision is None else None
     if text is None:
         return wanted or ROWS, TOKENS
-    return wanted or text.rows, _tokens(text, vocabulary)
+    return wanted or text.rows, _tokens(text, model)
 
 
-def items(node: Node, vocabulary: int) -> dict[str, float]:
+def items(node: Node, model: ResolvedModel) -> dict[str, float]:
     """Return what a stage `evaluate` asks, as `Facts` have it."""
     recipe = node.recipe
     assert isinstance(recipe, Evaluate)
@@ -88,12 +91,29 @@ def items(node: Node, vocabulary: int) -> dict[str, float]:
         shots = recipe.num_fewshot if recipe.num_fewshot is not None else definition.get("num_fewshot") or 0
         answer = (definition.get("generation_kwargs") or {}).get("max_gen_toks") or ANSWER
         if text is not None:
-            count, example = text.rows, _tokens(text, vocabulary)
+            count, example = text.rows, _tokens(text, model)
     return {"items": min(count, recipe.limit or math.inf), "prompt": example * (1 + shots), "answer": answer}
 
 
-def _tokens(text: _Text, vocabulary: int) -> float:
-    return 4 * text.characters / math.log2(max(vocabulary, 2)) + TURN * text.turns
+def _tokens(text: _Text, model: ResolvedModel) -> float:
+    """Return the tokens of a row."""
+    found = _encoded(text, Path(model.tokenizer.location) / "tokenizer.json")
+    guessed = 4 * sum(map(len, text.texts)) / math.log2(max(model.geometry.vocabulary, 2))
+    return ((guessed if found is None else found) + TURN * len(text.texts)) / text.seen
+
+
+@functools.cache
+def _encoded(text: _Text, tokenizer: Path) -> int | None:
+    """Return the tokens of all the texts; None where there is no such tokenizer."""
+    if not tokenizer.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        found = Tokenizer.from_file(str(tokenizer))
+    except Exception:  # it raises nothing else; the preflight says what is wrong with it
+        return None
+    return sum(map(len, found.encode_batch_fast(list(text.texts), add_special_tokens=False)))
 
 
 @functools.cache
@@ -107,16 +127,11 @@ def _local(folder: Path, task: str) -> tuple[dict[str, Any], _Text | None]:
 def _beginning(path: Path) -> _Text | None:
     """Count the rows of a file and look at the first; None where they cannot be read (the preflight tells that)."""
     try:
-        with path.open("rb") as lines:
-            parsed = [json.loads(line) for line in itertools.islice(filter(bytes.strip, lines), _SEEN)]
-            rows = len(parsed) + sum(map(bool, map(bytes.strip, lines)))  # the whole file was read for its digest too
-        texts = [list(_texts(row)) for row in parsed]
-    except (OSError, ValueError, RecursionError):
+        rows, parsed = beginning(path, _SEEN)  # the whole file was read for its digest too
+    except (ConfigError, OSError, EOFError, ValueError, zlib.error):
         return None
-    if not parsed:
-        return None
-    characters = sum(len(text) for row in texts for text in row)
-    return _Text(rows, characters / len(parsed), sum(map(len, texts)) / len(parsed))
+    texts = tuple(text for row in parsed for text in _texts(row))
+    return _Text(rows, len(parsed), texts) if parsed else None
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -14,10 +14,6 @@ from mft_core.statistics.winner import CONTEST, MEAN
 from pipelines.report.report import Report
 
 Row = Mapping[str, Any]
-MARGIN = 0.01
-"""the least gain that is worth having: a point"""
-_SIGNIFICANT, _POWER = 1.96, 0.84
-"""standard errors: of a 95% interval, and for 80% power"""
 _NAMED = 6
 """gains that are named one by one; of more, the largest"""
 
@@ -40,36 +36,24 @@ def decision(report: Report) -> Decision:
     row = next(mean, (*contest, *rivals, None)[0])
     if row is None:
         return Decision("undecided", "Undecided: there was no time for a single mask; give more time.", None)
-    name, high = _mask_named(row), 100 * row["gain_high"]
-    judged = f"{100 * row['gain']:+.1f} points [{100 * row['gain_low']:+.1f}, {high:+.1f}]"
+    margin = report.plan.comparison()[0].margin
+    name, best = _mask_named(row), f"the best of {row['candidates']} masks" if row.get("candidates") else "the one mask"
+    judged = f"{100 * row['gain']:+.1f} points [{100 * row['gain_low']:+.1f}, {100 * row['gain_high']:+.1f}]"
     judged += f" on {row['n']:,} items" + (", chosen on one half and judged on the other" if contest else "")
     if row["verdict"] == "better":
         return Decision("better", f"Better: {name} gains {judged}.", row)
-    if row["gain_high"] < MARGIN:
-        largest = f"no gain above {max(high, 0):.1f} points is compatible with these data"
-        return Decision("not better", f"Not better: {largest}; the best of {_count_of(row)}, {name}: {judged}.", row)
-    return Decision(
-        "undecided",
-        f"Undecided: gains up to {high:.1f} points are possible; the best of {_count_of(row)}, {name}: {judged}. "
-        f"To find a gain of {100 * MARGIN:.0f} point takes about {_items_needed(row):,} items.",
-        row,
-    )
+    said = f"{row['sentence']}; {best}, {name}: {judged}."
+    if row["verdict"] != "undecided" or 100 * row["gain_high"] <= margin:
+        return Decision("not better", f"Not better: {said}", row)
+    needed = max(row["n"], row["n"] * (100 * row["detectable"] / margin) ** 2)
+    points = "a gain of 1 point" if margin == 1 else f"a gain of {margin:g} points"
+    more = f"To find {points} takes about {int(float(f'{needed:.2g}')):,} items."
+    return Decision("undecided", f"Undecided: {said} {more}", row)
 
 
 def _mask_named(row: Row) -> str:
     method = method_label(row["mask"] if row["method"] == CONTEST else row["method"])
     return f"{method}, {percent(row['sparsity'])} of layers {row['layers']}"
-
-
-def _count_of(row: Row) -> str:
-    return f"{row.get('candidates', 1)} masks" if row.get("candidates", 1) > 1 else "one mask"
-
-
-def _items_needed(row: Row) -> int:
-    """Return on how many items a gain of the margin would be found with 80% power, at this spread of differences."""
-    half = max(row["gain_high"] - row["gain_low"], 1 / row["n"]) / 2
-    needed = row["n"] * ((_SIGNIFICANT + _POWER) / _SIGNIFICANT * half / MARGIN) ** 2
-    return int(float(f"{max(needed, row['n']):.2g}"))
 
 
 def sentence(report: Report) -> str:

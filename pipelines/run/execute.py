@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefect.futures import PrefectFuture, wait
@@ -161,10 +161,15 @@ def workplace(
         display.update(call.label, progress)
         record(call, progress)
 
-    promised = {key: told for plan in plans for key, told in promises(plan).items()}
-    display.promise({s.node.label: promised[s.node.id]["seconds"] for plan in plans for s in plan.to_compute})
     run_id = getattr(flow_run, "id", None)
     notes = {"prefect_flow_run": run_id}
     runtime = plans[0].runtime
     with contextlib.closing(Cluster(store.home, runtime, display.say)) as cluster:
-        yield Workplace(store, runtime, cluster, report, notes, promised)
+        yield promised(Workplace(store, runtime, cluster, report, notes), plans, display)
+
+
+def promised(place: Workplace, plans: Sequence[Plan], display: Display) -> Workplace:
+    """Return the place with what these plans promise to their stages; the display is told too."""
+    told = {node_id: one for plan in plans for node_id, one in promises(plan).items()}
+    display.promise({step.node.label: told[step.node.id]["seconds"] for plan in plans for step in plan.to_compute})
+    return replace(place, promised=told)

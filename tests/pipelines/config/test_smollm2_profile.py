@@ -122,13 +122,17 @@ def test_an_answer_is_the_last_number_however_it_is_written(name):
 @pytest.mark.parametrize("study", ["sparsity", "layer-groups", "main", "tuning"])
 def test_both_sizes_compose_with_the_studies_and_the_small_one_is_smaller(study):
     full, small = (
-        [setup for setup, _ in setups(load_study(study), load_profile(f"smollm2-135m{size}"), {})]
+        [
+            setup
+            for setup, _ in setups(load_study(study), load_profile(f"smollm2-135m{size}"), {})
+            if not setup.replicate
+        ]
         for size in ("", "-small")
     )
     assert len(full) == len(small)
     for one, other in zip(full, small, strict=True):
         assert other.mask.training.epochs < one.mask.training.epochs
-        assert sum(bench.limit or len(items(bench.task.removeprefix("smollm2_"))) for bench in other.benchmarks) <= 258
+        assert sum(bench.limit or len(items(bench.task.removeprefix("smollm2_"))) for bench in other.benchmarks) <= 200
         assert other.data.mixture[0].rows <= 1500
         assert other.model == one.model
 

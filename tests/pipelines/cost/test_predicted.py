@@ -1,8 +1,13 @@
 """What a plan says that its runs take: follows from recipes, geometry and data, and counts what is shared once."""
 
+import gzip
 import json
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from mft_core.errors import ConfigError
 from mft_core.geometry import read_geometry
@@ -10,14 +15,14 @@ from mft_core.recipes import Evaluate, FineTune, LearnMask, Runtime, Training
 from mft_core.stage import Facts
 from mft_core.stages import STAGES
 from mft_core.stages.flops_and_memory import forward
-from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.sources import local_file
 from pipelines.config.catalogue import load_profile, load_studies, load_study
 from pipelines.cost import plan_view
 from pipelines.cost.plan_view import as_dict, show, show_together
 from pipelines.cost.predicted import bills, device_of, promises, stages
 from pipelines.plan.plan import make_plan, make_plans
-from pipelines.plan.workload import _beginning, sequences
+from pipelines.plan.workload import TURN, _beginning, _part, sequences
 from tests.support.mini import write_profile, write_study
 
 LLAMA2_7B = read_geometry(
@@ -204,10 +209,11 @@ def test_a_cached_stage_has_cost_what_was_measured_and_costs_nothing_more(mini):
 
 def test_trainings_are_priced_by_the_tokens_that_were_counted_once_they_are(mini):
     step, _ = by_stage(mini())["prepare-data sums"]
-    guessed = sequences(step.node, 512, None)
+    model = mini().plan.resolved[step.node.id].model
+    guessed = sequences(step.node, model, None)
     assert (guessed["train"], guessed["validation"]) == (52, 8)
     built = mini.store.build(STAGES["prepare-data"], step.node.recipe, step.node.inputs, Runtime(threads=1))
-    counted = sequences(step.node, 512, built.manifest)
+    counted = sequences(step.node, model, built.manifest)
     assert counted["length"] == pytest.approx(built.manifest["summary"]["train"]["tokens"] / 52)
     assert guessed["length"] / 2 < counted["length"] < guessed["length"] * 2
 
@@ -215,7 +221,8 @@ def test_trainings_are_priced_by_the_tokens_that_were_counted_once_they_are(mini
 def test_a_share_of_the_data_costs_its_share(mini):
     whole, half = (by_stage(mini(*sets))["prepare-data sums" + label][0].node
                    for sets, label in (((), ""), (("data.fraction=0.5",), " fraction=0.5")))  # fmt: skip
-    assert sequences(half, 512, None)["train"] == pytest.approx(sequences(whole, 512, None)["train"] / 2)
+    model = mini().plan.variants[0].resolved.model
+    assert sequences(half, model, None)["train"] == pytest.approx(sequences(whole, model, None)["train"] / 2)
 
 
 def test_the_device_is_the_one_that_is_here_or_the_one_that_is_named():
@@ -226,25 +233,53 @@ def test_the_device_is_the_one_that_is_here_or_the_one_that_is_named():
         device_of(PLAIN, "h1000")
 
 
+def finish(price, node, plan, seconds):
+    """Build a stage as if so many seconds had been promised to it; return what it took."""
+    promised = {**promises(plan)[node.id], "seconds": seconds, "peak_memory_bytes": 1}
+    notes = {"promised": promised}
+    built = price.store.build(STAGES[node.stage], node.recipe, node.inputs, Runtime(), notes=notes, force=True)
+    assert built.manifest["provenance"]["promised"] == promised
+    return built.manifest["provenance"]
+
+
 def test_a_plan_learns_from_what_finished_stages_took_against_what_was_promised(mini, caplog):
     before = mini("runtime.device=cpu")
     step, cost = by_stage(before)["prepare-data sums"]
     promised = promises(before.plan)[step.node.id]
     assert promised["seconds"] == pytest.approx(3600 * cost.hours, rel=0.01)
-    less = {"seconds": promised["seconds"] / 10, "peak_memory_bytes": 1}  # as if the plan had said so
-    notes = {"promised": less}
-    built = mini.store.build(STAGES["prepare-data"], step.node.recipe, step.node.inputs, Runtime(), notes=notes)
-    used = built.manifest["provenance"]
-    assert used["promised"] == less
+    used = finish(mini, step.node, before.plan, promised["seconds"] / 10)
     assert ("of memory where the plan said" in caplog.text) == (used["peak_memory_bytes"] > 1)
     after = mini("runtime.device=cpu", "data.fraction=0.5")
-    factor = used["seconds"] / less["seconds"]
-    assert after.experience.factors == {"prepare-data": pytest.approx(factor)}
+    factor = used["seconds"] / (promised["seconds"] / 10)
+    assert list(after.experience.finished.values()) == [pytest.approx(factor)]
     assert after.experience.peaks == {("prepare-data", 1): used["peak_memory_bytes"]}
     _, other = by_stage(after)["prepare-data sums fraction=0.5"]
     whole = promises(after.plan)[by_stage(after)["prepare-data sums fraction=0.5"][0].node.id]
     assert other.hours == pytest.approx(factor * whole["seconds"] / 3600, rel=0.01)
-    assert manifests.read(mini.store.directory("prepare-data", built.ref.key)) is not None
+
+
+def test_what_a_stage_took_on_one_model_says_nothing_of_another(mini, tmp_path):
+    step, _ = by_stage(before := mini("runtime.device=cpu"))["prepare-data sums"]
+    finish(mini, step.node, before.plan, 1e-9)
+    plan = make_plan(load_study("sparsity"), load_profile("tiny"), mini.store, ["runtime.device=cpu"])
+    known, unknown = (bills([plan], store)[0] for store in (mini.store, ArtifactStore(tmp_path / "empty")))
+    assert known.experience.finished
+    assert known.to_come == pytest.approx(unknown.to_come)
+
+
+def test_rows_are_counted_and_read_also_where_they_are_compressed_or_parquet(mini, tmp_path):
+    step, _ = by_stage(mini())["prepare-data sums"]
+    model = mini().plan.resolved[step.node.id].model
+    plain = Path(step.node.inputs["source-0"].location)
+    rows = [json.loads(line) for line in plain.read_text().splitlines()]
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (told,) = {_part(local_file(path, "rows"), None, model) for path in
+               (plain, tmp_path / "rows.jsonl.gz", tmp_path / "rows.parquet")}  # fmt: skip
+    assert told[0] == len(rows)
+    texts = [turn["content"] for row in rows for turn in row["messages"]]
+    encoded = Tokenizer.from_file(str(Path(model.tokenizer.location) / "tokenizer.json")).encode_batch(texts)
+    assert told[1] == pytest.approx(sum(len(one.ids) for one in encoded) / len(rows), abs=3 * TURN)
 
 
 def test_as_many_trainings_as_there_are_slots_run_at_a_time_each_after_what_it_needs(mini):
