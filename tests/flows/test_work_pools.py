@@ -58,7 +58,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_everything_is_deployed_without_a_question_and_a_process_worker_runs_a_study_as_typed(
     server: dict[str, str], tmp_path: Path
 ) -> None:
@@ -67,7 +67,7 @@ def test_everything_is_deployed_without_a_question_and_a_process_worker_runs_a_s
     commands = [line.strip().split()[1:] for line in recipe.splitlines() if "$(BIN)/prefect" in line]
     assert len(commands) == len(POOLS) + 1
     for words in commands:
-        done = subprocess.run([*prefect, *words], cwd=ROOT, env=server, capture_output=True, text=True, timeout=200)
+        done = subprocess.run([*prefect, *words], cwd=ROOT, env=server, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
 
     auth = tuple(server["PREFECT_API_AUTH_STRING"].split(":"))
@@ -86,7 +86,7 @@ def test_everything_is_deployed_without_a_question_and_a_process_worker_runs_a_s
     typed = ["deployment", "run", "mft-ablation", "--param", f"study={study}", "--param", f"profile={profile}"]
     try:
         done = subprocess.run(
-            [*prefect, *typed, "--watch"], cwd=ROOT, env=server, capture_output=True, text=True, timeout=300
+            [*prefect, *typed, "--watch"], cwd=ROOT, env=server, capture_output=True, text=True, timeout=600
         )
     finally:
         worker.send_signal(signal.SIGTERM)
