@@ -8,8 +8,13 @@ whoever plans one asks before whether its rows will fit (`check_fits`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +24,9 @@ from mft_core.data.rows import Conversation, Message
 from mft_core.data.tokens import Limits, TokenDataset
 from mft_core.errors import ConfigError
 
-_BATCH = 1_000  # conversations rendered and tokenised together, and between two reports
+_BATCH, _CHARACTERS = 1_000, 200_000
+"""conversations rendered and tokenised together, and between two reports: so many, or of so many characters, since a
+token takes a hundred bytes meanwhile"""
 _SURE = 500  # rows drawn, of which a sample's share is known well enough
 
 
@@ -39,38 +46,50 @@ class Encoded:
 
 
 def encode(
-    conversations: Sequence[Conversation],
+    conversations: Iterable[Conversation],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     report: Callable[[int], None] = lambda done: None,
+    directory: Path | None = None,
+    most_dropped: float = math.inf,
 ) -> Encoded:
     """Encode conversations with the loss on assistant tokens only.
 
     Args:
         max_length: tokens; longer sequences end with the last answer that ends within, and are dropped if none does.
         report: receives the number of conversations done.
+        directory: where the sequences are kept, see `TokenDataset.from_examples`.
+        most_dropped: conversations; where more are dropped, the rest is left out too.
 
     Raises:
         ConfigError: see `rendered`; or no conversation fits.
     """
-    examples, kept, ends = [], [], []
-    cut = turns_left_out = 0
-    for start in range(0, len(conversations), _BATCH):
-        batch = conversations[start : start + _BATCH]
-        wheres = [f"row {row} of the mixture" for row in range(start, start + len(batch))]
-        for row, (ids, in_loss) in enumerate(_encode_batch(batch, wheres, tokenizer), start):
-            ends.append(_ends(in_loss))
-            if fit := _fitting(ids, ends[-1], max_length):
-                examples.append((ids[:fit], in_loss[:fit]))
-                kept.append(row)
-                lost = int((ends[-1] > fit).sum())
-                cut += lost > 0
-                turns_left_out += lost
-        report(start + len(batch))
-    if conversations and not examples:
-        raise _none_fits(max_length, [int(each[0]) for each in ends])
-    too_long = len(ends) - len(kept)
-    return Encoded(TokenDataset.from_examples(examples), np.asarray(kept, np.int64), too_long, cut, turns_left_out)
+    kept, shortest = array("q"), sys.maxsize
+    done = cut = turns_left_out = 0
+
+    def examples() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal done, cut, turns_left_out, shortest
+        for batch in _batches(conversations):
+            wheres = [f"row {row} of the mixture" for row in range(done, done + len(batch))]
+            for row, (ids, in_loss) in enumerate(_encode_batch(batch, wheres, tokenizer), done):
+                ends = _ends(in_loss)
+                if fit := _fitting(ids, ends, max_length):
+                    kept.append(row)
+                    lost = int((ends > fit).sum())
+                    cut += lost > 0
+                    turns_left_out += lost
+                    yield ids[:fit], in_loss[:fit]
+                else:
+                    shortest = min(shortest, int(ends[0]))
+            done += len(batch)
+            report(done)
+            if done - len(kept) > most_dropped:
+                return
+
+    dataset = TokenDataset.from_examples(examples(), directory)
+    if done and not kept:
+        raise _none_fits(max_length, done, shortest)
+    return Encoded(dataset, np.array(kept, np.int64), done - len(kept), cut, turns_left_out)
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[list[dict[str, str]], str]]) -> None:
@@ -137,8 +156,9 @@ def check_fits(
     too_long = 0.0
     for source in sources:
         long = 0
-        for start in range(0, len(source.sample), _BATCH):
-            wheres, batch = zip(*source.sample[start : start + _BATCH], strict=True)
+        places = iter(where for where, _ in source.sample)
+        for batch in _batches(row for _, row in source.sample):
+            wheres = list(itertools.islice(places, len(batch)))
             encoded = _encode_batch(batch, wheres, tokenizer)
             for where, (ids, in_loss) in zip(wheres, encoded, strict=True):
                 ends = _ends(in_loss)
@@ -150,7 +170,7 @@ def check_fits(
         too_long += source.rows * long / len(source.sample)
     drawn = sum(source.rows for source in sources)
     if too_long == drawn:
-        raise _none_fits(max_length, needed, limits)
+        raise _none_fits(max_length, len(needed), min(needed), limits)
     # a sample of so many rows is sure to a few points; of fewer, the stage itself says it
     margin = 0.0 if all(source.whole for source in sources) else 0.1 if drawn >= _SURE else 1.0
     if too_long / drawn > max_dropped + margin:
@@ -173,10 +193,10 @@ def _fitting(ids: np.ndarray, ends: np.ndarray, max_length: int) -> int:
     return len(ids) if len(ids) <= max_length else int(ends[ends <= max_length].max(initial=0))
 
 
-def _none_fits(max_length: int, needed: Sequence[int], limits: Limits | None = None) -> ConfigError:
+def _none_fits(max_length: int, count: int, shortest: int, limits: Limits | None = None) -> ConfigError:
     return ConfigError(
-        f"data.max_length = {max_length}: every one of the {len(needed):,} examples is too long to keep an answer; "
-        f"the shortest has {min(needed)} tokens to the end of its first one. {_advice(min(needed), limits)}."
+        f"data.max_length = {max_length}: every one of the {count:,} examples is too long to keep an answer; "
+        f"the shortest has {shortest} tokens to the end of its first one. {_advice(shortest, limits)}."
     )
 
 
@@ -184,6 +204,18 @@ def _advice(needed: int, limits: Limits | None) -> str:
     if limits and limits.positions is not None and needed > limits.positions:
         return f"Shorten the rows: the model takes {limits.positions} tokens (max_position_embeddings)"
     return f"Set max_length to at least {needed}"
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    batch, characters = [], 0
+    for conversation in conversations:
+        batch.append(conversation)
+        characters += sum(len(message.content) for message in conversation)
+        if len(batch) == _BATCH or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _encode_batch(

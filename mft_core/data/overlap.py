@@ -11,13 +11,17 @@ says little: the share of the question's words that these runs must make up tell
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mft_core.data.rows import Conversation, read_json_lines
+import numpy as np
+
+from mft_core.data.rows import Conversation, counted, read_json_lines
 from mft_core.errors import ConfigError
 
 NGRAM_WORDS = 13
@@ -81,13 +85,19 @@ def has_runs(questions: Iterable[str]) -> bool:
     return any(len(_words(normalise(question))) >= NGRAM_WORDS for question in questions)
 
 
-def clean(rows: Sequence[Conversation], questions: Iterable[str], share: float = 0.0) -> Cleaned:
+def clean(
+    rows: Sequence[Conversation],
+    questions: Iterable[str],
+    share: float = 0.0,
+    report: Callable[[int], None] = lambda rows: None,
+) -> Cleaned:
     """Find the rows that repeat an earlier row or overlap with a benchmark.
 
     Args:
         rows: the sampled mixture, in order; of equal conversations the first stays.
         questions: the benchmarks' questions; may be empty.
         share: of a question's words, that shared runs of 13 words must make up for a row to go; 0: one run is enough.
+        report: receives the number of rows compared so far, now and then.
     """
     known = sorted({normalise(question) for question in questions})
     wholes = _by_beginning(known)
@@ -96,41 +106,41 @@ def clean(rows: Sequence[Conversation], questions: Iterable[str], share: float =
         for start, gram in enumerate(_ngrams(_words(question), NGRAM_WORDS)):
             places[gram].append((number, start))
     lengths = [len(_words(question)) for question in known]
-    first_place: dict[Conversation, int] = {}
-    for index, row in enumerate(rows):
-        first_place.setdefault(row, index)
-    distinct = list(first_place.values())
+    digests = np.fromiter(map(_digest, rows), "S16", len(rows))
+    distinct = sorted(np.unique(digests, return_index=True)[1].tolist())  # of equal ones the index of the first
 
     asked = set(known)
-    collisions: dict[int, set[str]] = {}
+    sharing: dict[str, list[int]] = defaultdict(list)
     equal: set[int] = set()
     copied: set[int] = set()
-    for index in distinct:
-        users = [normalise(message.content) for message in rows[index] if message.role == "user"]
-        if asked.intersection(users):
+    for index in counted(distinct if asked else (), report):
+        row = rows[index]
+        if any(normalise(message.content) in asked for message in row if message.role == "user"):
             equal.add(index)
         elif wholes:
-            texts = [_words(normalise(message.content)) for message in rows[index]]
-            shared = places.keys() & {gram for text in texts for gram in _ngrams(text, NGRAM_WORDS)}
+            texts = [_words(normalise(message.content)) for message in row]
             if any(_holds(text, wholes) for text in texts):
                 copied.add(index)
-            elif shared:
-                collisions[index] = shared
-    frequency = Counter(gram for shared in collisions.values() for gram in shared)
-    for index, shared in collisions.items():
-        covered: dict[int, set[int]] = defaultdict(set)
-        for gram in shared:
-            if frequency[gram] <= COMMON_NGRAM_ROWS:
-                for number, start in places[gram]:
-                    covered[number].update(range(start, start + NGRAM_WORDS))
-        if any(len(words) >= share * lengths[number] for number, words in covered.items()):
-            copied.add(index)
+                continue
+            for gram in places.keys() & {gram for text in texts for gram in _ngrams(text, NGRAM_WORDS)}:
+                if len(sharing[gram]) <= COMMON_NGRAM_ROWS:
+                    sharing[gram].append(index)
+    covered: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for gram, indices in sharing.items():
+        if len(indices) <= COMMON_NGRAM_ROWS:
+            for index, (number, start) in itertools.product(indices, places[gram]):
+                covered[index, number].update(range(start, start + NGRAM_WORDS))
+    copied.update(index for (index, number), words in covered.items() if len(words) >= share * lengths[number])
     return Cleaned(
         kept=[index for index in distinct if index not in equal and index not in copied],
         duplicates=len(rows) - len(distinct),
         equal_questions=len(equal),
         shared_ngrams=len(copied),
     )
+
+
+def _digest(row: Conversation) -> bytes:
+    return hashlib.blake2b(repr(row).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _by_beginning(questions: Iterable[str]) -> dict[str, list[list[str]]]:

@@ -12,12 +12,16 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import marshal
+import os
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +31,8 @@ from mft_core.recipes import MixturePart
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+T = TypeVar("T")
 
 ROLES = ("system", "user", "assistant", "tool")
 TEMPLATE_FIELDS = ("tool_calls", "reasoning_content", "name", "tool_call_id")
@@ -76,6 +82,29 @@ class Look:
     for the template"""
 
 
+class RowFile(Sequence[Conversation]):
+    """Conversations on disk, in a file without a name that ends with its user; in memory, 8 bytes of each."""
+
+    def __init__(self, rows: Iterable[Conversation], directory: Path | None = None) -> None:
+        """Write the rows to a file in that directory (the system's for temporary files)."""
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  closed when it is collected
+        self._starts = array("q", [0])
+        for row in rows:
+            self._starts.append(self._starts[-1] + self._file.write(marshal.dumps([tuple(turn) for turn in row])))
+        self._file.flush()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        start, stop = self._starts[index : index + 2]
+        return tuple(Message(*turn) for turn in marshal.loads(os.pread(self._file.fileno(), stop - start, start)))
+
+
 def look(source: Path, part: MixturePart = ALL, report: Callable[[int], None] = lambda rows: None) -> Look:
     """Read a source once, row by row, in the memory of a few rows; cheap enough for planning.
 
@@ -88,7 +117,7 @@ def look(source: Path, part: MixturePart = ALL, report: Callable[[int], None] = 
         ConfigError: missing, empty, in another format, or the first row that is no conversation (with its line).
     """
     found, unusual, step = Look(), list[tuple[str, Conversation]](), 1
-    for where, row in _rows(source, part):
+    for where, row in counted(_rows(source, part), report):
         if found.rows % step == 0:
             found.sample.append((where, row))
             if len(found.sample) == 2 * _SEEN:
@@ -96,28 +125,45 @@ def look(source: Path, part: MixturePart = ALL, report: Callable[[int], None] = 
         if len(unusual) < _SEEN and any(message.more for message in row):
             unusual.append((where, row))
         found.rows += 1
-        if found.rows % 10_000 == 0:
-            report(found.rows)
     seen = {where for where, _ in found.sample}
     found.sample += [(where, row) for where, row in unusual if where not in seen]
     return found
 
 
-def load_rows(source: Path, part: MixturePart = ALL) -> Sequence[Conversation]:
-    """Open all conversations of a source, checked, in the source's own order.
+def load_rows(
+    source: Path,
+    part: MixturePart = ALL,
+    directory: Path | None = None,
+    report: Callable[[int], None] = lambda rows: None,
+) -> Sequence[Conversation]:
+    """Open all conversations of a source, checked, in the source's own order; they stay on disk.
 
     Args:
-        source: a JSONL or Parquet file, or a directory that `datasets.load_dataset` reads. The directory's rows stay
-            on disk and are checked when they are taken.
+        source: a JSONL or Parquet file, or a directory that `datasets.load_dataset` reads, whose rows are checked when
+            they are taken.
         part: which split of a directory, and which of its configurations.
+        directory: where a file's rows are kept, see `RowFile`.
+        report: see `look`.
 
     Raises:
         ConfigError: see `look`; or a directory without data, the split, or the column `messages`.
     """
-    return _HubRows(source, part) if source.is_dir() else [row for _, row in _rows(source, part)]
+    if source.is_dir():
+        return _HubRows(source, part)
+    return RowFile((row for _, row in counted(_rows(source, part), report)), directory)
 
 
-def sample(rows: Sequence[Conversation], wanted: int | None, seed: int, index: int, where: str) -> list[Conversation]:
+def counted(rows: Iterable[T], report: Callable[[int], None]) -> Iterator[T]:
+    """Yield the rows, and report their number now and then."""
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if number % 10_000 == 0:
+            report(number)
+
+
+def sample(
+    rows: Sequence[Conversation], wanted: int | None, seed: int, index: int, where: str
+) -> Iterator[Conversation]:
     """Draw rows without replacement; the draw depends on seed, source index and the number of rows only.
 
     Args:
@@ -133,7 +179,7 @@ def sample(rows: Sequence[Conversation], wanted: int | None, seed: int, index: i
         raise ConfigError(
             f"{where}: rows = {wanted}, but it has only {len(rows)}; valid: 1 to {len(rows)}, or null for all."
         )
-    return [rows[int(row)] for row in seeded_order(len(rows), seed, index)[:wanted]]
+    return (rows[int(row)] for row in seeded_order(len(rows), seed, index)[:wanted])
 
 
 def parse_row(row: Any, where: str) -> Conversation:

@@ -3,25 +3,25 @@
 The order matters. Duplicates and benchmark questions go first, so that no copy of a row lands on both sides of the
 split. Validation rows are chosen next, from the whole mixture, so that they are the same for every `fraction` and
 losses stay comparable across a data-ratio study. The fraction then takes the beginning of each source's training rows,
-so that a smaller share is always part of a larger one.
+so that a smaller share is always part of a larger one. Rows and tokens lie in files meanwhile, and are known by hashes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mft_core.data.assistant_tokens import encode
 from mft_core.data.chat_template import load_tokenizer
 from mft_core.data.dropped import check_dropped
 from mft_core.data.overlap import clean, normalise
-from mft_core.data.rows import Conversation, load_rows, sample
+from mft_core.data.rows import Conversation, RowFile, load_rows, sample
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import questions
@@ -45,32 +45,46 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
     Raises:
         ConfigError: the data, the tokenizer, or a number of rows that the data cannot give.
     """
+    context.report(Progress(0, 0, "row"))
     tokenizer = load_tokenizer(inputs["tokenizer"], inputs.get("chat_template"))
-    rows: list[Conversation] = []
-    source_of: list[int] = []
-    for index, part in enumerate(recipe.mixture):
-        path = inputs[f"source-{index}"]
-        drawn = sample(load_rows(path, part), part.rows, recipe.seed, index, f"mixture[{index}] ({path})")
-        rows += drawn
-        source_of += [index] * len(drawn)
+    context.work.mkdir(parents=True, exist_ok=True)
+
+    def tell(doing: str) -> Callable[[int], None]:
+        context.report(Progress(0, 0, "row", doing=doing))
+        return lambda done: context.report(Progress(done, 0, "row", doing=doing))
+
+    counts: list[int] = []
+
+    def drawn() -> Iterator[Conversation]:
+        for index, part in enumerate(recipe.mixture):
+            path = inputs[f"source-{index}"]
+            source = load_rows(path, part, context.work, tell(f"reading {path.name}"))
+            rows = sample(source, part.rows, recipe.seed, index, f"mixture[{index}] ({path})")
+            counts.append(part.rows or len(source))
+            yield from rows
+
+    rows = RowFile(drawn(), context.work)
     asked = [
         question
         for name in sorted(inputs)
         if name.startswith("benchmark-")
         for question in questions((*name.split("-", 2), "")[2], inputs[name])
     ]
-    cleaned = clean(rows, asked, recipe.overlap)
+    cleaned = clean(rows, asked, recipe.overlap, tell("comparing with the benchmarks"))
     if not cleaned.kept:
         raise ConfigError(
             f"mixture: all {len(rows)} rows are benchmark questions; valid: data apart from the benchmarks."
         )
-
-    candidates = [rows[index] for index in cleaned.kept]
     encoded = encode(
-        candidates, tokenizer, recipe.max_length, lambda done: context.report(Progress(done, len(candidates), "row"))
+        (rows[index] for index in cleaned.kept),
+        tokenizer,
+        recipe.max_length,
+        lambda done: context.report(Progress(done, len(cleaned.kept), "row")),
+        context.work,
+        context.runtime.max_dropped * len(rows),
     )
     lost = {
-        "rows": [source_of.count(index) for index in range(len(recipe.mixture))],
+        "rows": counts,
         "duplicates_removed": cleaned.duplicates,
         "benchmark_questions": len(asked),
         "benchmark_overlaps_removed": {
@@ -83,20 +97,19 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
         **({"turns_left_out": encoded.turns_left_out} if encoded.cut else {}),
     }
     check_dropped(lost, context.runtime.max_dropped)
-    sources = [source_of[cleaned.kept[index]] for index in encoded.kept]
-    prompts = [_prompt(candidates[index]) for index in encoded.kept]
-    validation = choose_validation(prompts, recipe.validation_rows, recipe.seed)
-    held_out = set(validation)
-    remaining = [index for index in range(len(prompts)) if index not in held_out]
+    kept = np.asarray(cleaned.kept)[encoded.kept]
+    sources = np.searchsorted(np.cumsum(counts), kept, side="right")
+    validation = choose_validation((_prompt(rows[index]) for index in kept), recipe.validation_rows, recipe.seed)
+    remaining = np.setdiff1d(np.arange(len(kept)), validation)
     train = _take_fraction(remaining, sources, recipe.fraction)
 
-    parts = {"train": _select(encoded.dataset, train), "validation": _select(encoded.dataset, validation)}
-    for name, dataset in parts.items():
-        dataset.save(out / f"{name}.safetensors")
+    for name, chosen in (("train", train), ("validation", validation)):
+        encoded.dataset.save(out / f"{name}.safetensors", chosen)
+    parts = {name: TokenDataset.load(out / f"{name}.safetensors") for name in ("train", "validation")}
     report = {
         **lost,
         "left_out_by_fraction": len(remaining) - len(train),
-        "train_rows": [sum(sources[index] == source for index in train) for source in range(len(recipe.mixture))],
+        "train_rows": np.bincount(sources[train], minlength=len(counts)).tolist(),
         **{name: _describe(dataset) for name, dataset in parts.items()},
     }
     _write_json(out / "report.json", report)
@@ -113,7 +126,7 @@ def _prompt(conversation: Conversation) -> str:
     return normalise(users[0] if users else "\n".join(message.content for message in conversation))
 
 
-def choose_validation(prompts: Sequence[str], wanted: int, seed: int) -> list[int]:
+def choose_validation(prompts: Iterable[str], wanted: int, seed: int) -> np.ndarray:
     """Choose rows to hold out: all rows of a prompt, or none, in the order of the prompts' seeded hashes.
 
     Args:
@@ -121,36 +134,29 @@ def choose_validation(prompts: Sequence[str], wanted: int, seed: int) -> list[in
         wanted: number of rows to choose, exactly.
 
     Returns:
-        positions in `prompts`, ascending.
+        positions in `prompts`, ascending, int64.
 
     Raises:
         ConfigError: that many rows cannot be held out with a row left to train on.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[prompt].append(index)
-    chosen: list[int] = []
-    for prompt in sorted(groups, key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()):
-        if len(chosen) + len(groups[prompt]) <= wanted:
-            chosen += groups[prompt]
-    if len(chosen) < wanted or len(chosen) == len(prompts):
+    digests = np.fromiter((hashlib.sha256(f"{seed}\n{prompt}".encode()).digest() for prompt in prompts), "S32")
+    _, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    chosen, taken = np.zeros(len(sizes), bool), 0
+    for number, size in enumerate(sizes.tolist()):
+        if taken + size <= wanted:
+            chosen[number], taken = True, taken + size
+    if taken < wanted or taken == len(digests):
         raise ConfigError(
-            f"validation_rows = {wanted}: of {len(prompts)} usable rows with {len(groups)} different first user turns, "
-            f"at most {min(len(chosen), len(prompts) - 1)} can be held out here; set a smaller number, or add data."
+            f"validation_rows = {wanted}: of {len(digests)} usable rows with {len(sizes)} different first user turns, "
+            f"at most {min(taken, len(digests) - 1)} can be held out here; set a smaller number, or add data."
         )
-    return sorted(chosen)
+    return np.flatnonzero(chosen[group])
 
 
-def _take_fraction(rows: Sequence[int], sources: Sequence[int], fraction: float) -> list[int]:
+def _take_fraction(rows: np.ndarray, sources: np.ndarray, fraction: float) -> np.ndarray:
     """Take the first share of each source's rows, at least one of each."""
-    by_source: dict[int, list[int]] = defaultdict(list)
-    for row in rows:
-        by_source[sources[row]].append(row)
-    return [row for members in by_source.values() for row in members[: max(1, round(fraction * len(members)))]]
-
-
-def _select(dataset: TokenDataset, indices: Sequence[int]) -> TokenDataset:
-    return TokenDataset.from_examples(dataset.example(index) for index in indices)
+    members = [rows[sources[rows] == source] for source in np.unique(sources[rows])]
+    return np.concatenate([of_one[: max(1, round(fraction * len(of_one)))] for of_one in members])
 
 
 def _describe(dataset: TokenDataset) -> dict[str, int]:

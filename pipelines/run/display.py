@@ -45,10 +45,12 @@ class _Running:
     def line(self) -> str:
         """Say in plain words what it is at."""
         last, now = self.last, time.monotonic()
-        at = f"{last.unit} {last.step:,} of {last.total:,}" if last.total else "begun"
+        of = f" of {last.total:,}" if last.total else ""
+        at = f"{last.unit} {last.step:,}{of}" if of or last.step else "begun"
         left = self.left(now)
         ahead = f"running for {_span(now - self.began)}" if left is None else f"{_span(left)} left"
-        return ", ".join([last.doing or at, *_measured(last), ahead])
+        told = [last.doing, at] if last.doing and last.step and not of else [last.doing or at]
+        return ", ".join([*told, *_measured(last), ahead])
 
     def left(self, now: float) -> float | None:
         """Return the seconds to its end at its pace up to now; None before there is a pace."""

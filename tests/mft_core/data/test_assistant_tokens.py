@@ -232,6 +232,12 @@ def test_many_conversations_are_reported_on_and_kept_in_order():
     assert np.all(encoded.dataset.lengths > 0)
 
 
+def test_long_conversations_are_encoded_a_few_at_a_time():
+    reports = []
+    encode([conversation("u:" + "1 " * 30_000, "a:2")] * 7, TOKENIZER, 100_000, reports.append)
+    assert reports == [4, 7]
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(ConfigError, match="no chat template"):
         encode([conversation("u:1", "a:2")], make_tokenizer(chat_template=False), 100)

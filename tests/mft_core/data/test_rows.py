@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from itertools import pairwise
 
 import datasets
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mft_core.cache_key import canonical_json
-from mft_core.data.rows import Message, load_rows, look, sample
+from mft_core.data.overlap import clean
+from mft_core.data.rows import Message, RowFile, load_rows, look, sample
 from mft_core.errors import ConfigError
 from mft_core.recipes import MixturePart
+from tests.support.memory import peak
 
 GOOD = {"messages": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]}
 CONVERSATION = (Message("user", "1+1"), Message("assistant", "2"))
@@ -159,14 +162,14 @@ ROWS = [(Message("user", str(i)), Message("assistant", "a")) for i in range(50)]
 
 
 def test_rows_are_drawn_without_replacement_and_fewer_are_the_beginning_of_more():
-    many, few = sample(ROWS, 40, 42, 0, "source"), sample(ROWS, 10, 42, 0, "source")
+    many, few = list(sample(ROWS, 40, 42, 0, "source")), list(sample(ROWS, 10, 42, 0, "source"))
     assert len(set(many)) == 40
     assert many[:10] == few
     assert sorted(sample(ROWS, None, 42, 0, "source")) == sorted(ROWS)
 
 
 def test_the_draw_depends_on_the_seed_and_on_the_source():
-    draws = [sample(ROWS, 10, seed, index, "source") for seed, index in [(1, 0), (2, 0), (1, 1), (1, 0)]]
+    draws = [list(sample(ROWS, 10, seed, index, "source")) for seed, index in [(1, 0), (2, 0), (1, 1), (1, 0)]]
     assert draws[0] == draws[3]
     assert draws[0] != draws[1]
     assert draws[0] != draws[2]
@@ -210,10 +213,10 @@ def test_rows_are_read_from_gzip_and_parquet_files_as_from_plain_ones(tmp_path):
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    expected = load_rows(plain)
+    expected = list(load_rows(plain))
     assert [message.trained for message in expected[1]] == [True, False, True, True]
     for path in (packed, tmp_path / "rows.parquet"):
-        assert load_rows(path) == expected
+        assert list(load_rows(path)) == expected
         assert look(path).rows == 2
 
 
@@ -279,3 +282,16 @@ def test_a_look_keeps_rows_from_everywhere_in_a_file_and_those_that_say_more(tmp
     assert {later - earlier for earlier, later in pairwise(even)} == {even[1] - even[0]}
     assert even[-1] > 14_900
     assert places[-3:] == [4_322, 9_322, 14_322]
+
+
+def test_rows_are_read_drawn_and_compared_in_the_memory_of_a_few(tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl", *(message(content=f"{number % 1_900}" + "x" * 5_000) for number in range(2_000))
+    )
+    with peak() as most:
+        rows = load_rows(path, directory=tmp_path)
+        drawn = RowFile(sample(rows, None, 0, 0, "source"), tmp_path)
+        cleaned = clean(drawn, [" ".join(["what"] * 20)])
+    assert (len(rows), len(drawn), cleaned.duplicates) == (2_000, 2_000, 100)
+    assert most() < 2e6, "of 10 MB"
+    assert os.listdir(tmp_path) == ["rows.jsonl"], "nothing is left of them"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from mft_core.data.order import seeded_order
 from mft_core.data.tokens import TokenDataset
 from mft_core.errors import StageError
+from tests.support.memory import peak
 
 
 def dataset() -> TokenDataset:
@@ -35,6 +37,30 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         dataset().save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_bytes_are_those_of_safetensors(tmp_path):
+    made = dataset()
+    made.save(tmp_path / "train.safetensors")
+    arrays = {"input_ids": made.input_ids, "loss_mask": made.loss_mask, "offsets": made.offsets}
+    assert (tmp_path / "train.safetensors").read_bytes() == save(arrays)
+
+
+def test_chosen_sequences_are_saved_in_their_order(tmp_path):
+    dataset().save(tmp_path / "some.safetensors", np.array([2, 0]))
+    read = TokenDataset.load(tmp_path / "some.safetensors")
+    assert [read.example(i)[0].tolist() for i in range(2)] == [[9, 1], [5, 6, 7]]
+    assert [read.example(i)[1].tolist() for i in range(2)] == [[False, True], [False, True, True]]
+
+
+def test_sequences_are_made_written_and_read_without_being_held(tmp_path):
+    example = np.arange(5_000), np.ones(5_000, bool)
+    with peak() as most:
+        TokenDataset.from_examples((example for _ in range(2_000)), tmp_path).save(tmp_path / "train.safetensors")
+        read = TokenDataset.load(tmp_path / "train.safetensors")
+    assert read.input_ids.nbytes == 40e6
+    assert most() < 1e6
+    assert [path.name for path in tmp_path.iterdir()] == ["train.safetensors"], "nothing else is left"
 
 
 def test_a_data_set_without_examples_can_be_kept_too(tmp_path):

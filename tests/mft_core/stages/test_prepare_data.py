@@ -174,6 +174,22 @@ def test_progress_counts_the_rows_to_the_end(world, tmp_path):
     assert (reports[-1].step, reports[-1].total, reports[-1].unit) == (79, 79, "row")
 
 
+def test_progress_is_told_from_the_first_moment_of_reading_on(world, tmp_path):
+    reports = []
+    prepare(world, tmp_path / "out", reports=reports)
+    told = list(dict.fromkeys(report.doing for report in reports))
+    assert told == ["", "reading sums.jsonl", "reading products.jsonl", "comparing with the benchmarks"]
+
+
+def test_a_long_file_of_rows_that_do_not_fit_is_given_up_where_that_is_certain(world, tmp_path):
+    long = write(tmp_path / "long.jsonl", [chat("1", "2"), *(chat(f"{i}" + "x" * 40, "1") for i in range(5_000))])
+    reports, given = [], {"source-0": long, "mixture": (MixturePart(),), "max_length": 20}
+    with pytest.raises(ConfigError, match="too long") as caught:
+        prepare(world, tmp_path / "out", reports=reports, runtime=Runtime(max_dropped=0.25), **given)
+    assert "max_dropped = 0.25" in str(caught.value) or "every one of the" in str(caught.value)
+    assert reports[-1].step == 2_000
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -201,7 +217,7 @@ def test_rows_with_the_same_prompt_are_held_out_together_or_not_at_all():
     assert len(chosen) == 13
     held_out = {prompts[i] for i in chosen}
     assert not held_out & {prompt for i, prompt in enumerate(prompts) if i not in set(chosen)}
-    assert choose_validation(prompts, 0, seed=3) == []
+    assert choose_validation(prompts, 0, seed=3).tolist() == []
 
 
 def test_the_choice_of_a_prompt_does_not_depend_on_the_order_of_the_rows():

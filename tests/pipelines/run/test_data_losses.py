@@ -24,5 +24,5 @@ def test_the_console_says_how_many_rows_were_dropped_and_why(tmp_path):
     assert console.file.getvalue().endswith(
         "prepare-data sums: 1,239 of 1,293 rows (96%) were dropped: 3 there twice, 1 equal to a benchmark's question, "
         "1 that hold much of one (data.overlap), "
-        "1,234 too long to keep an answer; 5 were cut at max_length\n"
+        "1,234 too long to keep an answer; 5 lost 7 answers at their end, which do not fit into max_length\n"
     )

@@ -32,6 +32,7 @@ def test_every_running_stage_says_again_and_again_what_it_is_at(tmp_path, monkey
         r"learn-mask: step 41 of 900, loss 1.250, 1,234 tokens/s, \d+:\d\d:\d\d left",
         r"evaluate: begun, running for \d:\d\d:\d\d",
         r"merge: waiting for the lock of PID 12, running for",
+        r"prepare-data: reading rows.jsonl, row 20,000, running for",
     )
     with (
         log_to(tmp_path, "mini") as path,
@@ -41,6 +42,7 @@ def test_every_running_stage_says_again_and_again_what_it_is_at(tmp_path, monkey
         shown.update("learn-mask", Progress(40, 900, doing="resuming after step 40 of 900"))
         shown.update("learn-mask", Progress(41, 900, metrics={"loss": 1.25, "tokens_per_second": 1234.4}))
         shown.update("evaluate", Progress(0, 0))
+        shown.update("prepare-data", Progress(20_000, 0, "row", doing="reading rows.jsonl"))
         for _ in range(5):
             shown.update("merge", Progress(0, 0, doing="waiting for the lock of PID 12"))
         assert soon(lambda: all(len(re.findall(line, path.read_text())) >= 2 for line in wanted))
