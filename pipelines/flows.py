@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect import Flow, flow
 from prefect.artifacts import create_markdown_artifact
@@ -26,7 +26,6 @@ from mft_core.stage import Progress
 from mft_core.stages import STAGES
 from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.commands.verdict import Question
 from pipelines.config.catalogue import Study, VariantSpec, load_profile, load_studies, load_study
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.analyses import analysis_nodes, answers
@@ -45,6 +44,9 @@ from pipelines.run.verdict import reached
 from pipelines.servers.runs import told_of
 from tasks.mlflow.tracking import Writer
 from tasks.stage_task import StageCall, Workplace
+
+if TYPE_CHECKING:
+    from pipelines.commands.verdict import Question
 
 _BEFORE_SEARCH = ("prepare-data", "fine-tune")
 """stages that every trial of a search starts from"""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
-from mft_core.figures import forest, gain_curves, matrix
-from mft_core.figures.drawing import save
 from mft_core.figures.quantities import quantities
-from mft_core.figures.style import Published, Row, drawn
+
+if TYPE_CHECKING:
+    from mft_core.figures.style import Published, Row
 
 Kind = Literal["gains", "methods", "matrix"]
 
@@ -41,6 +41,9 @@ def gains(
         kind: None takes the one that fits what varies (`choose`).
         published: gains of the paper, set beside ours where domain and benchmark are the same.
     """
+    from mft_core.figures import forest, gain_curves, matrix  # imports matplotlib
+    from mft_core.figures.drawing import save
+
     draw = {"gains": gain_curves.draw, "methods": forest.draw, "matrix": matrix.draw}[kind or choose(rows)]
     save(lambda: draw(rows, question, confidence, published or {}), path)
 
@@ -50,6 +53,9 @@ def choose(rows: Sequence[Row]) -> Kind:
 
     A matrix where several domains share benchmarks and nothing else varies, gains where a setting does, else methods.
     """
+    from mft_core.figures import matrix
+    from mft_core.figures.style import drawn
+
     shown = drawn(rows)
     varied = quantities(shown)
     if matrix.fits(shown) and all(quantity.name == "domain" for quantity in varied):

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import scipy  # which imports its modules when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 Array = NDArray[np.float64]
 Over = Literal["checkpoint", "recipe"]
@@ -138,7 +138,7 @@ class Estimate:
         """Return the p-value of two one-sided tests (Schuirmann 1987) that the gain is within ±`margin`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             distance = (margin - np.abs(self.centre)) / self.standard_error
-        return np.where(self.standard_error > 0, 1 - special.stdtr(self.freedom, distance), 1.0)[()]
+        return np.where(self.standard_error > 0, 1 - scipy.special.stdtr(self.freedom, distance), 1.0)[()]
 
     def at(self, confidence: float) -> Estimate:
         """Return the same estimate with an interval of another confidence."""
@@ -215,7 +215,7 @@ def estimate(
         error, freedom = np.where(wider, of_units, error), np.where(wider, of_all, freedom)
     half = _quantile((1 + confidence) / 2, freedom) * error
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_value = np.where(error > 0, 2 * special.stdtr(freedom, -np.abs(found.centre) / error), 1.0)
+        p_value = np.where(error > 0, 2 * scipy.special.stdtr(freedom, -np.abs(found.centre) / error), 1.0)
     if (
         len(strata) == 1
         and not found.freedom
@@ -321,9 +321,9 @@ def _is_binary(differences: Array) -> bool:
 def _mcnemar(differences: Array) -> Any:
     """Return the p-value of McNemar's exact test (1947)."""
     won, lost = ((sign * differences > 0).sum(axis=(-1, -2, -3)) for sign in (1, -1))
-    return np.minimum(1.0, 2 * special.bdtr(np.minimum(won, lost), won + lost, 0.5))
+    return np.minimum(1.0, 2 * scipy.special.bdtr(np.minimum(won, lost), won + lost, 0.5))
 
 
 def _quantile(share: Any, freedom: Any) -> Any:
     """Return Student's t quantile."""
-    return special.stdtrit(freedom, share)
+    return scipy.special.stdtrit(freedom, share)

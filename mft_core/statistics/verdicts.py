@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # which imports its modules when they are used
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate
 
@@ -94,7 +94,7 @@ def false_discovery(p_values: ArrayLike) -> Array:
 def spent(looks: Sequence[int], alpha: float = 0.05) -> list[float]:
     """Return the share of alpha that each look may spend: the increments of 2 − 2Φ(z / √t), t = look / last look."""
     shares = np.asarray(looks, dtype=float) / looks[-1]
-    total = 2 * special.ndtr(special.ndtri(alpha / 2) / np.sqrt(shares))
+    total = 2 * scipy.special.ndtr(scipy.special.ndtri(alpha / 2) / np.sqrt(shares))
     return [float(share) for share in np.diff(total, prepend=0.0)]
 
 

@@ -9,9 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mft_core import figures
-from mft_core.figures import search as search_figure
-from mft_core.figures import trajectory
 from pipelines.report import published, render, sections
 from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt
@@ -38,9 +35,13 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
     with replacing(out) as folder:
         figure = folder / "figure.png"
         if study.figure == "trajectory":
+            from mft_core.figures import trajectory  # imports matplotlib, as the other figures do
+
             curves = published.curves(profile.name)
             attempt("the figure", lambda: trajectory.write(report.rows, study.question, figure, curves), None)
         elif known or study.figure:
+            from mft_core import figures
+
             draw = functools.partial(figures.gains, report.rows, study.question, figure, kind=study.figure)
             attempt("the figure", lambda: draw(published=known), None)
         else:  # the comparison's own is the same
@@ -52,7 +53,9 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
                 shutil.copyfile(drawn, own / drawn.name)
         tables = report.tables
         if TRIALS in tables:
-            attempt("the search's figure", lambda: search_figure.trials(tables[TRIALS], folder / FIGURE), None)
+            from mft_core.figures import search
+
+            attempt("the search's figure", lambda: search.trials(tables[TRIALS], folder / FIGURE), None)
         write_tables({"rows": report.rows, **tables}, folder)
         subtitle = f"Study {study.name} on profile {profile.name}"
         write_pages(folder, study.question, subtitle, sections.of_study(report, asked))
