@@ -116,7 +116,7 @@ def test_a_second_run_executes_no_stage_makes_no_cluster_and_gives_the_same_answ
     assert computed(err) == []
     imported = {line.split("|")[-1].strip() for line in err.splitlines() if line.startswith("import time:")}
     assert "pipelines.flows" in imported
-    assert not {"dask", "distributed", "torch", "transformers"} & imported
+    assert not {"dask", "distributed", "torch", "transformers", "matplotlib", "scipy.special"} & imported
     assert results(rows) == results(first[0])
     assert all(row["cached"] for row in rows)
 
