@@ -150,6 +150,11 @@ def _benchmarks(text: str) -> list[dict[str, Any]]:
             {"name": name, "task": name, "path": str(folder.resolve()), "metric": usual_metric(name, folder)}
             for name in names
         ]
+    if folder.is_file():
+        raise ConfigError(
+            f"--benchmark {text}: a file says neither how its items are asked nor how answers are judged; give a folder "
+            "with it and a task in lm-eval's YAML format, or a task of lm-eval's."
+        )
     if "/" in text or text.startswith("."):
         raise ConfigError(f"--benchmark {text}: no such folder; give one with a task in lm-eval's format, or a task.")
     return [{"name": text, "task": text, "metric": usual_metric(text, None)}]

@@ -33,6 +33,8 @@ _FLOPS = {True: 3e11, False: 2e13}
 """operations that a step may take, on a CPU or not: a second or two of a core"""
 _LAYERS, _STEPS, _ANSWER = (4, 2, 1), 2, 96
 """layers of a stand-in, the most that fit; steps that are timed; tokens of an answer, the prompt shortened alike"""
+_WEIGHTS = 3e8
+"""of a stand-in on a CPU, which takes seconds to make"""
 _PATIENCE = 300
 
 
@@ -110,8 +112,10 @@ def _small(recipe: Recipe, facts: Facts) -> tuple[Recipe, Facts] | None:
     steps = 1 if training is None else _STEPS
     most = training.batch_size if training else facts.runtime.eval_batch_size or MOST_ROWS
     for layers in _LAYERS:
-        needs = stage.needs(*of(layers, 1))
-        fits = not facts.cpu or sum(needs.memory.values()) < psutil.virtual_memory().available / 2
+        one = of(layers, 1)
+        needs = stage.needs(*one)
+        fits = sum(needs.memory.values()) < psutil.virtual_memory().available / 2
+        fits = not facts.cpu or (fits and one[1].geometry.weights < _WEIGHTS)
         if fits and layers <= len(facts.geometry.layers) and needs.flops / steps < 2 * _FLOPS[facts.cpu]:
             return of(layers, max(1, min(most, int(facts.items or most), int(steps * _FLOPS[facts.cpu] / needs.flops))))
     return None

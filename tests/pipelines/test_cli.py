@@ -38,7 +38,7 @@ def mft(*arguments: str) -> list[str]:
 def test_a_reader_who_has_seen_enough_is_no_error(options: list[str], study: list[str], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)  # as `| head -0` does
-    process = start(tmp_path, mft("plan", *study, *options), stdout=writing)
+    process = start(tmp_path, mft("plan", *study, "--on", "cpu", *options), stdout=writing)
     os.close(writing)
     _, err = process.communicate(timeout=60)
     assert "Broken" not in err
@@ -48,7 +48,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(options: list[str], study: lis
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&-"])
 def test_a_closed_output_is_written_to_nowhere(closed: str, study: list[str], tmp_path: Path) -> None:
-    process = start(tmp_path, ["sh", "-c", f'exec "$@" {closed}', "sh", *mft("plan", *study)])
+    process = start(tmp_path, ["sh", "-c", f'exec "$@" {closed}', "sh", *mft("plan", *study, "--on", "cpu")])
     _, err = process.communicate(timeout=60)
     assert "Traceback" not in err
     assert process.returncode == 0, err

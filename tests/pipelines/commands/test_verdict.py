@@ -124,6 +124,7 @@ def test_small_data_stay_a_profile_that_plans(folder, values):
     ("change", "words"),
     [
         ({"benchmarks": ["./nowhere"]}, "no such folder"),
+        ({"benchmarks": [__file__]}, "a file says neither how its items are asked"),
         ({"rows": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"checkpoint": "./nowhere"}, "no such directory"),
         ({"budget": "soon"}, "give a time"),

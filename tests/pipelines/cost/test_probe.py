@@ -41,12 +41,12 @@ def test_a_plan_is_corrected_by_what_its_kinds_of_work_take_here_measured_once(t
 
 
 @pytest.mark.parametrize("recipe", [ANSWERS, TUNING, MASK])
-def test_of_a_large_model_a_few_layers_are_measured_on_an_accelerator_and_no_training_on_a_cpu(recipe):
+def test_of_a_large_model_a_few_layers_are_measured_on_an_accelerator_and_nothing_on_a_cpu(recipe):
     facts = Facts(LLAMA2_7B, Runtime(), "bfloat16", 4096, train=60_000, length=500, items=1_000, prompt=100, answer=512)
     _, few = _small(recipe, facts)
     assert 0 < len(few.geometry.layers) <= 4
     assert few.items < 1_000 or few.train < 60_000
-    assert recipe is ANSWERS or _small(recipe, replace(facts, cpu=True)) is None
+    assert _small(recipe, replace(facts, cpu=True)) is None
 
 
 def test_a_probe_that_dies_is_told_with_its_reason_and_the_table_is_taken(tmp_path, monkeypatch):
