@@ -152,8 +152,8 @@ def _benchmarks(text: str) -> list[dict[str, Any]]:
         ]
     if folder.is_file():
         raise ConfigError(
-            f"--benchmark {text}: a file says neither how its items are asked nor how answers are judged; give a folder "
-            "with it and a task in lm-eval's YAML format, or a task of lm-eval's."
+            f"--benchmark {text}: a file says neither how its items are asked nor how answers are judged; give a "
+            "folder with it and a task in lm-eval's YAML format, or a task of lm-eval's."
         )
     if "/" in text or text.startswith("."):
         raise ConfigError(f"--benchmark {text}: no such folder; give one with a task in lm-eval's format, or a task.")
