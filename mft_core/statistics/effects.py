@@ -15,8 +15,11 @@ variance (Searle, Casella & McCulloch 1992, section 4.3) the variance of the mea
 with Student's t and the degrees of freedom of Satterthwaite (1946). Negative components are not cut off at zero. As two
 or three units can agree by luck, an interval is never narrower than that of units which do not differ (a = e), and `a`
 is pooled with what earlier studies measured (`UnitVariance`, a scaled inverse-χ² prior; Gelman et al. 2013, section
-2.6). Several benchmarks, or subjects of one: the unweighted mean. Clusters of items are drawn whole (Liang &
-Zeger 1986). For right/wrong outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012).
+2.6). Without earlier studies, units that seem not to differ (a ≤ e) are not believed: given such an estimate, intervals
+held the truth in 71 to 75 of 100 studies with 3 units and 3 points of seed noise. `ORDINARY` is the prior then. Where
+units really do not differ the interval is too wide: after such an estimate no width is right for both. Several
+benchmarks, or subjects of one: the unweighted mean. Clusters of items are drawn whole (Liang & Zeger 1986). For
+right/wrong outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012).
 
 Every function takes leading axes before (replicates, seeds, items), so simulations are one call. Imports neither pandas
 nor scipy.stats: `mft compare` has to answer at once.
@@ -112,6 +115,12 @@ class UnitVariance:
         return cls(relative, min(freedom, _MOST_PRIOR_FREEDOM))
 
 
+ORDINARY = UnitVariance(relative=0.022, freedom=6.0)
+"""what trainings may differ by where nothing is known of them: 3.7 points where units × items have a variance of 1/16,
+somewhat more than `tiny`'s fine-tunings and masks; weighed so that, of the studies with an estimate of zero, 93 of 100
+hold the truth with seed noise of up to 3 points and 3 to 10 units"""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean gain as a share, with what is known of it; arrays where the differences had leading axes."""
@@ -193,11 +202,12 @@ def estimate(
     items_only = np.maximum(found.items, 0.0)
     error, freedom = np.sqrt(items_only), found.items_freedom
     if found.freedom:
-        between, known = found.between, float(found.freedom)
-        if prior:
-            of_prior = found.interaction + prior.relative * found.rest
-            between = (prior.freedom * of_prior + known * between) / (prior.freedom + known)
-            known += prior.freedom
+        between, known = found.between, np.asarray(found.freedom, dtype=float)
+        expected = prior or ORDINARY
+        weight = expected.freedom if prior else np.where(between <= found.interaction, expected.freedom, 0.0)
+        of_prior = found.interaction + expected.relative * found.rest
+        between = (weight * of_prior + known * between) / (weight + known)
+        known = known + weight
         alpha = 1 - confidence
         if chosen_from > 1:
             sidak = (1 - alpha) ** (1 / chosen_from)

@@ -86,20 +86,35 @@ def test_the_recipes_interval_holds_the_truth_whatever_varies(
 
 def _check_coverage(replicates: int, seeds: int, checkpoint: float, seed: float) -> None:
     hits, zeros = covered(replicates, seeds, checkpoint, seed)
-    assert 0.93 <= hits.mean() <= 0.975
+    assert 0.93 <= hits.mean() <= 0.97
+    _check_zero_estimates(hits, zeros)
+
+
+def _check_zero_estimates(hits: np.ndarray, zeros: np.ndarray) -> None:
     if zeros.sum() >= 50:
         monte_carlo = np.sqrt(0.07 * 0.93 / zeros.sum())  # as few as 50 of the 2,000 studies
         assert hits[zeros].mean() >= 0.93 - 2 * monte_carlo
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("replicates", [3, 5, 10])
-@pytest.mark.parametrize("spread", [0.0, 0.01, 0.03])
-def test_without_earlier_studies_it_holds_it_over_all_studies(replicates: int, spread: float):
+WITHOUT = [(*case, marks) for case in GRID for marks in [() if case == (3, 1, 0.0, 0.03) else pytest.mark.slow]]
+
+
+@pytest.mark.parametrize(
+    ("replicates", "seeds", "checkpoint", "seed"), [pytest.param(*case, marks=marks) for *case, marks in WITHOUT]
+)
+def test_without_earlier_studies_it_holds_the_truth_too_and_is_too_wide_only_where_trainings_hardly_differ(
+    replicates: int, seeds: int, checkpoint: float, seed: float
+):
     rng = np.random.default_rng(0)
-    found = [estimate([Stratum(study(rng, replicates, 1, 0.0, spread))], "recipe") for _ in range(STUDIES // 100)]
-    hits = np.concatenate([(one.low <= 0) & (one.high >= 0) for one in found])
-    assert 0.93 <= hits.mean() <= 0.99, "where nothing varies it errs on the safe side"
+    hits, zeros = [], []
+    for _ in range(3 * STUDIES // 100):
+        values = study(rng, replicates, seeds, checkpoint, seed)
+        found = estimate([Stratum(values)], "recipe")
+        hits.append((found.low <= 0) & (found.high >= 0))
+        zeros.append(zero_estimate(values))
+    held, zero = np.concatenate(hits), np.concatenate(zeros)
+    assert 0.93 <= held.mean() <= (0.98 if seed == 0.03 else 1.0)
+    _check_zero_estimates(held, zero)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +179,12 @@ def test_equivalence_is_claimed_falsely_in_at_most_5_5_of_100_studies_at_the_mar
     assert np.mean([one.p_equivalence(0.01) < 0.05 for one in found]) <= 0.055
 
 
-def looked(seed: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
+def looked(seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
     """Return of each study whether some look finds a difference, with alpha spent and with none."""
     rng = np.random.default_rng(seed)
     spending, naive = [], []
     for _ in range(STUDIES // 100):
-        values = study(rng, LOOKS[-1], 1, 0.005, 0.005, gain)
+        values = study(rng, LOOKS[-1], 1, spread, spread)
         p = np.stack([estimate([Stratum(values[:, :look])], "recipe").p_value for look in LOOKS])
         spending.append((p < np.array(spent(LOOKS))[:, None]).any(axis=0))
         naive.append((p < 0.05).any(axis=0))
@@ -177,9 +192,33 @@ def looked(seed: int, gain: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_looking_until_decided_errs_in_at_most_5_5_of_100_studies_where_naive_looks_err_more():
-    spending, naive = looked(4, 0.0)
-    assert spending.mean() <= 0.055
+    for spread in (0.005, 0.02):
+        spending, naive = looked(4, spread)
+        assert spending.mean() <= 0.055
     assert naive.mean() > 0.07
+
+
+def test_looking_until_decided_claims_equivalence_falsely_in_at_most_5_5_of_100_studies_at_the_margin():
+    rng = np.random.default_rng(7)
+    claimed = []
+    for _ in range(STUDIES // 40):
+        values = study(rng, LOOKS[-1], 1, 0.002, 0.003, gain=0.01, studies=20, items=3_000)
+        p = np.stack([estimate([Stratum(values[:, :look])], "recipe").p_equivalence(0.01) for look in LOOKS])
+        claimed.append((p < np.array(spent(LOOKS))[:, None]).any(axis=0))
+    assert 0.005 <= np.mean(claimed) <= 0.055
+
+
+@pytest.mark.slow
+def test_whole_families_that_are_looked_at_until_decided_claim_equivalence_falsely_in_at_most_5_5_of_100():
+    rng = np.random.default_rng(8)
+    errors = []
+    for _ in range(STUDIES // 4):
+        gains = (0.01, -0.01, 0.0)
+        values = [study(rng, LOOKS[-1], 1, 0.002, 0.003, gain, studies=1, items=3_000)[0] for gain in gains]
+        tested = judge_primaries([[Stratum(one)] for one in values], 0.01, looks=LOOKS)
+        errors.append(any(one.verdict == "equivalent" for one in tested[:2]))
+    monte_carlo = np.sqrt(0.05 * 0.95 / len(errors))
+    assert np.mean(errors) <= 0.05 + 2 * monte_carlo
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.contingency_tables import mcnemar
 
 from mft_core.statistics.effects import (
+    ORDINARY,
     Estimate,
     Over,
     Stratum,
@@ -135,8 +136,20 @@ def test_units_that_agree_by_luck_do_not_make_the_interval_narrower_than_the_ite
     rng = np.random.default_rng(0)
     values = rng.normal(size=(3, 1, 400))
     values -= values.mean(axis=-1, keepdims=True)
-    found = estimate([Stratum.of(values)], "recipe")
-    assert found.standard_error == pytest.approx(values.mean(axis=(0, 1)).std() / np.sqrt(399), rel=1e-6)
+    found = estimate([Stratum.of(values)], "recipe", prior=UnitVariance(0.0, 20.0))
+    of_items = stats.t.ppf(0.975, 399) * values.mean(axis=(0, 1)).std() / np.sqrt(399)
+    assert (found.high - found.low) / 2 >= of_items * (1 - 1e-6)
+    assert (found.high - found.low) / 2 == pytest.approx(of_items, rel=0.02)
+
+
+def test_without_earlier_studies_ordinary_trainings_stand_in_where_units_seem_not_to_differ_and_only_there():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 1, 400))
+    alike = [Stratum.of(values - values.mean(axis=-1, keepdims=True))]
+    assert estimate(alike, "recipe") == estimate(alike, "recipe", prior=ORDINARY)
+    apart = [Stratum.of(values + np.array([-1.0, 0.0, 1.0])[:, None, None])]
+    nothing = estimate(apart, "recipe", prior=UnitVariance(0.0, 1e-12))
+    assert estimate(apart, "recipe").standard_error == pytest.approx(nothing.standard_error)
 
 
 def test_what_earlier_studies_measured_is_pooled_with_what_this_one_measures():
