@@ -77,11 +77,6 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Score continuations, without lm-eval's bar."""
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
-
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         longest = max(len(context) + len(continuation) for _, context, continuation in requests)
         logits = (2 * self._number + 4) * self._geometry.vocabulary * longest

@@ -37,6 +37,11 @@ class Prompting:
         """Return a conversation as a prompt."""
         return chat_prompt(self._chat, chat_history, answer_begins=not add_generation_prompt)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Score continuations, without lm-eval's bar."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        return answers
+
     def _end_with(self, requests: Sequence[Any], end: str | None) -> None:
         """Let answers end with a text besides the task's own."""
         for request in requests if end else ():

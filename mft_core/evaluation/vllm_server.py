@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mft_core.errors import ConfigError, StageError
+from mft_core.geometry import ROOM, of_a_sequence, read_geometry
 from mft_core.processes import Child, Family
 
 IDLE_SECONDS = 60.0
@@ -34,6 +36,8 @@ IDLE_SECONDS = 60.0
 START_SECONDS = 900.0
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """features of an attention head that the CPU build (0.32) can compute; with others it starts, and dies when asked"""
+CPU_TOKENS = 65_536
+"""whose keys and values are kept on a CPU: 64 requests of 1,024; vLLM would take a share of the memory, used or not"""
 _ADVICE = "`make vllm` installs it into .venv-vllm; name that directory in MFT_VLLM, or have `vllm` on PATH."
 
 
@@ -151,8 +155,9 @@ def _start(model: Path, precision: str, cpu: bool) -> Server:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # on a CPU the share is of the main memory, where others live too, and there is nothing to compile graphs for
-    place = ["--gpu-memory-utilization", "0.3", "--enforce-eager"] if cpu else ["--gpu-memory-utilization", "0.8"]
+    place = ["--gpu-memory-utilization", "0.8"]
+    if cpu:  # where there is nothing to compile graphs for
+        place = ["--kv-cache-memory-bytes", str(_cache(model, precision)), "--enforce-eager"]
     address = ["--host", "127.0.0.1", "--port", str(port)]
     command = [str(find()), "serve", str(model), *address, "--dtype", precision, *place]
     key = secrets.token_urlsafe()
@@ -171,6 +176,14 @@ def _start(model: Path, precision: str, cpu: bool) -> Server:
         server.end()
         raise
     return server
+
+
+def _cache(model: Path, precision: str) -> int:
+    """Return the bytes of keys and values to keep on a CPU; one sequence of the model's full length must fit."""
+    geometry = read_geometry(json.loads((model / "config.json").read_text(encoding="utf-8")), model)
+    each = of_a_sequence(geometry, 4 if precision == "float32" else 2, 1, 0)[0]
+    # one block more than asked: it keeps a block to itself
+    return math.ceil(each * (max(geometry.context, min(CPU_TOKENS, ROOM["cpu"] / each)) + 256))
 
 
 def _wait(server: Server) -> None:
