@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 Role = Literal["reference", "control", "treatment"]
-_OF_ALL = frozenset({"precision", "engine", "engine_version", "model", "benchmarks"})
+_OF_ALL = frozenset({"precision", "engine", "engine_version", "judge", "model", "benchmarks"})
 """the sections of a setup that every method uses"""
 
 

@@ -241,6 +241,7 @@ class Evaluate(Recipe):
     allow_code: bool = Field(False, description="run the code that a local-file task names")
     engine: Engine = "hf"
     engine_version: str | None = Field(None, description="of vLLM; of a server, what its owner says that it is")
+    judge: str | None = Field(None, description="model that says whose answer is better, where the metric needs one")
     answered_together: int | None = Field(
         None, gt=0, description="sequences decoded together, where that is what is studied; null: as the runtime says"
     )

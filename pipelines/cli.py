@@ -276,8 +276,10 @@ def compare(
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="the model of a shipped profile, e.g. smollm2-135m")]) -> None:
-    """Fetch the model of a profile once; afterwards nothing of it needs a network."""
+def fetch(
+    name: Annotated[str, typer.Argument(help="the model of a shipped profile, e.g. smollm2-135m, or alpaca-eval")],
+) -> None:
+    """Fetch the model or benchmark of a profile once; afterwards nothing of it needs a network."""
     from mft_core.store.artifacts import ArtifactStore
     from pipelines.commands.fetch import fetch as fetched
 

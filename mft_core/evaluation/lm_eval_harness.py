@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mft_core.errors import ConfigError, StageError, did_you_mean, unknown
-from mft_core.evaluation import code_metrics, code_sandbox, vllm_server
+from mft_core.evaluation import code_metrics, code_sandbox, judged, vllm_server
 from mft_core.evaluation.benchmarks import TASKS, Definition, Function, definitions
 from mft_core.evaluation.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
@@ -73,6 +73,9 @@ def evaluate(
     runtime = runtime or Runtime.model_validate({})
     with seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
         tasks = load_tasks(recipe, benchmark, report)
+    judged.check(recipe, benchmark)
+    for task in tasks.values() if benchmark and recipe.judge else ():
+        judged.ask_ahead(recipe, task, benchmark)
     draws = benchmark is None or any(map(_samples, tasks.values()))
     with (
         settled(runtime),
@@ -113,6 +116,7 @@ def check_task(recipe: Evaluate, benchmark: Path | None = None) -> None:
         ConfigError: unknown task, metric or filter, incomplete items, code of the folder's that was not allowed, or no
             sandbox for code that the model writes.
     """
+    judged.check(recipe, benchmark)
     if benchmark is not None:
         for one in definitions(benchmark, recipe.task):
             one.refuse_code(recipe.allow_code)
@@ -298,10 +302,12 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
 
 
 def _register_metrics(config: Mapping[str, Any]) -> None:
-    """Give lm-eval the metrics of a definition that it lacks: pass@K."""
+    """Give lm-eval the metrics of a definition that it lacks: pass@K, and what a judge says."""
     for entry in config.get("metric_list") or ():
         if code_metrics.answers_needed(entry["metric"]):
             code_metrics.register_metric(entry["metric"])
+        elif entry["metric"] == judged.METRIC:
+            judged.register()
 
 
 def _with_functions(value: Any) -> Any:

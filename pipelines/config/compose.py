@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mft_core.errors import ConfigError, did_you_mean, explain, unknown
+from mft_core.evaluation import judged
 from mft_core.methods import METHODS, uses
 from mft_core.recipes import Runtime
 from mft_core.yaml_files import parse_yaml
@@ -28,7 +29,7 @@ Point = tuple[Setup, dict[str, Any]]
 """a setup with its point of the grid, {setup key: value}"""
 _FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
 _SETTABLE = (
-    *("precision", "engine", "engine_version"),
+    *("precision", "engine", "engine_version", "judge"),
     *("model", "base", "data", "fine_tune", "existing", "interpolation", "averaged", "answered_together"),
     *("continued", "lora", "mask", "benchmarks"),
 )
@@ -196,6 +197,9 @@ def _compose(
         own = values["benchmarks"]
         values["benchmarks"] = own + [bench for bench in everything if bench not in own]
     values |= {"held_out": held_out, "backbone": profile.name, "domain": domain, "method": spec.method}
+    if not values.get("judge"):  # `Plan.notes` says which are skipped
+        for section in {"benchmarks", "validation", "held_out"} & values.keys():
+            values[section] = [bench for bench in values[section] if bench.get("metric") != judged.METRIC]
     try:
         return Setup.model_validate(values), meant
     except ValidationError as error:

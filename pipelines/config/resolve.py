@@ -21,7 +21,7 @@ from mft_core.checkpoints.gguf import dequantised
 from mft_core.data.overlap import has_runs, question_of
 from mft_core.data.rows import read_json_lines
 from mft_core.errors import ConfigError
-from mft_core.evaluation import vllm_server
+from mft_core.evaluation import judged, vllm_server
 from mft_core.evaluation.benchmarks import TASKS, Definition, definitions, questions
 from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
@@ -194,13 +194,17 @@ def _checkpoint(spec: ModelSpec, kind: Literal["model", "tokenizer"], unpinned: 
     if spec.path.endswith(".gguf"):
         raise ConfigError(f"model = {spec.path}: make a checkpoint of it first: mft model import {spec.path} OUT.")
     path = Path(spec.path)
-    if path.parent == ArtifactStore.from_environment().models and not path.is_dir():
-        raise ConfigError(
-            f"model = {path}: not there yet. Fetch it once, while there is a network: mft fetch {path.name}"
-        )
+    _refuse_unfetched("model", path)
     if path.is_absolute():
         return local_checkpoint(kind, path)
     return pinned(spec.path, _commit(spec.path, spec.revision, "model", unpinned), kind)
+
+
+def _refuse_unfetched(field: str, path: Path) -> None:
+    if path.parent == ArtifactStore.from_environment().models and not path.is_dir():
+        raise ConfigError(
+            f"{field} = {path}: not there yet. Fetch it once, while there is a network: mft fetch {path.name}"
+        )
 
 
 def rows(spec: SourceSpec, unpinned: bool = False) -> Source:
@@ -230,10 +234,13 @@ def benchmark(spec: BenchmarkSpec) -> Source:
                         f"benchmarks.{spec.name}: data_files.{split} = {path}: no such file; {one.files[0]} names it."
                     )
         names.update(one.files, *(_names(one, split) for split in one.data_files))
+    if spec.metric == judged.METRIC:
+        names.add(judged.GAMED)
     return local_files(Path(spec.path or ""), sorted(names))
 
 
 def _definitions(spec: BenchmarkSpec) -> list[Definition]:
+    _refuse_unfetched(f"benchmarks.{spec.name}.path", Path(spec.path or ""))
     try:
         return definitions(Path(spec.path or ""), spec.task)
     except ConfigError as error:

@@ -171,6 +171,7 @@ class Setup(Recipe):
     precision: Literal["float32", "bfloat16"] = "float32"
     engine: Engine = Field("hf", description="what answers the benchmarks' prompts, one for a study")
     engine_version: str | None = Field(None, description="what the server of engine 'openai' is, for the key")
+    judge: str | None = Field(None, description="model that judges answers, as OPENAI_BASE_URL's server calls it")
     data: DataSpec
     fine_tune: Training | None = Field(None, description="null: the model has been fine-tuned before")
     base: ModelSpec | None = Field(None, description="without fine_tune: what the model was fine-tuned from")

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mft_core.errors import explain
+from mft_core.evaluation import judged
 from mft_core.methods import CALIBRATED, METHODS, REFERENCES, TRAINED, uses
 from mft_core.recipes import (
     Evaluate,
@@ -351,6 +352,8 @@ def _evaluation(
     setup = resolved.setup
     if uses(setup.method, "answered_together"):
         asked["answered_together"] = setup.answered_together
+    if bench.metric == judged.METRIC:
+        asked["judge"] = setup.judge
     recipe = Evaluate(**asked, precision=setup.precision, engine=setup.engine, engine_version=setup.engine_version)
     inputs: dict[str, Source | Edge] = {"model": model, **_template(of, model)}
     inputs["benchmark" if bench.path else "harness"] = asked_of

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.errors import ConfigError
+from mft_core.evaluation import judged
 from mft_core.methods import METHODS, REFERENCES, Contrast
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Facts, Needs
@@ -80,10 +81,14 @@ class Plan:
         stateless = [method for method in left_out if METHODS[method].needs_fine_tuning]
         based = any(item.resolved.base for item in self.variants)
         baseless = [method for method in left_out if METHODS[method].needs_base and not based]
+        sections = [self.profile.partial_setups[i.setup.domain] for i in self.variants if i.setup.judge is None]
+        every = [bench for section in sections for bench in section.get("benchmarks", ())]
+        unjudged = sorted({bench["name"] for bench in every if bench.get("metric") == judged.METRIC})
         return (
             *dict.fromkeys(note for item in self.variants for note in item.resolved.model.notes),
             *(("FFT is the fine-tuned model that was given; it was not trained here.",) if given else ()),
             *((f"Left out, since the profile names no `base`: {', '.join(baseless)}.",) if baseless else ()),
+            *((f"Skipped, since it needs a judge (--set judge=MODEL): {', '.join(unjudged)}.",) if unjudged else ()),
             *((f"Left out, since nothing is fine-tuned here: {', '.join(stateless)}.",) if stateless else ()),
             *self.remarks,
         )
