@@ -74,8 +74,9 @@ def evaluate(
     with seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
         tasks = load_tasks(recipe, benchmark, report)
     judged.check(recipe, benchmark)
-    for task in tasks.values() if benchmark and recipe.judge else ():
-        judged.ask_ahead(recipe, task, benchmark)
+    if recipe.judge and benchmark:
+        for task in tasks.values():
+            judged.ask_ahead(recipe, task, benchmark)
     draws = benchmark is None or any(map(_samples, tasks.values()))
     with (
         settled(runtime),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation import lm_eval_harness as evaluation
@@ -93,6 +95,39 @@ def stock_lm_eval(model: Path, folder: Path, cache: Path) -> float:
 def test_the_accuracy_is_that_of_stock_lm_eval(model: Path, benchmark: Path, result: Evaluation, tmp_path: Path):
     assert 0.3 < result.summary["accuracy"] < 1
     assert result.summary["accuracy"] == pytest.approx(stock_lm_eval(model, benchmark, tmp_path), abs=1e-12)
+
+
+@pytest.mark.slow  # lm_eval's command builds its whole index
+def test_a_merged_checkpoint_has_its_answers_item_for_item_in_the_command_lm_eval(
+    model: Path, benchmark: Path, tmp_path: Path
+):
+    import mft_core as mft
+
+    tuner = mft.MaskTuner(AutoModelForCausalLM.from_pretrained(model), sparsity=0.3, layers="1-2", lr=1e-3)
+    mft.save_mask(tuner.mask(), tmp_path / "mask")
+    merged = tmp_path / "merged"
+    mft.merge(model, tmp_path / "mask", merged)
+    folder = shutil.copytree(benchmark, tmp_path / "benchmark")
+    rows = [{"question": f"What is {n} plus {n * n}?", "answer": "?"} for n in range(60)]
+
+    def write_items(answers: list[str]) -> None:
+        lines = [json.dumps({**row, "answer": answer}) for row, answer in zip(rows, answers, strict=True)]
+        (folder / "tiny_sums.jsonl").write_text("\n".join(lines) + "\n")
+
+    write_items(["?"] * len(rows))
+    said = [row["response"] for row in evaluate(RECIPE, merged, folder).items]
+    write_items([answer if number % 3 == 0 else "no" for number, answer in enumerate(said)])
+    ours = evaluate(RECIPE, merged, folder).items
+    command = [str(Path(sys.executable).parent / "lm_eval"), "--model", "hf", "--device", "cpu", "--log_samples"]
+    command += ["--model_args", f"pretrained={merged},dtype=float32", "--apply_chat_template", "--batch_size", "16"]
+    command += ["--include_path", str(folder), "--tasks", "tiny_sums", "--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [log] = (tmp_path / "out").rglob("samples_*.jsonl")
+    stock = sorted(map(json.loads, log.read_text().splitlines()), key=lambda row: row["doc_id"])
+    assert [row["response"] for row in ours] == [row["filtered_resps"][0] for row in stock]
+    assert [row["outcome"] for row in ours] == [row["exact_match"] for row in stock]
+    assert 0.3 < sum(row["outcome"] for row in ours) / len(rows) < 1
 
 
 def test_every_item_keeps_its_outcome_target_and_response(result: Evaluation):

@@ -13,6 +13,7 @@ import yaml
 from mft_core.evaluation import lm_eval_harness as evaluation
 from mft_core.evaluation.benchmarks import TASKS
 from mft_core.recipes import Evaluate
+from tests.support.tiny import save_checkpoint
 
 
 def load(
@@ -117,3 +118,29 @@ def test_math_is_seven_subjects_by_any_reading_of_the_answer(tmp_path: Path, mon
     assert prompt.endswith("I hope it is correct.\n\nProblem:\nWhat is $1+1$?\n\nSolution:")
     assert (settings["max_gen_toks"], settings["until"]) == (512, ["Problem:", "\n\n"])
     assert [one["flexible_match"] for one in scored(task, list(READINGS))] == list(READINGS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "rows", "recipe"),
+    [
+        ("gsm8k", "paper_gsm8k", GSM8K, {"num_fewshot": 8}),
+        ("humaneval", "paper_humaneval", HUMANEVAL, {"metric": "pass@1", "num_fewshot": 0}),
+        ("humaneval", "paper_humaneval_plus", HUMANEVAL, {"metric": "pass@1", "num_fewshot": 0}),
+        ("math", "paper_math", MATH, {"metric": "flexible_match", "num_fewshot": 4, "average": "tasks"}),
+    ],
+)
+def test_a_model_answers_the_task_and_is_scored(
+    name: str,
+    task: str,
+    rows: list[dict[str, Any]],
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if name == "math":
+        pytest.importorskip("math_verify", reason="the packages of the extra `paper`")
+    model = save_checkpoint(tmp_path / "model", max_position_embeddings=8192)
+    load(name, task, rows, tmp_path, monkeypatch, **recipe)
+    found = evaluation.evaluate(Evaluate(task=task, apply_chat_template=False, limit=1, **recipe), model)
+    assert found.summary["n"] == (7 if name == "math" else 1)
+    assert all(row["response"] and row["outcome"] == 0 for row in found.items)
