@@ -1,8 +1,8 @@
 """Domains against benchmarks: what a mask (or another treatment) of one domain does to the benchmarks of all.
 
-A map per method: its gain in each cell as colour and number, with its interval; a star where it is better or worse, an
-"about equal" where it is equivalent. The colours run from red over white to blue (ColorBrewer's RdBu, safe for colour-
-blind readers), centred at no gain; controls far below the rest are as dark as the scale goes.
+A map per method: its gain in each cell as colour and number, with its interval; a star where it is better or worse, ≈
+where it is equivalent. The colours run from red over white to blue (ColorBrewer's RdBu, safe for colour-blind readers),
+centred at no gain; controls far below the rest are as dark as the scale goes.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt
 from pipelines.report.files import write_tables
 from pipelines.report.report import Report, slug
-from pipelines.report.search_section import FIGURE
+from pipelines.report.search_section import FIGURE as SEARCH_FIGURE
 from pipelines.search.tables import TRIALS
 
-PAGE, TEXT = "report.html", "report.md"
+PAGE, TEXT, FIGURE = "report.html", "report.md", "figure.png"
 
 
 def write_report(report: Report, out: Path, asked: Asked) -> Path:
@@ -33,7 +33,7 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
     study, profile = report.plan.study, report.plan.profile
     known = published.gains(profile.name)
     with replacing(out) as folder:
-        figure = folder / "figure.png"
+        figure = folder / FIGURE
         if study.figure == "trajectory":
             from mft_core.figures import trajectory  # imports matplotlib, as the other figures do
 
@@ -55,7 +55,7 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
         if TRIALS in tables:
             from mft_core.figures import search
 
-            attempt("the search's figure", lambda: search.trials(tables[TRIALS], folder / FIGURE), None)
+            attempt("the search's figure", lambda: search.trials(tables[TRIALS], folder / SEARCH_FIGURE), None)
         write_tables({"rows": report.rows, **tables}, folder)
         subtitle = f"Study {study.name} on profile {profile.name}"
         write_pages(folder, study.question, subtitle, sections.of_study(report, asked))

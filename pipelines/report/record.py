@@ -25,6 +25,7 @@ from mft_core.store.sources import Source
 from pipelines.graph.nodes import Edge
 from pipelines.graph.variants import Variant
 from pipelines.plan.plan import Plan, comparison_node
+from pipelines.report.page import FIGURE
 from pipelines.report.report import Report, result_key
 from pipelines.report.verdict import answer, best
 from pipelines.search.trials import Search, Trial
@@ -35,9 +36,10 @@ from tasks.stage_task import StageCall
 
 _DESCRIPTION = """{question}
 
+[Gains drawn against what the study varies](view:chart) · [all variants as a table](view:table)
+
 A run is a result of the study on a profile: its description answers the question, its artifacts hold the report with
-all tables and figures. The runs nested in it are the variants. To see the gain against what the study varies: open the
-run's nested runs, tick them, *Compare*, and draw `gain/BENCHMARK` against e.g. `sparsity`."""
+all tables and figures. The runs nested in it are the variants, in the colours of the figures."""
 _MOST = 7900
 """characters of a description; MLflow cuts at 8,000"""
 
@@ -124,7 +126,8 @@ class Recorder:
         if self._result:
             self._tracker.recorded(self._result)
         self._tracker.attach(pages, "report")
-        self._record_result(report)
+        self._tracker.save_view(report.rows)
+        self._record_result(report, pages / FIGURE)
         for item in self._plan.variants:
             key = variant_key(item.columns)
             nodes = [node for node in (item.trained, *item.evaluations.values()) if node is not None]
@@ -137,22 +140,33 @@ class Recorder:
             numbers = {f"training/{name}": value for name, value in training["summary"].items()}
             self._tracker.write(key, metrics=numbers, tags=tags)
             self._tracker.log_data(key, self._data(item, report))
+            if tags["checkpoint"]:
+                self._tracker.log_model(key, tags["checkpoint"])
             if item.trained and self._owners[item.trained.id] == key:
                 self._send_curve(key, self._store.fetched(item.trained.stage, training["key"]))
         if self._plan.search:
             self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
 
-    def _record_result(self, report: Report) -> None:
-        """Send what the result's own run shows: the answer, the best gains, the names of the tables."""
+    def _record_result(self, report: Report, figure: Path) -> None:
+        """Send what the result's own run shows: the answer, declared and best gains, the names of the tables."""
         metrics: dict[str, float] = {}
         tags = {"artifact.compare": report.directory.name, "mft.tables": " ".join(report.tables)}
         for benchmark, row in best(report).items():
             metrics |= {clean(f"best_{name}/{benchmark}"): row[name] for name in ("gain", "gain_low", "gain_high")}
             tags[clean(f"best_variant/{benchmark}")] = row["variant"]
+        for row in report.contrasts:
+            if row["family"] == "primary":
+                metrics |= {clean(f"primary_{name}/{row['contrast']}"): row[name]
+                            for name in ("gain", "gain_low", "gain_high")}  # fmt: skip
+                tags[clean(f"primary_verdict/{row['contrast']}")] = row["verdict"]
         self._tracker.write("", metrics=metrics, tags=tags)
-        text = "\n\n".join([f"**{report.plan.study.question}**", answer(report),
-                            "![gains](artifact:report/figure.png)", report.table.partition("\n\n")[2]])  # fmt: skip
+        shown = ["![gains](artifact:report/figure-small.png)"] if figure.is_file() else []
+        if shown:
+            self._tracker.attach_small(figure, "report/figure-small.png")
+        links = "[Gains drawn](view:chart) · [all variants](view:table)"
+        text = "\n\n".join([f"**{report.plan.study.question}**", links, answer(report), *shown,
+                            report.table.partition("\n\n")[2]])  # fmt: skip
         if len(text) > _MOST:
             text = text[:_MOST].rpartition("\n")[0] + "\n\n... the rest: `report/report.html` among the artifacts"
         self._tracker.describe(text)

@@ -1,4 +1,4 @@
-"""The answer in words: what is distinguishable from noise, in a sentence, in a few lines, and what they rest on."""
+"""The answer in words: what the study shows, in a sentence, in a few lines, and what they rest on."""
 
 from __future__ import annotations
 
@@ -169,7 +169,8 @@ def _judged(report: Report) -> str:
     recipe, _ = report.plan.comparison()
     said = "Gains that no contrast declares are exploratory, with false-discovery-rate values."
     if recipe.contrasts:
-        said = f"The {len(recipe.contrasts)} declared contrasts are adjusted by Holm among themselves. {said}"
+        declared = f"The {len(recipe.contrasts)} declared contrasts are adjusted by Holm among themselves"
+        said = f"{declared if len(recipe.contrasts) > 1 else 'One contrast is declared'}. {said}"
     if recipe.looks:
         said += f" Read at {', '.join(map(str, recipe.looks))} fine-tunings, which share the 5%."
     if recipe.priors:

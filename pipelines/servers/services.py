@@ -274,6 +274,7 @@ def start_mlflow(home: Path, family: Family, port: int) -> Child:
     artifacts = (home / "mlartifacts").absolute()
     artifacts.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--app-name", "mft"]  # `tasks.mlflow.ui`
     command += ["--artifacts-destination", artifacts.as_uri()]
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]
     environment = {

@@ -16,7 +16,9 @@ import logging
 import math
 import os
 import queue
+import re
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +27,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
+from mft_core.methods import METHODS, OTHER
 from mft_core.names import without_secrets, without_user
+from mft_core.statistics.tables import cell
 from mft_core.store import provenance
 from mft_core.store.artifacts import ArtifactStore
 from tasks.mlflow import client as mlflow_client
+from tasks.mlflow import views
 from tasks.mlflow.fields import (
     cause,
     columns,
@@ -53,6 +60,8 @@ LIVE_SECONDS = 0.5
 """between the points of a curve that is sent while it grows"""
 _MOST = {"metrics": 800, "params": 100, "tags": 100}
 """of one request; MLflow takes 1,000 in all"""
+_PICTURE = 760
+"""pixels that a figure in a description is wide; a wider one pushes what stands beside it out of MLflow's page"""
 ALL_RUNS = 50_000
 """runs that MLflow gives in one answer, at most"""
 
@@ -196,7 +205,8 @@ class Tracker:
 
     def variant(self, key: str, name: str, params: Mapping[str, Any]) -> None:
         """Open the nested run of a variant if there is none; later calls name it by `key`. None values are left out."""
-        self._put(self._open, key, name, params, {VARIANT: key})
+        color = METHODS.get(str(params.get("method")), OTHER).color
+        self._put(self._open, key, name, params, {VARIANT: key, "mlflow.runColor": color})
 
     def log_point(self, key: str, row: Mapping[str, Any]) -> bool:
         """Add a point while training runs, a row of `history.jsonl`; False if dropped, too close behind another one."""
@@ -235,17 +245,34 @@ class Tracker:
         for row in rows:
             of_variant.setdefault(variant_key(row), []).append(row)
         for key, own in of_variant.items():
-            self.variant(key, str(own[0]["variant"]), {})
+            self.variant(key, str(own[0]["variant"]), {"method": own[0]["method"]})
             metrics = {name: value for row in own for name, value in numbers(row).items()}
-            self.write(key, columns(own[0]), metrics, {name: text for row in own for name, text in words(row).items()})
+            tags = {name: text for row in own for name, text in words(row).items()}
+            note = "\n".join(f"- {row['benchmark']}: {cell(row)}" for row in own)
+            self.write(key, columns(own[0]), metrics, {**tags, NOTE: note})
+
+    def log_model(self, key: str, directory: Path) -> None:
+        """Name the checkpoint of a variant, a directory that stays where it is."""
+        self._put(self._model, key, directory)
+
+    def save_view(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Save a view of the experiment's variants for the rows of the report: a table, and charts of their gains."""
+        self._put(self._view, rows)
 
     def log_data(self, key: str, data: Sequence[DataSet]) -> None:
         """Name the data sets of a variant."""
         self._put(self._data, key, data)
 
     def describe(self, text: str) -> None:
-        """Set the result's description, Markdown; `artifact:PATH` in it is the address of an attached file."""
+        """Set the result's description, Markdown; `artifact:PATH` in it is the address of an attached file.
+
+        `view:chart` and `view:table` are those of the saved view, as in an experiment's description.
+        """
         self._put(self._note, text)
+
+    def attach_small(self, figure: Path, name: str) -> None:
+        """Attach a figure, as small as a description shows it, as the file `name`."""
+        self._put(self._small, figure, name)
 
     def attach(self, folder: Path, name: str) -> None:
         """Attach the files of a folder as the folder `name`."""
@@ -301,16 +328,17 @@ class Tracker:
                 self._send(run.info.run_id, tags=self._source)
 
     def _experiment(self, name: str, description: str) -> str:
-        tags = {NOTE: description, **_TRAINING_VIEW}
         found = self._client.get_experiment_by_name(name)
         if found is None:
             files = None if self._writer.uri.startswith("http") else (self._writer.home / "mlartifacts" / name).as_uri()
-            return str(self._client.create_experiment(name, artifact_location=files, tags=tags))
+            found = self._client.get_experiment(self._client.create_experiment(name, artifact_location=files))
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
+        experiment = str(found.experiment_id)
+        tags = {NOTE: _linked(description, experiment), **_TRAINING_VIEW}
         for tag in set(tags) - set(found.tags):
-            self._client.set_experiment_tag(found.experiment_id, tag, tags[tag])
-        return str(found.experiment_id)
+            self._client.set_experiment_tag(experiment, tag, tags[tag])
+        return experiment
 
     def _open(self, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
         if key not in self._runs:
@@ -338,7 +366,27 @@ class Tracker:
 
     def _note(self, text: str) -> None:
         text = text.replace("](artifact:", f"](get-artifact?run_uuid={self._runs['']}&path=")
-        self._client.set_tag(self._runs[""], NOTE, text)
+        self._client.set_tag(self._runs[""], NOTE, _linked(text, self._experiment_id))
+
+    def _view(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._client.set_experiment_tag(self._experiment_id, views.TAG, views.saved(rows))
+
+    def _model(self, key: str, directory: Path) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        run_id, tags = self._runs[key], {"checkpoint": str(directory)}
+        name = re.sub(r"[/:%\"']", "_", key.partition("/")[2]).replace(".", ",")  # what MLflow takes for a name
+        model = self._client.create_logged_model(self._experiment_id, name, source_run_id=run_id, tags=tags)
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+
+    def _small(self, figure: Path, name: str) -> None:
+        folder, _, file = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as made, Image.open(figure) as drawn:
+            small = drawn.convert("RGB")
+            small.thumbnail((_PICTURE, small.height))
+            small.save(Path(made) / file)
+            self._client.log_artifact(self._runs[""], str(Path(made) / file), folder)
 
     def _file(self, path: Path, folder: str | None) -> None:
         if path.is_file():
@@ -406,6 +454,12 @@ class Tracker:
     @property
     def _client(self) -> Any:
         return self._writer.client
+
+
+def _linked(text: str, experiment: str) -> str:
+    """Put the addresses of the experiment's saved view into a description."""
+    text = text.replace("](view:chart)", f"]({views.link(experiment, chart=True)})")
+    return text.replace("](view:table)", f"]({views.link(experiment)})")
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:

@@ -287,6 +287,9 @@ def test_servers_refuse_who_comes_from_elsewhere_or_without_the_string(
     assert status_of(f"{own}/api/events/in", **socket_headers) == 400
 
     services.wait_healthy(family.children, f"{mlflow}/health")
+    with urllib.request.urlopen(mlflow, timeout=30) as reply:
+        page = reply.read().decode()
+    assert page.index("mlflow.workflowType") < page.index("static-files/static/js/main"), "before the page reads it"
     search = functools.partial(
         status_of, f"{mlflow}/api/2.0/mlflow/experiments/search", "POST", b'{"max_results": 1}',
         Content_Type="application/json",

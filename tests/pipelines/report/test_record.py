@@ -1,12 +1,20 @@
 """What of a study goes to MLflow, and to which run: every number of its report, whatever variants are called."""
 
+import base64
+import json
 import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
+from mft_core.methods import METHODS
 from mft_core.stage import Progress
+from mft_core.statistics.tables import pooled
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.catalogue import load_profile, load_study
 from pipelines.plan.plan import make_plan
@@ -16,8 +24,8 @@ from pipelines.report.page import write_report
 from pipelines.report.report import find_report
 from pipelines.report.verdict import sentence
 from pipelines.run.execute import call_of
-from tasks.mlflow import results
-from tasks.mlflow.fields import is_number, metric_name
+from tasks.mlflow import results, views
+from tasks.mlflow.fields import clean, is_number, metric_name
 from tests.support.finished import finish
 from tests.support.mini import write_profile, write_study
 
@@ -42,7 +50,7 @@ class FakeTracker:
     def not_noted(self, *args: Any, **named: Any) -> None:
         """Take what no test asks for."""
 
-    write = log_rows = log_data = attach = describe = recorded = not_noted
+    write = log_rows = log_data = log_model = attach = attach_small = save_view = describe = recorded = not_noted
 
 
 @pytest.fixture
@@ -81,17 +89,21 @@ def test_a_curve_is_sent_whole_but_for_what_was_seen_live(plan, tmp_path, monkey
     assert (losses.count(9.0), losses.count(0.5), losses.count(0.25)) == (1, 3, 4)
 
 
-def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch):
+@pytest.mark.parametrize("replicates", [1, 3])
+def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch, replicates):
     import mlflow
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
     profile = load_profile(str(write_profile(tmp_path)))
     masks = {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3], "mask.training.learning_rate": [0.01, 0.1]}}
-    study = load_study(str(write_study(tmp_path, [{"method": "base"}, {"method": "fft"}, masks], (0, 1))))
+    variants = [{"method": "base"}, {"method": "fft"}, masks]
+    declared = {"contrasts": {"primary": ["mft - fft"]}}
+    study = load_study(str(write_study(tmp_path, variants, (0, 1), **declared)))
     store = ArtifactStore(tmp_path / "home")
-    finish(make_plan(study, profile, store), store, {"base": 0.2, "fft": 0.5, "mft": 0.6})
-    plan = make_plan(study, profile, store)
+    accuracy = {"base": 0.2, "fft": 0.5, "mft": 0.6}
+    finish(make_plan(study, profile, store, replicates=replicates), store, accuracy)
+    plan = make_plan(study, profile, store, replicates=replicates)
     report = find_report(plan, store)
     pages = write_report(report, tmp_path / "pages", Asked("s", "p")).parent
     record.sync_to_mlflow(plan, store, report, pages)
@@ -107,19 +119,24 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
     assert not [name for name in found.columns if name.startswith("metrics.") and re.search(r"/\d+(/|$)", name)]
     client = mlflow.MlflowClient()
     parent = client.get_run(runs.loc["mini-study on mini"]["run_id"])
-    assert set(results.tables("mini-study", "mini")) == set(report.tables) == {"winners", "chosen", "data", "cost",
-                                                                               "cost-per-point"}  # fmt: skip
+    assert set(results.tables("mini-study", "mini")) == set(report.tables) == {
+        "contrasts", "winners", "chosen", "data", "cost", "cost-per-point"
+    }  # fmt: skip
     for name, rows in report.tables.items():
         numbers = [{key: value for key, value in row.items() if is_number(value)} for row in rows]
         read = results.records(results.table("mini-study", name, "mini"))
         assert [{key: row[key] for key in own} for row, own in zip(read, numbers, strict=True)] == numbers
-    best = max((row for row in report.rows if row["family"] == "exploratory"), key=lambda row: row["gain"])
+    best = max((row for row in pooled(report.rows) if row["family"]), key=lambda row: row["gain"])
     assert [parent.data.metrics[f"best_{name}/{best['benchmark']}"] for name in ("gain", "gain_low", "gain_high")] == [
         best["gain"], best["gain_low"], best["gain_high"]
     ]  # fmt: skip
+    primaries = [row for row in report.contrasts if row["family"] == "primary"]
+    assert len(primaries) == 4
+    for row in primaries:
+        assert parent.data.metrics[clean(f"primary_gain_low/{row['contrast']}")] == row["gain_low"]
     note = parent.data.tags["mlflow.note.content"]
     assert all(part in note for part in (study.question, sentence(report), "| method |"))
-    assert f"(get-artifact?run_uuid={parent.info.run_id}&path=report/figure.png)" in note
+    assert f"(get-artifact?run_uuid={parent.info.run_id}&path=report/figure-small.png)" in note
     first = runs.loc["mft sparsity=0.1 layers=1-2 seed=0 learning_rate=0.01"]
     assert (first["metrics.training/steps"], first["metrics.validation_loss"]) == (20, 0.5)
     assert first["tags.checkpoint"].startswith(str(store.home / "artifacts" / "merge-mask"))
@@ -129,6 +146,9 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
     }  # fmt: skip
     attached = {file.path for file in client.list_artifacts(parent.info.run_id, "report")}
     assert {"report/report.html", "report/rows.parquet", "report/figure.png"} <= attached
+    small = client.download_artifacts(parent.info.run_id, "report/figure-small.png", str(tmp_path))
+    with Image.open(small) as shown:
+        assert shown.width <= 760
     experiment = client.get_experiment_by_name("mini-study")
     assert study.question in experiment.tags["mlflow.note.content"]
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
@@ -136,3 +156,62 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
     assert len(mlflow.search_runs(experiment_names=["mini-study"])) == len(found), "a result is written once"
     executions = [name for name in client.get_run(parent.info.run_id).data.tags if name.startswith("execution ")]
     assert len(executions) == 2
+
+
+def view_of(experiment: Any) -> dict[str, Any]:
+    """Return the state of an experiment's saved view."""
+    state = json.loads(experiment.tags[views.TAG])["state"]
+    return json.loads(zlib.decompress(base64.b64decode(state.removeprefix("deflate;"))))
+
+
+def test_a_saved_view_shows_the_variants_gains_as_a_table_and_against_what_varies(plan, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
+    store, masks = ArtifactStore(tmp_path / "home"), {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3]}}
+    study = load_study(str(write_study(tmp_path, [{"method": "fft"}, masks, {"method": "magnitude"}])))
+    finish(make_plan(study, plan.profile, store), store, {"fft": 0.5, "mft": 0.6})
+    plan = make_plan(study, plan.profile, store)
+    report = find_report(plan, store)
+    pages = write_report(report, tmp_path / "pages", Asked("s", "p")).parent
+    record.sync_to_mlflow(plan, store, report, pages)
+    mlflow.set_tracking_uri(f"sqlite:///{store.home / 'mlflow.db'}")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("mini-study")
+    view = view_of(experiment)
+    runs = client.search_runs([experiment.experiment_id], view["searchFilter"], order_by=[f"{view['orderByKey']} DESC"])
+    names = [run.info.run_name for run in runs]
+    assert set(names) == {row["variant"] for row in report.rows}, "the variants, and not the run that they belong to"
+    assert runs[0].data.params["method"] == "mft"
+    best = runs[0].data
+    shown = {kind: {text.split("`")[1] for text in view["selectedColumns"] if text.startswith(kind)}
+             for kind in ("params", "metrics", "tags")}  # fmt: skip
+    assert shown["params"] == {"sparsity"}
+    assert shown["metrics"] <= set(best.metrics)
+    assert {"gain/sums", "gain_low/sums", "gain_high/sums"} <= shown["metrics"]
+    assert shown["tags"] <= set(best.tags)
+    charts = [(chart["type"], chart["xaxis"]["key"], chart["yaxis"]["key"]) for chart in view["compareRunCharts"]]
+    assert charts == [("SCATTER", "sparsity", "gain/sums")]
+    assert {run.data.tags["mlflow.runColor"] for run in runs if run.data.params["method"] == "mft"} == {
+        METHODS["mft"].color
+    }
+    assert "sums: " in best.tags["mlflow.note.content"]
+    parent = client.search_runs([experiment.experiment_id], "params.question != ''")[0]
+    for described in (experiment.tags, parent.data.tags):
+        link = views.link(experiment.experiment_id, chart=True)
+        assert f"]({link})" in described["mlflow.note.content"]
+    models = client.search_logged_models([experiment.experiment_id])
+    checkpoints = {model.source_run_id: model.tags["checkpoint"] for model in models}
+    assert checkpoints == {run.info.run_id: run.data.tags["checkpoint"] for run in runs}
+    assert all(Path(checkpoint).parent.is_dir() for checkpoint in checkpoints.values())
+    assert len(runs[0].outputs.model_outputs) == 1
+
+
+def test_the_view_of_a_study_with_many_benchmarks_fits_into_a_tag_and_one_that_varies_no_number_draws_bars():
+    rows = [{"variant": method, "method": method, "domain": "maths", "benchmark": f"benchmark-{at}"}
+            for method in ("fft", "mft") for at in range(60)]  # fmt: skip
+    text = views.saved(rows)
+    assert len(text) < 5000, "MLflow keeps no longer tags of experiments"
+    charts = view_of(SimpleNamespace(tags={views.TAG: text}))["compareRunCharts"]
+    assert {chart["type"] for chart in charts} == {"BAR"}

@@ -30,7 +30,7 @@ ROWS: list[dict[str, Any]] = [
         "study": "sparsity", "profile": "tiny", "variant": f"mft {sparsity}", "method": "mft", "domain": "sums",
         "layers": "2-5", "modules": "both", "sparsity": sparsity, "seed": 0, "benchmark": benchmark,
         "metric": "exact_match", "n": 500, "accuracy": 0.5, "baseline": 0.4, "gain": 0.1, "gain_low": 0.05,
-        "gain_high": 0.15, "p_value": 0.01, "p_holm": 0.02, "cached": False, "seconds": 1.5,
+        "gain_high": 0.15, "verdict": "better", "p_value": 0.01, "p_holm": 0.02, "cached": False, "seconds": 1.5,
     }
     for sparsity in (0.1, 0.2)
     for benchmark in ("sums", "gcd")

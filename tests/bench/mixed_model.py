@@ -1,0 +1,248 @@
+"""Studies judged again by another implementation: statsmodels' mixed model, from the items of their evaluations.
+
+    MFT_HOME=... python -m tests.bench.mixed_model STUDY [STUDY ...] [--profile tiny] [--replicates N] [--all] [--plain]
+
+Reads each item's outcome from the evaluations behind a finished study, and fits, for every row with a gain,
+
+    difference[unit, item] = gain + unit + item + rest          (units: fine-tunings, or seeds of one of them)
+
+by REML (`MixedLM`). Prints its gain and interval beside those of the report, and how far the ends are apart as a share
+of the report's width. Intervals are Student's t with the degrees of freedom of Satterthwaite, from the Hessian of the
+restricted likelihood. Nothing of `mft_core.statistics` is used.
+
+Crossed effects make one group of all observations, too large for MixedLM. Helmert contrasts over the items, which are
+orthogonal, leave the likelihood as it is and break it up: the items' mean, which alone knows gain and units, and the
+contrasts, which are independent groups. Priors of earlier studies, which the report pools, are not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import linalg, stats
+from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams, VCSpec
+from statsmodels.tools.numdiff import approx_hess
+from statsmodels.tools.sm_exceptions import ConvergenceWarning
+
+Array = np.ndarray
+Row = dict[str, Any]
+WITHIN = 0.1
+"""of the interval's width, that its ends may be apart"""
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the mixed model says of a gain."""
+
+    gain: float
+    low: float
+    high: float
+    variances: tuple[float, float, float]
+    """of units, items and the rest"""
+
+
+def fit(benchmarks: Sequence[Array], plain: bool = False, confidence: float = 0.95) -> Fit:
+    """Fit the model to the differences on each benchmark, (units, items); of several, to their mean.
+
+    The mean over benchmarks of equal size is that of their items side by side: which items meet does not matter, as
+    they are independent.
+
+    Args:
+        plain: without the item won and the item lost that the report adds to right and wrong answers.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: several units on benchmarks of different sizes.
+    """
+    gain = float(np.mean([values.mean() for values in benchmarks]))
+    parts = [values if plain else _with_two(values) for values in benchmarks]
+    if all((values == values[:1]).all() for values in parts):  # one unit, or units that agree on everything
+        parts = [values[:1] for values in parts]
+        squared = np.array([values.var(ddof=1) / values.size for values in parts]) / len(parts) ** 2
+        freedom = squared.sum() ** 2 / (squared**2 / [values.size - 1 for values in parts]).sum()
+        centre = float(np.mean([values.mean() for values in parts]))
+        half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(squared.sum()))
+        return Fit(gain, centre - half, centre + half, (0.0, float(squared.sum()), 0.0))
+    side_by_side = np.mean([np.roll(values, 7 * at, axis=1) for at, values in enumerate(parts)], axis=0)
+    return replace(_mixed(side_by_side, confidence), gain=gain)
+
+
+def _with_two(values: Array) -> Array:
+    """Add an item won and one lost to right and wrong answers (Bonett & Price 2012); other outcomes stay."""
+    if not np.isin(values, (-1, 0, 1)).all():
+        return values
+    return np.hstack([values, np.ones((len(values), 1)), -np.ones((len(values), 1))])
+
+
+def _mixed(differences: Array, confidence: float) -> Fit:
+    units, items = differences.shape
+    rotated = linalg.helmert(items, full=True) @ differences.T  # (items, units); the first row is √items × the mean
+    group = np.repeat(np.arange(items), units)
+    exog = np.where(group == 0, np.sqrt(items), 0.0)[:, None]
+    of_units = [np.sqrt(items) * np.eye(units) if index == 0 else np.zeros((units, 1)) for index in range(items)]
+    names = [[f"u{unit}" for unit in range(part.shape[1])] for part in of_units]
+    model = MixedLM(
+        rotated.ravel(), exog, group, exog_re=np.ones((len(group), 1)), exog_vc=VCSpec(["unit"], [names], [of_units])
+    )
+    unit, item, rest = _begin(differences)
+    parts = (np.array(value) for value in ([differences.mean()], [[item / rest]], [unit / rest]))
+    begin = MixedLMParams.from_components(**dict(zip(("fe_params", "cov_re", "vcomp"), parts, strict=True)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        fitted = model.fit(reml=True, start_params=begin, method=["lbfgs"])
+    item, unit, rest = float(fitted.cov_re[0, 0]), float(fitted.vcomp[0]), float(fitted.scale)
+    variances = np.array([max(unit, 0.0), max(item, 0.0), rest])
+    return _interval(rotated, float(fitted.fe_params[0]), variances, confidence)
+
+
+def _begin(differences: Array) -> tuple[float, float, float]:
+    """Return where the search for the variances begins: those of the analysis of variance, above zero."""
+    units, items = differences.shape
+    of_units, of_items = differences.mean(axis=1), differences.mean(axis=0)
+    around = differences - of_units[:, None] - of_items + differences.mean()
+    rest = max(float((around**2).sum() / ((units - 1) * (items - 1))), 1e-6)
+    unit, item = of_units.var(ddof=1) - rest / items, of_items.var(ddof=1) - rest / units
+    return max(float(unit), 1e-6 * rest), max(float(item), 1e-6 * rest), rest
+
+
+def _interval(rotated: Array, gain: float, variances: Array, confidence: float) -> Fit:
+    """Return the interval by Satterthwaite: the variance of the gain against the uncertainty of its parts."""
+    items, units = rotated.shape
+    free = variances > 1e-5 * variances.sum()  # what lies on the border of what is possible is not estimated
+
+    def likelihood(some: Array) -> float:
+        parts = variances.copy()
+        parts[free] = some
+        return _restricted(rotated, *parts)
+
+    weights = np.array([1 / units, 1 / items, 1 / (units * items)])
+    variance = float(weights @ variances)
+    covariance = np.linalg.inv(-approx_hess(variances[free], likelihood))
+    spread = float(weights[free] @ covariance @ weights[free])
+    freedom = max(1.0, 2 * variance**2 / spread)
+    half = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance)
+    return Fit(gain, gain - half, gain + half, (variances[0], variances[1], variances[2]))
+
+
+def _restricted(rotated: Array, unit: float, item: float, rest: float) -> float:
+    """Return the restricted log-likelihood, but for a constant."""
+    items, units = rotated.shape
+    along, across = units * item + rest, rest  # eigenvalues of a contrast's covariance: of its mean, and around it
+    means, around = rotated.mean(axis=1), rotated - rotated.mean(axis=1, keepdims=True)
+    value = -(items - 1) / 2 * (np.log(along) + (units - 1) * np.log(across))
+    value -= ((units * means[1:] ** 2).sum() / along + (around[1:] ** 2).sum() / across) / 2
+    whole = items * unit + rest  # of the items' mean, around the mean of the units, which the gain takes up
+    return float(value - (units - 1) / 2 * np.log(whole) - (around[0] ** 2).sum() / (2 * whole))
+
+
+def of_study(study: str, profile: str, replicates: int | None) -> tuple[list[Row], list[tuple[Row, Path]]]:
+    """Return the rows of a finished study, and for each of its evaluations what describes it and where it lies."""
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.config.catalogue import load_profile, load_study
+    from pipelines.graph.nodes import Edge
+    from pipelines.plan.plan import comparison_node, make_plan
+    from pipelines.report.report import find_report
+
+    store = ArtifactStore.from_environment()
+    report = find_report(make_plan(load_study(study), load_profile(profile), store, replicates=replicates), store)
+    node = comparison_node(report.plan)
+    described = json.loads((report.directory / "manifest.json").read_text())["recipe"]["variants"]
+    evaluations = []
+    for index, row in enumerate(described):
+        given = node.inputs[f"eval-{index}"]
+        assert isinstance(given, Edge)
+        manifest = report.manifests[given.node.id]
+        evaluations.append((row, store.directory(manifest["stage"], manifest["key"])))
+    return report.rows, evaluations
+
+
+def differences(evaluations: Sequence[tuple[Row, Path]]) -> dict[tuple[str, str, str], Array]:
+    """Return the differences to the baseline, (replicates, seeds, items), by variant, domain and benchmark."""
+    outcomes = [_outcomes(directory) for _, directory in evaluations]
+    found: dict[tuple[str, str, str], dict[int, list[Array]]] = {}
+    for (row, _), (values, sign) in zip(evaluations, outcomes, strict=True):
+        if row.get("baseline") is not None:
+            key = _variant(row["variant"]), str(row["domain"]), str(row["benchmark"])
+            of_replicate = found.setdefault(key, {}).setdefault(int(row.get("replicate") or 0), [])
+            of_replicate.append(sign * (values - outcomes[int(row["baseline"])][0]))
+    return {key: np.stack([np.stack(each) for each in by.values()]) for key, by in found.items()}
+
+
+def _outcomes(directory: Path) -> tuple[Array, int]:
+    with (directory / "items.jsonl").open(encoding="utf-8") as lines:
+        values = np.array([float(json.loads(line)["outcome"]) for line in lines])
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return values, 1 if summary.get("higher_is_better", True) else -1
+
+
+def _variant(name: str) -> str:
+    return " ".join(word for word in name.split() if not word.startswith(("seed=", "replicate=")))
+
+
+def judged(
+    rows: Sequence[Row], found: dict[tuple[str, str, str], Array], every: bool, plain: bool
+) -> Iterator[tuple[Row, Fit]]:
+    """Yield the report's rows over several trainings, or of the only one, with what the mixed model says of each."""
+    several = any(row["benchmark"] == MEAN for row in rows)
+    for row in rows:
+        if row["gain"] is None or row["replicate"] not in ("all", 0):
+            continue
+        if several and row["benchmark"] != MEAN and not every:
+            continue
+        key = _variant(row["variant"]), str(row["domain"])
+        parts = [values for name, values in found.items() if name[:2] == key and row["benchmark"] in (name[2], MEAN)]
+        if row["replicate"] == "all":
+            yield row, fit([part.mean(axis=1) for part in parts], plain)
+        elif row["seed"] == "all" or parts[0].shape[1] == 1:
+            yield row, fit([part[0] for part in parts], plain)
+
+
+def _text(gain: float, low: float, high: float) -> str:
+    return f"{100 * gain:+6.2f} [{100 * low:+6.2f}, {100 * high:+6.2f}]"
+
+
+def apart(row: Row, other: Fit) -> float:
+    """Return how far the ends of the intervals are apart at most, as a share of the report's width."""
+    width = row["gain_high"] - row["gain_low"]
+    return max(abs(row["gain_low"] - other.low), abs(row["gain_high"] - other.high)) / width if width else 0.0
+
+
+def main() -> None:
+    """Judge studies again and print a line a row; exit 1 where a gain differs, or an end by more than a tenth."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", metavar="STUDY")
+    parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--replicates", type=int)
+    parser.add_argument("--all", action="store_true", help="each benchmark too, and not only their mean")
+    parser.add_argument("--plain", action="store_true", help="without an item won and one lost that the report adds")
+    asked = parser.parse_args()
+    wrong = 0
+    for study in asked.studies:
+        rows, evaluations = of_study(study, asked.profile, asked.replicates)
+        far_apart = []
+        for row, other in judged(rows, differences(evaluations), asked.all, asked.plain):
+            far = apart(row, other)
+            far_apart.append(far)
+            named = f"{study} {row['variant']} on {row['benchmark']}"
+            same = abs(row["gain"] - other.gain) < 1e-6 and far <= WITHIN
+            wrong += not same
+            ours, theirs = (
+                _text(row["gain"], row["gain_low"], row["gain_high"]),
+                _text(other.gain, other.low, other.high),
+            )
+            print(f"{named:80} {ours}  MixedLM {theirs}  {far:4.0%}{'' if same else ' APART'}", flush=True)
+        print(f"{study}: {len(far_apart)} rows, ends at most {max(far_apart, default=0):.1%} of the width apart")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
