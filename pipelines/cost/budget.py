@@ -54,6 +54,14 @@ def in_turn(plan: Plan, seconds: Mapping[str, float]) -> list[float]:
     return found
 
 
+def next_in_time(prices: Sequence[float], seconds: float) -> int | None:
+    """Return which of the variants that wait, in their order, is the first to be had in the time; None: none of them.
+
+    It knows prices alone: asked again when stages have finished, it takes up what had seemed too long.
+    """
+    return next((index for index, price in enumerate(prices) if price <= seconds), None)
+
+
 def fit(
     values: Mapping[str, Any],
     items: Mapping[str, int],

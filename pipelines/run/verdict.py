@@ -21,7 +21,7 @@ from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import Question, passes, profile_of, write
 from pipelines.config.catalogue import load_study
-from pipelines.cost.budget import Fitted, cut, fit, in_turn, seconds_to_come
+from pipelines.cost.budget import Fitted, cut, fit, in_turn, next_in_time, seconds_to_come
 from pipelines.cost.predicted import device_of
 from pipelines.cost.probe import probe
 from pipelines.graph.lookup import look_up
@@ -135,7 +135,7 @@ def _run(
     while waiting:
         seconds = seconds_to_come(replace(plan, steps=look_up([s.node for s in plan.steps], store)), store, probed)
         prices = [sum(seconds[node.id] for node in unique_nodes([item])) for item in waiting]
-        at = next((at for at, price in enumerate(prices) if not kept or price <= question.clock.left), None)
+        at = next_in_time(prices, question.clock.left) if kept else 0
         if at is None:
             for item, price in zip(waiting, prices, strict=True):
                 display.say(f"not started for want of time: {item.name} (about {price:,.0f} s)")

@@ -13,7 +13,7 @@ from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import asked_for, draft, passes, profile_of, same_question, seconds_of, write
 from pipelines.config.catalogue import load_profile, load_study
-from pipelines.cost.budget import cut, fit
+from pipelines.cost.budget import cut, fit, next_in_time
 from pipelines.plan.plan import make_plan
 from tests.support.mini import write_profile
 
@@ -100,6 +100,13 @@ def test_where_the_least_is_too_much_for_all_variants_none_is_left_out_before_it
     assert found.values["defaults"]["benchmarks"][0]["limit"] == 150
     missing = sum(price(found.plan)) - 700
     assert f"for all models about {missing:,.0f} s are missing" in found.told[-1]
+
+
+def test_a_variant_that_seemed_too_long_is_taken_up_in_its_place_as_soon_as_it_is_to_be_had():
+    assert next_in_time([90, 500, 60], 80) == 2
+    assert next_in_time([90, 70], 80) == 1
+    assert next_in_time([50, 70], 80) == 0
+    assert next_in_time([90, 500], 80) is None
 
 
 def test_what_fits_is_not_cut(folder, values):
