@@ -144,7 +144,7 @@ def run(
 
 def _run_study(asked: Asked, rerun: list[str] | None) -> Any:
     """Run a study; returns its rows, its table and its page."""
-    from pipelines.config.catalogue import load_study
+    from pipelines.config.study import load_study
     from tasks.mlflow import client
 
     plans, store = _checked_plans(asked, rerun)
@@ -363,7 +363,8 @@ def _asked(study: str, profile: str, overrides: list[str] | None, seeds: str | N
 def _plans(asked: Asked) -> tuple[list[Plan], ArtifactStore]:
     """Plan to be looked at, not to be run."""
     from mft_core.store.artifacts import ArtifactStore
-    from pipelines.config.catalogue import load_profile, load_studies
+    from pipelines.config.profile import load_profile
+    from pipelines.config.study import load_studies
     from pipelines.plan.plan import make_plans
 
     store, studies = ArtifactStore.from_environment(), load_studies(asked.study)
@@ -373,7 +374,8 @@ def _plans(asked: Asked) -> tuple[list[Plan], ArtifactStore]:
 
 def _checked_plans(asked: Asked, rerun: list[str] | None) -> tuple[list[Plan], ArtifactStore]:
     """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
-    from pipelines.config.catalogue import load_profile, load_studies
+    from pipelines.config.profile import load_profile
+    from pipelines.config.study import load_studies
     from pipelines.plan.preflight import checked_plans
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the study runs there is nothing to stop and nothing to say

@@ -26,7 +26,8 @@ from mft_core.stage import Progress
 from mft_core.stages import STAGES
 from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import Study, VariantSpec, load_profile, load_studies, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import Study, VariantSpec, load_studies, load_study
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import Plan, comparison_node, make_plans

@@ -20,8 +20,9 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands import doctor_hub
 from pipelines.commands.doctor_hub import Finding, attempt
 from pipelines.commands.gc import size
-from pipelines.config.catalogue import Profile, Study, VariantSpec, load_profile
 from pipelines.config.compose import setups
+from pipelines.config.profile import Profile, load_profile
+from pipelines.config.study import Study, VariantSpec
 from pipelines.plan.plan import Plan, make_plans
 from pipelines.plan.preflight import checks
 

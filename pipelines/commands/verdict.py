@@ -24,9 +24,10 @@ from mft_core.evaluation.lm_eval_harness import usual_metric
 from mft_core.layers import format_layers
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.yaml_files import read_yaml
-from pipelines.config.catalogue import Profile, anchored, load_study
+from pipelines.config.profile import Profile, anchored
 from pipelines.config.resolve import resolved_model
 from pipelines.config.setup import ModelSpec
+from pipelines.config.study import load_study
 from pipelines.plan.preflight import checked_plans
 
 DOMAIN = "own"

@@ -15,8 +15,9 @@ from mft_core.evaluation import judged
 from mft_core.methods import METHODS, uses
 from mft_core.recipes import Runtime
 from mft_core.yaml_files import parse_yaml
-from pipelines.config.catalogue import EACH_DOMAIN, Profile, Study, VariantSpec, given, merge
+from pipelines.config.profile import EACH_DOMAIN, Profile, given, merge
 from pipelines.config.setup import OF_ANOTHER_DOMAIN, Setup, own_training
+from pipelines.config.study import Study, VariantSpec
 
 _ELSEWHERE = {
     "backbone": "it is the profile: use --profile",

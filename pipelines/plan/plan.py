@@ -24,9 +24,10 @@ from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
 from mft_core.store.sources import Source
 from pipelines.config import compose
-from pipelines.config.catalogue import Profile, Study
+from pipelines.config.profile import Profile
 from pipelines.config.resolve import Resolver
 from pipelines.config.setup import Resolved
+from pipelines.config.study import Study
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant

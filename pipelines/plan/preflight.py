@@ -23,8 +23,9 @@ from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source
 from pipelines.config import resolve
-from pipelines.config.catalogue import Profile, Study
+from pipelines.config.profile import Profile
 from pipelines.config.setup import ModelSpec, Resolved, trainings
+from pipelines.config.study import Study
 from pipelines.graph.nodes import Edge, Node
 from pipelines.plan.plan import Plan, check_disk, make_plans
 from tasks.cluster import described, devices

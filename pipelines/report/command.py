@@ -14,7 +14,8 @@ from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import keep
 from pipelines.config import compose
-from pipelines.config.catalogue import Study, load_profile, load_studies, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import Study, load_studies, load_study
 from pipelines.plan.analyses import analysis_nodes
 from pipelines.plan.plan import make_plans
 from pipelines.report.asked import Asked

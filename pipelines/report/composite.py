@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mft_core.statistics.markdown import Markup, text
-from pipelines.config.catalogue import Study
+from pipelines.config.study import Study
 from pipelines.report import published
 from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt

@@ -15,7 +15,7 @@ from mft_core.errors import ConfigError
 from mft_core.statistics.tables import without_seed
 from mft_core.statistics.verdicts import LOOKS
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_studies
+from pipelines.config.study import load_studies
 from pipelines.report.asked import Asked
 
 Row = Mapping[str, Any]

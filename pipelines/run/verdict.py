@@ -20,7 +20,7 @@ from mft_core.recipes import Evaluate
 from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import Question, passes, profile_of, write
-from pipelines.config.catalogue import load_study
+from pipelines.config.study import load_study
 from pipelines.cost.budget import Fitted, cut, fit, in_turn, next_in_time, seconds_to_come
 from pipelines.cost.predicted import device_of
 from pipelines.cost.probe import probe

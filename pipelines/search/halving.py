@@ -19,7 +19,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config.catalogue import SearchSpec
+from pipelines.config.study import SearchSpec
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

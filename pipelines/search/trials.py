@@ -17,8 +17,9 @@ from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.recipes import LearnMask
-from pipelines.config.catalogue import Profile, SearchSpec, Study
+from pipelines.config.profile import Profile
 from pipelines.config.setup import Resolved
+from pipelines.config.study import SearchSpec, Study
 from pipelines.graph.nodes import Node
 from pipelines.graph.variants import Variant, unique_nodes, variant
 from pipelines.search.halving import Asked, halving, trials_of_rungs

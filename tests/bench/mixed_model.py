@@ -147,7 +147,8 @@ def _restricted(rotated: Array, unit: float, item: float, rest: float) -> float:
 def of_study(study: str, profile: str, replicates: int | None) -> tuple[list[Row], list[tuple[Row, Path]]]:
     """Return the rows of a finished study, and for each of its evaluations what describes it and where it lies."""
     from mft_core.store.artifacts import ArtifactStore
-    from pipelines.config.catalogue import load_profile, load_study
+    from pipelines.config.profile import load_profile
+    from pipelines.config.study import load_study
     from pipelines.graph.nodes import Edge
     from pipelines.plan.plan import comparison_node, make_plan
     from pipelines.report.report import find_report

@@ -21,7 +21,8 @@ from nbclient import NotebookClient
 from mft_core.analysis import anatomy, layer_prediction
 from mft_core.recipes import Anatomy
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from pipelines.report.asked import Asked
 from pipelines.report.page import write_report

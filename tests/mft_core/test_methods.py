@@ -19,8 +19,8 @@ from mft_core.methods import METHODS, SELECTORS, Method, uses
 from mft_core.recipes import LearnMask
 from mft_core.stages import get_stage
 from mft_core.statistics.tables import method_label
-from pipelines.config.catalogue import SearchSpec, VariantSpec
 from pipelines.config.setup import MaskSpec, Setup
+from pipelines.config.study import SearchSpec, VariantSpec
 from tests.support.small_training import make_context, make_recipe, save_data
 from tests.support.tiny import save_checkpoint
 

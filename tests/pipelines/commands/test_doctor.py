@@ -18,8 +18,8 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.cli import main
 from pipelines.commands import doctor, doctor_hub
 from pipelines.config import resolve
-from pipelines.config.catalogue import load_profile
 from pipelines.config.compose import setups
+from pipelines.config.profile import load_profile
 from pipelines.config.setup import BenchmarkSpec, ModelSpec
 from tests.support.mini import write_profile
 

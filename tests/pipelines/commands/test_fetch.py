@@ -10,7 +10,8 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.benchmarks import questions
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.fetch import WHEELS, Wheel, fetch
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from tests.support.mini import write_profile, write_study
 from tests.support.tiny import make_model

@@ -12,7 +12,8 @@ import yaml
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import asked_for, draft, passes, profile_of, same_question, seconds_of, write
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.cost.budget import cut, fit, next_in_time
 from pipelines.plan.plan import make_plan
 from tests.support.mini import write_profile

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from mft_core.errors import ConfigError
 from pipelines.cli import main
-from pipelines.config.catalogue import load_profile, load_studies
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_studies
 from tests.support.mini import row, write_profile, write_study
 
 
@@ -258,7 +259,8 @@ def test_too_little_disk_is_said_with_the_number_needed(folder, tmp_path, monkey
 
     from mft_core.errors import ConfigError
     from mft_core.store.artifacts import ArtifactStore
-    from pipelines.config.catalogue import load_profile, load_study
+    from pipelines.config.profile import load_profile
+    from pipelines.config.study import load_study
     from pipelines.plan.plan import check_disk, make_plan
 
     plan = make_plan(

@@ -17,7 +17,8 @@ from mft_core.stages import STAGES
 from mft_core.stages.flops_and_memory import forward
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import local_file
-from pipelines.config.catalogue import load_profile, load_studies, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_studies, load_study
 from pipelines.cost import plan_view
 from pipelines.cost.plan_view import as_dict, show, show_together
 from pipelines.cost.predicted import bills, device_of, promises, stages

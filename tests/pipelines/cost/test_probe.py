@@ -7,7 +7,8 @@ import pytest
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Runtime
 from mft_core.stage import Facts
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.cost.predicted import bills, device_of
 from pipelines.cost.probe import _small, probe
 from pipelines.plan.plan import make_plan

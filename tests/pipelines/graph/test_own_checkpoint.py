@@ -17,7 +17,8 @@ from mft_core.recipes import LearnMask
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.graph.nodes import Edge, closure
 from pipelines.plan.analyses import answers
 from pipelines.plan.plan import make_plan

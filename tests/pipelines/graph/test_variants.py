@@ -7,8 +7,9 @@ from mft_core.errors import ConfigError
 from mft_core.methods import METHODS
 from mft_core.recipes import FineTune, Interpolate, Lora, PickCheckpoint
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
 from pipelines.config.setup import own_training
+from pipelines.config.study import load_study
 from pipelines.graph.variants import unique_nodes
 from pipelines.plan.plan import make_plan
 from tests.support.mini import PLAIN_METHODS, TRAINING, write_profile, write_study

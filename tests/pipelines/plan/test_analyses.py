@@ -4,7 +4,9 @@ import pytest
 
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_studies, load_study, names
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_studies, load_study
+from pipelines.config.yaml_settings import names
 from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import write_profile, write_study

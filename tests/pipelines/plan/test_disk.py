@@ -6,7 +6,8 @@ from mft_core.geometry import read_geometry
 from mft_core.recipes import Training
 from mft_core.stages.flops_and_memory import state_bytes
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.cost.plan_view import as_dict
 from pipelines.cost.predicted import bills
 from pipelines.plan.plan import make_plan

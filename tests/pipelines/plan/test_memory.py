@@ -27,7 +27,8 @@ from mft_core.training.activations import recompute_activations
 from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData, train
 from mft_core.training.lora import LoraTuner
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.cost.plan_view import as_dict, show
 from pipelines.cost.predicted import bills
 from pipelines.plan.plan import make_plan

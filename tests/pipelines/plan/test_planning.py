@@ -11,7 +11,9 @@ from mft_core.methods import METHODS
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import local_checkpoint
 from pipelines.config import resolve
-from pipelines.config.catalogue import load_profile, load_study, names
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
+from pipelines.config.yaml_settings import names
 from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 
@@ -177,7 +179,7 @@ def test_planning_imports_neither_torch_nor_prefect_nor_mlflow(folder):
         "from pathlib import Path\n"
         "import pipelines.cli\n"
         "from mft_core.store.artifacts import ArtifactStore\n"
-        "from pipelines.config.catalogue import load_profile, load_study\n"
+        "from pipelines.config.profile import load_profile; from pipelines.config.study import load_study\n"
         "from pipelines.cost.predicted import bills\n"
         "from pipelines.plan.plan import make_plan\n"
         "from pipelines.cost.plan_view import as_dict, show\n"

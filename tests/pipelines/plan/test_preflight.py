@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from mft_core.errors import ConfigError
 from mft_core.store.sources import pinned
 from pipelines.config import resolve
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.preflight import checked_plans
 from tests.support.mini import row, write_profile, write_rows, write_study
 from tests.support.tiny import make_model, make_tokenizer

@@ -6,7 +6,8 @@ from pathlib import Path
 import yaml
 
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import Plan, make_plan
 from pipelines.report.report import find_report
 from pipelines.report.verdict import answer

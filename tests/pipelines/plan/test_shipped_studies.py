@@ -6,7 +6,8 @@ import pytest
 
 from mft_core.data.batching import plan_epochs
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 
 

@@ -5,7 +5,8 @@ import yaml
 
 from mft_core.errors import ConfigError, StageError
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.graph.nodes import closure
 from pipelines.plan.analyses import answers
 from pipelines.plan.plan import make_plan

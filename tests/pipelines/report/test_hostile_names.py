@@ -11,7 +11,8 @@ from markdown_it import MarkdownIt
 from mft_core.errors import ConfigError
 from mft_core.statistics.markdown import Markup, table, text
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from pipelines.report import render, verdict
 from pipelines.report.asked import Asked

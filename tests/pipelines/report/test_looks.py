@@ -9,7 +9,8 @@ import yaml
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines import cli
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from pipelines.report.asked import Asked
 from pipelines.report.looks import declared, undecided

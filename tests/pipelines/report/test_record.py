@@ -16,7 +16,8 @@ from mft_core.methods import METHODS
 from mft_core.stage import Progress
 from mft_core.statistics.tables import pooled
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from pipelines.report import record
 from pipelines.report.asked import Asked

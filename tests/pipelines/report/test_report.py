@@ -11,7 +11,8 @@ import yaml
 
 from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import Study, load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import Study, load_study
 from pipelines.plan.plan import make_plan
 from pipelines.report import published, render
 from pipelines.report.asked import Asked

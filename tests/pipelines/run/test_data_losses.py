@@ -5,7 +5,8 @@ import io
 from rich.console import Console
 
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from pipelines.run.display import Display
 from pipelines.run.execute import _tell_losses

@@ -9,7 +9,8 @@ import yaml
 from mft_core.errors import ConfigError, StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.cli import main
-from pipelines.config.catalogue import SearchSpec, load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import SearchSpec, load_study
 from pipelines.cost.predicted import bills
 from pipelines.plan.plan import make_plan
 from pipelines.report.asked import Asked

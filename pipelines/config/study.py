@@ -1,40 +1,25 @@
-"""Finds and reads profiles and studies: the YAML files shipped in this package, or a path of the user's own.
+"""What a study is, and how one is read: a question with the grid that answers it, to be composed with any profile.
 
-A *profile* bundles model, data, training, mask and benchmarks of a backbone, with one section per domain. A *study*
-is a question with the grid that answers it; it composes with any profile.
+A YAML file shipped in `pipelines/studies`, or the user's own. `pipelines.config.compose` makes variants of it.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from mft_core.errors import ConfigError, explain, unknown
+from mft_core.errors import ConfigError
 from mft_core.methods import Contrast, MethodName, TrainedMethodName
-from mft_core.recipes import Recipe, Runtime
-from mft_core.store.artifacts import ArtifactStore
+from mft_core.recipes import Recipe
 from mft_core.yaml_files import read_yaml
-from pipelines.config.setup import Label, Layers
+from pipelines.config.profile import Profile, given
+from pipelines.config.setup import Label
+from pipelines.config.yaml_settings import locate, validated
 
-_HERE = Path(__file__).resolve().parents[1]
-_PATH_KEYS = {"path", "chat_template", "existing"}
-_FILES = (".jsonl", ".json", ".gz", ".parquet", ".jinja")
-FETCHED = "$MFT_HOME/models/"
-"""how a profile's path begins where `mft fetch` has put the model"""
-Model = TypeVar("Model", bound=Recipe)
-FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
-
-
-EACH_DOMAIN, EACH_LAYER_GROUP = "each domain", "each layer group"
-"""what a study writes for the values that only the profile knows"""
-MIXED = "mixed"
-"""the domain that is a mixture of the others, and so none of `each domain`"""
 Analysis = Literal["anatomy", "landscape", "predict-layers"]
 
 
@@ -180,130 +165,16 @@ class Study(Recipe):
         return (*self.variants, self.search.family) if self.search else self.variants
 
 
-class Profile(Recipe):
-    """A backbone with its domains. `defaults` and each domain are partial setups."""
-
-    name: Label
-    default_domain: str
-    defaults: dict[str, Any]
-    domains: dict[Label, dict[str, Any]] = Field(min_length=1)
-    layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
-    max_replicates: int = Field(1, ge=1, description="most fine-tunings of a study, unless --replicates says otherwise")
-    runtime: Runtime = Runtime.model_validate({})
-
-    @functools.cached_property
-    def partial_setups(self) -> dict[str, dict[str, Any]]:
-        """By domain what its variants share: the defaults, and the domain's own values over them."""
-        found: dict[str, dict[str, Any]] = {name: {} for name in self.domains}
-        for name, values in found.items():
-            merge(values, self.defaults)
-            merge(values, self.domains[name])
-        return found
-
-    def each(self, what: str) -> list[str]:
-        """Return the values of `each domain` or `each layer group`.
-
-        Raises:
-            ConfigError: the profile has none.
-        """
-        values = [name for name in self.domains if name != MIXED] if what == EACH_DOMAIN else list(self.layer_groups)
-        if not values:
-            key = "domains" if what == EACH_DOMAIN else "layer_groups"
-            raise ConfigError(f"profile {self.name}: the study asks for {what}; list some under {key}.")
-        return values
-
-
-def names(kind: str) -> list[str]:
-    """List the profiles or studies shipped with the package."""
-    return sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
-
-
 def load_study(name: str) -> Study:
     """Read a study by its name or by the path of a YAML file."""
-    path = _locate("study", name)
-    return _validate(Study, {"name": path.stem, **read_yaml(path)}, f"study {path.name}")
+    path = locate("study", name)
+    return validated(Study, {"name": path.stem, **read_yaml(path)}, f"study {path.name}")
 
 
 def load_studies(name: str, part_of: tuple[Path, ...] = ()) -> list[Study]:
     """Read a study, or the studies that it is made of (themselves in those of `part_of`)."""
-    path = _locate("study", name)
+    path = locate("study", name)
     if path in part_of:
         raise ConfigError(f"{path}: studies: the study is made of itself; name others, or give it variants.")
     study = load_study(name)
     return [part for inner in study.studies for part in load_studies(inner, (*part_of, path))] or [study]
-
-
-def load_profile(name: str) -> Profile:
-    """Read a profile by its name or by the path of a YAML file."""
-    path = _locate("profile", name)
-    values = _anchored_profile(path)
-    return _validate(Profile, {"name": path.stem, **values}, f"profile {path.name}")
-
-
-def _anchored_profile(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a profile over the one that it extends, with relative paths made absolute."""
-    if path in extended_by:
-        raise ConfigError(f"{path}: extends: the profile extends itself; name another one, or leave the key out.")
-    values: dict[str, Any] = anchored(read_yaml(path), path.parent)
-    parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends = {parent!r}: give one profile's name or YAML file.")
-    beside = path.parent / parent if parent.endswith((".yaml", ".yml")) else parent
-    merged = _anchored_profile(_locate("profile", str(beside)), (*extended_by, path))
-    merge(merged, values)
-    return merged
-
-
-def merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    """Lay the values of `layer` over `into`, mapping by mapping; lists are replaced whole."""
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
-
-
-def anchored(layer: Any, folder: Path) -> Any:
-    """Make relative local paths absolute; what is neither there nor written as a path stays a hub name."""
-    if isinstance(layer, Mapping):
-        return {
-            key: _anchor(value, folder) if key in _PATH_KEYS and isinstance(value, str) else anchored(value, folder)
-            for key, value in layer.items()
-        }
-    if isinstance(layer, list):
-        return [anchored(item, folder) for item in layer]
-    return layer
-
-
-def _anchor(text: str, folder: Path) -> str:
-    if text.startswith(FETCHED):
-        return str(ArtifactStore.from_environment().models / text.removeprefix(FETCHED))
-    path = Path(text).expanduser()
-    local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in _FILES
-    return str((folder / path).resolve()) if local or path.is_absolute() else text
-
-
-def given(key: str, value: Any) -> Any:
-    """Return the value that a user gives a setup key; a relative path in it starts from the working directory."""
-    last = key.split(".")[-1]
-    return anchored({last: value}, Path.cwd())[last]
-
-
-def _locate(kind: str, name: str) -> Path:
-    own = Path(name)
-    if own.suffix in (".yaml", ".yml"):
-        if not own.is_file():
-            raise ConfigError(f"{kind} = {name}: no such file; give a YAML file or one of: {', '.join(names(kind))}.")
-        return own.resolve()
-    if name not in names(kind):
-        raise unknown(kind, name, names(kind))
-    return FOLDERS[kind] / f"{name}.yaml"
-
-
-def _validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, model, where) from error

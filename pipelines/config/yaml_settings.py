@@ -1,0 +1,51 @@
+"""YAML files to settings: finds what ships with the package or is the user's own, and validates what was read.
+
+For `pipelines.config.study` and `pipelines.config.profile`, which say what the settings are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from mft_core.errors import ConfigError, explain, unknown
+from mft_core.recipes import Recipe
+
+_HERE = Path(__file__).resolve().parents[1]
+Model = TypeVar("Model", bound=Recipe)
+FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
+
+
+def names(kind: str) -> list[str]:
+    """List the profiles or studies shipped with the package."""
+    return sorted(path.stem for path in FOLDERS[kind].glob("*.yaml"))
+
+
+def locate(kind: str, name: str) -> Path:
+    """Return the file of a profile or study, given by its name or by a path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    own = Path(name)
+    if own.suffix in (".yaml", ".yml"):
+        if not own.is_file():
+            raise ConfigError(f"{kind} = {name}: no such file; give a YAML file or one of: {', '.join(names(kind))}.")
+        return own.resolve()
+    if name not in names(kind):
+        raise unknown(kind, name, names(kind))
+    return FOLDERS[kind] / f"{name}.yaml"
+
+
+def validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    """Make settings of what was read.
+
+    Raises:
+        ConfigError: it is not valid; names the field, its value and what is valid.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model, where) from error
