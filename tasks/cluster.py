@@ -265,7 +265,7 @@ class Cluster:
         from distributed import Client, Security
 
         if file is None:
-            return Client(self._stack.enter_context(_local(self._home, self._runtime)), set_as_default=False)
+            return Client(self._workers_here(), set_as_default=False)
         try:
             tls = {"security": Security(**file.security)} if file.security else {}
             if file.address:
@@ -279,6 +279,18 @@ class Cluster:
                 f"runtime.cluster = {self._runtime.cluster}: {file.made_by or file.address}: {error}. Set what Dask "
                 "needs for it, or leave runtime.cluster out to compute here."
             ) from error
+
+    def _workers_here(self) -> Any:
+        """Start the workers of this machine, again where one dies before it is one, which Dask gives up at once."""
+        for restarts in range(1, RESTARTS + 1):
+            try:
+                return self._stack.enter_context(_local(self._home, self._runtime))
+            except RuntimeError as error:
+                lost = f"a worker was lost while it started (killed? out of memory?): {error}"
+                text = f"{lost} They are started again ({restarts} of {RESTARTS})"
+                logging.getLogger("mft").warning("%s", text)
+                self._say(text)
+        return self._stack.enter_context(_local(self._home, self._runtime))
 
     def _deliver(self, event: tuple[float, bytes]) -> None:
         task, message = pickle.loads(event[1])

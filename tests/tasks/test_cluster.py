@@ -187,6 +187,24 @@ def test_a_stage_whose_worker_is_killed_again_and_again_is_given_up_and_others_g
     assert len(list(tmp_path.glob("logs/worker-*.log"))) == 2, "what the workers printed"
 
 
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(inputs, tmp_path: Path) -> None:
+    said: list[str] = []
+    before = {child.pid for child in psutil.Process().children()}
+
+    def started() -> list[psutil.Process]:
+        there = [child for child in psutil.Process().children() if child.pid not in before]
+        return [child for child in there if "--multiprocessing-fork" in child.cmdline()]
+
+    with closing(Cluster(tmp_path / "home", RUNTIME.model_copy(update={"heavy_slots": 1}), said.append)) as own:
+        begun = own.begin()
+        assert soon(lambda: bool(started()))
+        started()[0].kill()
+        begun.result()
+        build(own, job(tmp_path / "home", inputs, epochs=0.5))
+    assert said[0].startswith("a worker was lost while it started")
+    assert said[0].endswith("They are started again (1 of 3)")
+
+
 def test_stages_of_two_threads_run_in_two_processes(cluster: Cluster, inputs, tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=60)
 
