@@ -360,6 +360,15 @@ class Landscape(Recipe):
         return self
 
 
+class Randomisation(Recipe):
+    """Recipe of the analysis `randomisation`: the learned mask among masks drawn at random, none of them trained."""
+
+    variant: str = Field("mft", description="what the learned mask is called in tables and figures")
+    benchmarks: tuple[str, ...] = Field(min_length=1)
+    evaluations: tuple[Evaluate, ...] = Field(min_length=1, description="of the benchmarks, in their order")
+    draws: int = Field(200, ge=19, description="random masks, of seeds 0, 1, …; the least p-value is 1 / (draws + 1)")
+
+
 class PredictLayers(Recipe):
     """Recipe of the analysis `predict-layers`: which layer groups are worth masking, guessed from one backward pass and
     set beside the measured sweep.

@@ -70,6 +70,23 @@ def evaluate(
         ConfigError: the task is unknown, or its definition or items cannot be read.
         StageError: the metric or filter is none of the task's, or no share; or the tokenizer has no chat template.
     """
+    with opened(recipe, model, benchmark, runtime, report, chat_template) as (answered, _):
+        return answered()
+
+
+@contextmanager
+def opened(
+    recipe: Evaluate,
+    model: Path,
+    benchmark: Path | None = None,
+    runtime: Runtime | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    chat_template: Path | None = None,
+) -> Iterator[tuple[Callable[[], Evaluation], LM]]:
+    """Yield what runs the benchmark, and the engine, of `hf` with the model in it: whoever changes that asks again.
+
+    Arguments and errors are those of `evaluate`.
+    """
     runtime = runtime or Runtime.model_validate({})
     with seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
         tasks = load_tasks(recipe, benchmark, report)
@@ -85,18 +102,21 @@ def evaluate(
     ):
         from lm_eval import evaluator
 
-        results = evaluator.evaluate(
-            lm=engine,
-            task_dict={"tasks": tasks},
-            limit=recipe.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=recipe.apply_chat_template,
-            fewshot_as_multiturn=recipe.apply_chat_template,
-            confirm_run_unsafe_code=True,  # in a sandbox, or refused by now
-        )
-    assert results is not None  # None is for the other ranks of a distributed run
-    return per_item(recipe, results["samples"], _higher_is_better(recipe, tasks.values()))
+        def answered() -> Evaluation:
+            results = evaluator.evaluate(
+                lm=engine,
+                task_dict={"tasks": tasks},
+                limit=recipe.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=recipe.apply_chat_template,
+                fewshot_as_multiturn=recipe.apply_chat_template,
+                confirm_run_unsafe_code=True,  # in a sandbox, or refused by now
+            )
+            assert results is not None  # None is for the other ranks of a distributed run
+            return per_item(recipe, results["samples"], _higher_is_better(recipe, tasks.values()))
+
+        yield answered, engine
 
 
 def _higher_is_better(recipe: Evaluate, tasks: Iterable[Task]) -> bool:

@@ -21,6 +21,7 @@ from mft_core.recipes import (
     PickCheckpoint,
     PredictLayers,
     PrepareData,
+    Randomisation,
     Recipe,
 )
 from mft_core.stage import Facts, Needs, Stage, StageFunction
@@ -55,6 +56,7 @@ STAGES: dict[str, Stage] = {
         _stage("compare", 5, Compare, needs.compare, heavy=False),
         _stage("anatomy", 2, Anatomy, needs.anatomy, heavy=True),
         _stage("landscape", 2, Landscape, needs.landscape, heavy=True),
+        _stage("randomisation", 1, Randomisation, needs.randomisation, heavy=True),
         _stage("predict-layers", 1, PredictLayers, needs.predict_layers, heavy=True),
     )
 }

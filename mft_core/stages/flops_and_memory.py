@@ -19,7 +19,17 @@ from typing import Any
 from mft_core.geometry import ROOM, Geometry, Matrix, decoded_together, layer_bytes, of_a_sequence
 from mft_core.layers import parse_layers
 from mft_core.methods import SELECTORS
-from mft_core.recipes import Anatomy, Evaluate, FineTune, Landscape, LearnMask, PickCheckpoint, PredictLayers, Training
+from mft_core.recipes import (
+    Anatomy,
+    Evaluate,
+    FineTune,
+    Landscape,
+    LearnMask,
+    PickCheckpoint,
+    PredictLayers,
+    Randomisation,
+    Training,
+)
 from mft_core.stage import Facts, Needs
 
 PROCESS = 600_000_000
@@ -30,6 +40,8 @@ MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adafactor": 0.0}
 block of 256; rows and columns, which are next to nothing"""
 MOST_LOGITS = 2**26
 """`mft_core.training.loss.MOST_LOGITS`: more are made a part at a time"""
+ITEMS = 1_000
+"""items that are assumed of a task that is not listed"""
 ANSWER, EXAMPLE = 256, 128
 """tokens that are assumed of an answer, and of a question and each example before it"""
 _STEP = 56
@@ -194,6 +206,18 @@ def landscape(recipe: Landscape, facts: Facts) -> Needs:
     rows = 2 * recipe.points**2 * recipe.plane_rows + (36 + noisy) * recipe.rows + 4 * products * recipe.hessian_rows
     placed = (2 * recipe.points**2 + 36 + noisy + products) * _UPDATE * _masked(facts)
     return replace(_losses(rows * forward(facts.geometry, facts.length, min(layers)), facts), moved=placed)
+
+
+def randomisation(recipe: Randomisation, facts: Facts) -> Needs:
+    """Every benchmark is answered by each of the random masks, by the learned one, and without a mask."""
+    asked = [
+        (one, replace(facts, items=one.limit or ITEMS, prompt=EXAMPLE, answer=ANSWER / 8)) for one in recipe.evaluations
+    ]
+    each = [evaluate(*one) for one in asked]
+    most = max(each, key=lambda one: sum(one.memory.values()))
+    times, strata = recipe.draws + 2, {"strata and masks": 11 * _masked(facts)}
+    flops, moved, seconds = (times * sum(getattr(one, name) for one in each) for name in ("flops", "moved", "seconds"))
+    return replace(most, flops=flops, moved=moved, seconds=seconds, memory={**most.memory, **strata})
 
 
 def predict_layers(recipe: PredictLayers, facts: Facts) -> Needs:

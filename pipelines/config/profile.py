@@ -28,7 +28,7 @@ FETCHED = "$MFT_HOME/models/"
 EACH_DOMAIN, EACH_LAYER_GROUP = "each domain", "each layer group"
 """what a study writes for the values that only the profile knows"""
 MIXED = "mixed"
-"""the domain that is a mixture of the others, and so none of `each domain`"""
+"""how domains are called that are mixtures of the others (`mixed`, `mixed-…`), and so none of `each domain`"""
 
 
 class Profile(Recipe):
@@ -57,7 +57,11 @@ class Profile(Recipe):
         Raises:
             ConfigError: the profile has none.
         """
-        values = [name for name in self.domains if name != MIXED] if what == EACH_DOMAIN else list(self.layer_groups)
+        values = (
+            [name for name in self.domains if name.split("-")[0] != MIXED]
+            if what == EACH_DOMAIN
+            else list(self.layer_groups)
+        )
         if not values:
             key = "domains" if what == EACH_DOMAIN else "layer_groups"
             raise ConfigError(f"profile {self.name}: the study asks for {what}; list some under {key}.")

@@ -20,7 +20,7 @@ from pipelines.config.profile import Profile, given
 from pipelines.config.setup import Label
 from pipelines.config.yaml_settings import locate, validated
 
-Analysis = Literal["anatomy", "landscape", "predict-layers"]
+Analysis = Literal["anatomy", "landscape", "predict-layers", "randomisation"]
 
 
 class VariantSpec(Recipe):
@@ -28,7 +28,7 @@ class VariantSpec(Recipe):
 
     method: MethodName
     domain: str | None = Field(
-        None, description="null takes the study's, or the profile's default; 'each domain' is all but 'mixed'"
+        None, description="null takes the study's, or the profile's default; 'each domain' is all but mixtures"
     )
     grid: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each domain", "each layer group"]] = Field(
         default_factory=dict, description="setup key: values; a value 'x0.3' is that many times the profile's own"

@@ -105,21 +105,21 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
         model, trained = baseline.model, baseline.trained
     elif method.name == "base":
         of = _base(resolved)
-        model = _whole(of)
+        model = whole(of)
     elif setup.fine_tune:
         trained = _fine_tuned(resolved, _of_fine_tuning(details), names)
         model = Edge(trained, "model")
     else:
-        model = _whole(of)
+        model = whole(of)
     if method.starts_from == "base" and method.name not in REFERENCES:
         of = _base(resolved)
-        model = _whole(of)
+        model = whole(of)
     if "continued" in method.sections:
         trained = _continued(resolved, model, suffix)
     elif "lora" in method.sections:
         trained = _adapted(resolved, of, model, suffix)
     elif "interpolation" in method.sections:
-        inputs = {"model": model, "base": _whole(_base(resolved))}
+        inputs = {"model": model, "base": whole(_base(resolved))}
         trained = Node("interpolate", Interpolate(alpha=setup.interpolation), inputs, f"interpolate{suffix}")
     elif "averaged" in method.sections:
         trained = _averaged(resolved, _of_fine_tuning(details), names, suffix)
@@ -130,7 +130,7 @@ def variant(resolved: Resolved, point: Mapping[str, Any], grid: Iterable[str] = 
         trained = None
         if isinstance(resolved.existing, ResolvedModel):
             of = resolved.existing
-            model = _whole(of)
+            model = whole(of)
         else:
             model = _merged(model, resolved.existing, f"merge-mask{suffix}", resolved)
     if trained:
@@ -150,7 +150,7 @@ def _base(resolved: Resolved) -> ResolvedModel:
     return resolved.base
 
 
-def _whole(model: ResolvedModel) -> Source | Edge:
+def whole(model: ResolvedModel) -> Source | Edge:
     """Return the model as a checkpoint: an adapter is merged first."""
     if model.adapter is None:
         return model.source
@@ -163,7 +163,7 @@ def _whole(model: ResolvedModel) -> Source | Edge:
 def _merged(model: Source | Edge, mask: Source | Edge, label: str, resolved: Resolved) -> Edge:
     inputs = {"model": model, "mask": mask}
     if METHODS[resolved.setup.method].rewinds:
-        inputs["base"] = _whole(_base(resolved))
+        inputs["base"] = whole(_base(resolved))
     return Edge(Node("merge-mask", MergeMask(), inputs, label), "model")
 
 
@@ -256,7 +256,7 @@ def _template(model: ResolvedModel, checkpoint: Source | Edge) -> dict[str, Sour
 def _fine_tuned(
     resolved: Resolved, details: Mapping[str, Any], names: Mapping[str, str], *, keep_all: bool = False
 ) -> Node:
-    setup, model = resolved.setup, _whole(resolved.model)
+    setup, model = resolved.setup, whole(resolved.model)
     training = setup.fine_tuning.model_copy(update={"keep": "all"}) if keep_all else setup.fine_tuning
     suffix = _suffix(setup, details, names) + (" keep=all" if training != setup.fine_tuning else "")
     inputs = {"model": model, "data": Edge(training_data(resolved)), **_template(resolved.model, model)}
@@ -307,7 +307,7 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     details: dict[str, Any] = {}
     inputs: dict[str, Source | Edge] = {"model": model}
     if method.sees_base:
-        inputs["base"] = _whole(_base(resolved))
+        inputs["base"] = whole(_base(resolved))
     if method.matches:
         like = replace(resolved, setup=setup.model_copy(update={"method": method.matches}))
         inputs["mask"] = Edge(_mask(like, model, suffix), "mask")

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mft_core.errors import ConfigError
 from mft_core.methods import METHODS
-from mft_core.recipes import Anatomy, Landscape, LearnMask, PredictLayers
+from mft_core.recipes import Anatomy, Evaluate, Landscape, LearnMask, PredictLayers, Randomisation, Recipe
 from mft_core.store.sources import Source
 from pipelines.graph.nodes import Edge, Node
-from pipelines.graph.variants import Variant, training_data
+from pipelines.graph.variants import Variant, training_data, whole
 from pipelines.plan.plan import Plan, comparison_node
 
+RANDOMISED_ITEMS = 200
+"""of each benchmark, that every random mask answers"""
 Inputs = dict[str, Source | Edge]
 
 
@@ -113,14 +115,43 @@ def _predict_layers(plan: Plan) -> Iterator[tuple[str, Node]]:
         yield domain, Node("predict-layers", recipe, inputs, f"predict-layers {plan.study.name} {domain}")
 
 
+def _randomisation(plan: Plan) -> Iterator[tuple[str, Node]]:
+    bases = _by_base(plan)
+    for masks in bases.values():
+        inputs, domain = _base(masks)
+        for item in masks:
+            trained, base, asked = item.trained, item.resolved.base, list(item.evaluations.values())
+            if item.setup.method != "mft" or item.setup.engine != "hf" or base is None or trained is None:
+                continue
+            recipe = Randomisation(
+                variant=item.name,
+                benchmarks=tuple(item.evaluations),
+                evaluations=tuple(_shortened(node.recipe) for node in asked),
+            )
+            given: Inputs = {"model": inputs["model"], "base": whole(base), "mask": Edge(trained, "mask")}
+            for index, node in enumerate(asked):
+                others = {name: source for name, source in node.inputs.items() if name != "model"}
+                given |= {f"{name}-{index}" if name != "chat_template" else name: one for name, one in others.items()}
+            node = Node("randomisation", recipe, given, f"randomisation {item.name}")
+            yield item.name if len(bases) == 1 else f"{domain} {item.name}", node
+
+
+def _shortened(asked: Recipe) -> Evaluate:
+    """Return an evaluation of so few items that hundreds of masks can answer them."""
+    assert isinstance(asked, Evaluate)
+    return asked.model_copy(update={"limit": min(asked.limit or RANDOMISED_ITEMS, RANDOMISED_ITEMS)})
+
+
 _ANALYSES: dict[str, Callable[[Plan], Iterator[tuple[str, Node]]]] = {
     "anatomy": _anatomy,
     "landscape": _landscape,
     "predict-layers": _predict_layers,
+    "randomisation": _randomisation,
 }
 _MEASURE_LOSSES = {"anatomy", "landscape"}
 _NEEDS = {
     "anatomy": "masks that set weights to zero",
     "landscape": "masked variants",
+    "randomisation": "mft variants answered by engine hf, and a model that the fine-tuning started from",
     "predict-layers": "mft variants of three layer groups or more, alike in modules and sparsity",
 }

@@ -21,7 +21,7 @@ from mft_core.data.rows import beginning
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
-from mft_core.stages.flops_and_memory import ANSWER, EXAMPLE
+from mft_core.stages.flops_and_memory import ANSWER, EXAMPLE, ITEMS
 from mft_core.store.sources import Source
 from pipelines.config.setup import ResolvedModel
 from pipelines.graph.nodes import Node
@@ -32,8 +32,6 @@ ROWS = 10_000
 """rows that are assumed of a hub data set of which all are taken"""
 TURN = 4
 """tokens of the chat template around a turn, assumed"""
-ITEMS = 1_000
-"""items that are assumed of an lm-eval task that is not listed"""
 PUBLISHED = {
     "paper_gsm8k": (1_319, 512),
     "paper_math": (5_000, 512),

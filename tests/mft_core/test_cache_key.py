@@ -18,6 +18,7 @@ from mft_core.recipes import (
     MixturePart,
     PredictLayers,
     PrepareData,
+    Randomisation,
     Training,
 )
 from mft_core.store.sources import local_checkpoint, local_file
@@ -31,6 +32,7 @@ RECIPES = {
     "anatomy": Anatomy(masks=({"method": "mft", "seed": 0},)),
     "landscape": Landscape(),
     "predict-layers": PredictLayers(groups=("0-3", "4-7", "8-11"), sparsity=0.1),
+    "randomisation": Randomisation(benchmarks=("sums",), evaluations=(Evaluate(task="tiny_arithmetic", limit=200),)),
 }
 GOLDEN = {
     "prepare-data": "3e5617a799a2a4ba512407ceeaf30acee99ef440af7154f3d2bad8195b46a81c",
@@ -40,6 +42,7 @@ GOLDEN = {
     "anatomy": "36bfb5e1d5d5a1eb1d8ff6a26ccd9e8117c33d404aab0fd166a75746981ed433",
     "landscape": "9293d2dcd7b1be9cfd8610237e1b95ef0dd9a9e5a2c23aa4ac0d3de9052f5a26",
     "predict-layers": "0c12cdd830e00a9bb25ddf66e71bb2de1438ea51b75e921a04027ca85f078134",
+    "randomisation": "4dd4877572bf989e5f2a39e2554f9cd852147e3e91a5bcc45c1acf4d9c96a366",
 }
 GOLDEN_DEFAULTS = {
     "prepare-data": "4182137f08ec7d01faaab7067bc479ab7ebd3381f7fd8d7b67b6f60c1b019cb3",
@@ -49,6 +52,7 @@ GOLDEN_DEFAULTS = {
     "anatomy": "4e75ae36d86c437d7e3206e19b0af73da9f3909cc57a20361fa7042d10f47251",
     "landscape": "6106c61f414dadbe1f2ccb19d367b92a0f817900864dc80150bde3392aa033c9",
     "predict-layers": "c3d0ba30baf3e0f1ce60e34e58f5bd7f64e0b6d7bfc3990732696f9787b36d7a",
+    "randomisation": "df06f6f3b4aa6771ba9f4b6a8103bbc0cc108590f7e864a08eb87c76c1e5a76a",
 }
 
 json_values = st.recursive(

@@ -20,13 +20,13 @@ from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import load_mask
 from mft_core.masks.masking import initial_scores
+from mft_core.masks.matching import deciles
 from mft_core.masks.merge import merge
 from mft_core.masks.selection import remove_least, select
 from mft_core.methods import CALIBRATED, TRAINED
 from mft_core.methods import SELECTORS as ROWS
 from mft_core.recipes import LearnMask
 from mft_core.selectors import SELECTORS
-from mft_core.selectors.matched import deciles
 from mft_core.selectors.soft import SoftMaskTuner
 from mft_core.stages import get_stage
 from mft_core.training.loss import LossHead

@@ -65,6 +65,23 @@ def test_a_predictor_is_set_beside_the_sweep_that_measures_it(folder, tmp_path):
     assert node.inputs["comparison"].node.id == answers(the_plan)[0].id
 
 
+def test_a_randomisation_test_is_given_the_learned_mask_its_base_and_the_benchmarks(folder, tmp_path):
+    the_plan = plan(folder, tmp_path, [{"method": "mft"}, {"method": "random"}], ["randomisation"])
+    (node,) = analysis_nodes(the_plan).values()
+    learned = next(item for item in the_plan.variants if item.setup.method == "mft")
+    assert node.inputs["mask"].node.id == learned.trained.id
+    assert node.inputs["model"].node.id == learned.baseline.trained.id
+    assert node.inputs["base"].location == str(folder / "model")
+    assert node.inputs["benchmark-0"].location == str(folder / "benchmarks")
+    assert (node.recipe.benchmarks, node.recipe.evaluations[0].limit, node.recipe.draws) == (("sums",), 200, 200)
+    needs = the_plan.needs(node)
+    assert needs.moved > 200 * the_plan.needs(next(iter(learned.evaluations.values()))).moved / 10
+    for lacking in ([{"method": "random"}], ["fine_tune=null"]):
+        variants, changes = (lacking, []) if isinstance(lacking[0], dict) else ([{"method": "mft"}], lacking)
+        with pytest.raises(ConfigError, match="analysis 'randomisation' needs mft variants answered by engine hf"):
+            analysis_nodes(plan(folder, tmp_path, variants, ["randomisation"], changes))
+
+
 def test_an_analysis_without_what_it_looks_at_is_refused(folder, tmp_path):
     the_plan = plan(folder, tmp_path, [{"method": "mft"}], ["predict-layers"])
     with pytest.raises(ConfigError, match="analysis 'predict-layers' needs mft variants of three layer groups or more"):
