@@ -20,7 +20,7 @@ from pipelines.plan.plan import Plan, comparison_node
 ITEMS = 200
 SECONDS = {
     "prepare-data": 1.0, "fine-tune": 40.0, "learn-mask": 8.0, "merge-mask": 2.0, "pick-checkpoint": 0.5,
-    "evaluate": 5.0,
+    "interpolate": 1.0, "evaluate": 5.0,
 }  # fmt: skip
 
 

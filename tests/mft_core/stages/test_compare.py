@@ -165,6 +165,19 @@ def test_declared_contrasts_are_tested_on_the_mean_at_equal_sparsity(study: Stud
     assert "| mft - magnitude | primary | mean | +" in table
 
 
+def test_what_a_contrast_names_on_both_sides_may_differ_and_all_else_is_equal(tmp_path: Path):
+    study = Study(tmp_path / "in")
+    fft = np.repeat([1, 0], [120, 80])
+    for keep, right in (("last", fft), ("best", changed(fft, 30, 2))):
+        study.add(right, "fft", **{"variant": f"fft keep={keep}", "fine_tune.keep": keep})
+        study.add(changed(right, 12, 1), "mft", baseline=len(study.variants) - 1,
+                  **mask(0.1, 0) | {"variant": f"mft sparsity=0.1 keep={keep}", "fine_tune.keep": keep})  # fmt: skip
+    declared = ("fft keep=best - fft keep=last", "mft keep=last - fft")
+    study.compare(tmp_path / "out", contrasts=declared)
+    primaries = [row for row in study.contrasts if row["family"] == "primary"]
+    assert [(row["contrast"], round(200 * row["gain"])) for row in primaries] == [(declared[0], 28), (declared[1], 11)]
+
+
 def test_variants_that_are_added_change_no_primary_verdict(study: Study, tmp_path: Path):
     declared = ("mft sparsity=0.1 - fft", "mft sparsity=0.1 - continued-fft")
     study.compare(tmp_path / "few", contrasts=declared)

@@ -383,6 +383,7 @@ def domains(tmp_path_factory):
     named = {name: [{**bench, "name": name}] for name in ("sums", "half")}
     profile["domains"] = {
         "mixed": {"data": both, "benchmarks": named["sums"]},
+        "mixed-few": {"data": {**both, "fraction": 0.5}, "benchmarks": named["sums"]},
         "sums": {"data": rows, "benchmarks": named["sums"]},
         "half": {"data": half, "benchmarks": named["half"]},
     }
@@ -391,7 +392,7 @@ def domains(tmp_path_factory):
     return path
 
 
-def test_each_domain_is_every_domain_but_the_mixture(plan, domains):
+def test_each_domain_is_every_domain_but_the_mixtures(plan, domains):
     the_plan = plan({"method": "mft", "domain": "each domain"}, profile=domains)
     assert [(item.setup.domain, item.setup.method) for item in the_plan.variants] == [
         ("sums", "fft"), ("sums", "mft"), ("half", "fft"), ("half", "mft")
