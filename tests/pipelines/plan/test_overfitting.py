@@ -3,7 +3,8 @@
 import json
 
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.config.catalogue import load_profile, load_study
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
 from tests.support.finished import finish
 
