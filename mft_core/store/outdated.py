@@ -1,4 +1,4 @@
-"""Artifacts of earlier versions whose content is wrong by a fault that has been mended since.
+"""Artifacts of earlier versions that are wrong by a fault mended since, or lack what is read of them now.
 
 A key says what was asked, so it stays; what is told here is computed again under it, and since inputs count by their
 content, only what was made of it gets another key. Told is only what a manifest, its payload or the inputs show; what
@@ -30,6 +30,10 @@ def outdated(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], 
     elif manifest["stage"] == "evaluate":  # versions are told by what they had not yet in their recipe
         wrong = None if "allow_code" in manifest["recipe"] else _evaluated_wrongly(manifest, payload, given)
         return wrong or (None if "answered_together" in manifest["recipe"] else _answers_dropped(payload, given))
+    elif manifest["stage"] == "compare" and manifest["recipe"].get("contest"):
+        winners = payload / "winners.json"
+        if winners.is_file() and '"sentence"' not in winners.read_text(encoding="utf-8"):
+            return "an earlier version did not say what can be told of the contest's winner"
     return None
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from tokenizers import processors
 
-from mft_core.recipes import Evaluate, Runtime
+from mft_core.recipes import Compare, Evaluate, Runtime
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import local_checkpoint, local_files
@@ -121,3 +121,21 @@ def test_an_evaluation_that_dropped_all_but_the_first_answer_is_computed_again(s
     (directory / "manifest.json").write_text(json.dumps(manifests.seal(manifest)))
     assert made().computed == (asked == "repeats: 2\n" and response == "3")
     assert not made().computed
+
+
+@pytest.mark.parametrize("contest", [("mft",), ()])
+def test_a_contest_of_which_the_sentence_was_not_kept_is_judged_again(store, contest):
+    winner = {"method": "contest"}
+
+    def compare(recipe, given, out, context):
+        (out / "winners.json").write_text(json.dumps([winner]))
+        return {}
+
+    def computed():
+        recipe = Compare(question="?", variants=({"method": "fft"},), contest=contest)
+        return store.build(make_stage(name="compare", change=compare), recipe, {}, Runtime()).computed
+
+    assert computed()
+    winner["sentence"] = "no gain above 1 point is compatible with these data"
+    assert computed() == bool(contest)
+    assert not computed()
