@@ -50,7 +50,9 @@ class TimeLimit:
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
-        threading.Thread(target=self._watch, daemon=True, name="template-time-limit").start()
+        with self._lock:  # a busy machine may take long to start a thread, which is none of the template's time
+            threading.Thread(target=self._watch, daemon=True, name="template-time-limit").start()
+            self.renew()
         return self
 
     def _watch(self) -> None:

@@ -62,6 +62,19 @@ def test_a_loop_is_ended_in_any_thread_and_nothing_else_is(monkeypatch: pytest.M
     time.sleep(0.6)
 
 
+def test_a_machine_that_is_slow_to_start_the_clock_takes_no_time_from_the_template(monkeypatch: pytest.MonkeyPatch):
+    started = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        started(thread)
+        for _ in range(40):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    with TimeLimit("a template", 0.2):
+        pass
+
+
 def test_a_chat_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(TimeLimit.__init__, "__defaults__", (0.3,))
     tokenizer = make_tokenizer()
