@@ -48,11 +48,11 @@ GOLDEN_DEFAULTS = {
     "prepare-data": "4182137f08ec7d01faaab7067bc479ab7ebd3381f7fd8d7b67b6f60c1b019cb3",
     "fine-tune": "614a1487074b1c92df19673d4fa8281517755469e05847742da3a32b4598b2e2",
     "learn-mask": "1747ef0fd0c52c36ac5e32ecdb968828305d3ccab392f0102b48dadf271194a5",
-    "evaluate": "57beaf07c485883327ef0fa2afe72ace84b5f33e6f8d40010c5f11ba4fd87762",
+    "evaluate": "3abf38de64127de2f28354dfdf63c53b7811aebe91f241a7f0c21ccc8ff161df",
     "anatomy": "4e75ae36d86c437d7e3206e19b0af73da9f3909cc57a20361fa7042d10f47251",
     "landscape": "6106c61f414dadbe1f2ccb19d367b92a0f817900864dc80150bde3392aa033c9",
     "predict-layers": "c3d0ba30baf3e0f1ce60e34e58f5bd7f64e0b6d7bfc3990732696f9787b36d7a",
-    "randomisation": "df06f6f3b4aa6771ba9f4b6a8103bbc0cc108590f7e864a08eb87c76c1e5a76a",
+    "randomisation": "50e30e190feaab330851bccc49cad0ecda34d2aa61fbf9b86b293c030496bc5d",
 }
 
 json_values = st.recursive(
