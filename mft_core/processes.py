@@ -133,11 +133,11 @@ class Family:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
+                bufsize=0,  # nothing is left to write when the pipe of a killed one is closed
             )
         assert self._watchdog.stdin
         with contextlib.suppress(BrokenPipeError):  # it was killed: `revive` starts it again
             self._watchdog.stdin.write(f"{group}\n".encode())
-            self._watchdog.stdin.flush()
 
 
 def end_groups(groups: list[int], reap: Callable[[], object] = lambda: None) -> None:
