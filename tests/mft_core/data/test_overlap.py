@@ -64,11 +64,14 @@ def test_questions_are_read_from_the_fields_that_benchmarks_use(tmp_path):
     assert read_questions(path) == ["1+1", "def f():"]
 
 
-@pytest.mark.parametrize("item", [{"answer": "2"}, {"question": 3}, ["x"]])
-def test_an_item_without_a_question_is_named(tmp_path, item):
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [({"answer": "2"}, ".*question.*prompt"), ({"question": 3}, ".*question.*prompt"), (["x"], "a JSON array")],
+)
+def test_an_item_without_a_question_is_named(tmp_path, item, said):
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps({"question": "1+1"}) + "\n" + json.dumps(item) + "\n")
-    with pytest.raises(ConfigError, match=r"items\.jsonl line 2: .*question.*prompt"):
+    with pytest.raises(ConfigError, match=rf"items\.jsonl line 2: {said}"):
         read_questions(path)
 
 

@@ -342,7 +342,7 @@ def test_an_unknown_local_task_is_refused_with_the_nearest_one(benchmark: Path):
     ("content", "message"),
     [
         ('{"question": "a", "answer": "b"}\n{"question": \n', "line 2: not JSON"),
-        ("[1]\n", "line 1: an object is expected, found list"),
+        ("[1]\n", "line 1: a JSON array"),
         ("", "empty; it needs at least one row"),
         (None, "no such file"),
     ],

@@ -39,7 +39,7 @@ def test_a_study_is_seen_from_another_terminal_while_it_runs_and_after_it_was_ki
     process = study.start(home)
     seen: list[dict[str, Any]] = []
     try:
-        while not (seen and any(stage["step"] for stage in seen[0]["stages"])):
+        while not (seen and seen[0]["done"] and any(stage["step"] for stage in seen[0]["stages"])):
             assert process.poll() is None, process.communicate()
             time.sleep(0.2)
             seen = runs(home)

@@ -149,11 +149,6 @@ def test_a_length_that_no_example_fits_is_refused(mft, tmp_path, folder):
     refused(done, tmp_path / "home", "data.max_length = 2", "too long")
 
 
-def test_weights_to_be_divided_among_one_process_are_refused(mft, tmp_path, folder):
-    done = planned(mft, folder / "mini.yaml", folder, tmp_path / "home", "--set", "runtime.shard=true")
-    refused(done, tmp_path / "home", "runtime.shard = true", "there is one process")
-
-
 def test_more_rows_than_a_file_holds_are_refused(mft, tmp_path, folder):
     profile = altered(
         tmp_path,
