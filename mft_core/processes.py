@@ -109,7 +109,8 @@ class Family:
                 self._tell_watchdog(-child.process.pid)
             self.children.clear()
             if self._watchdog and self._watchdog.stdin:
-                self._watchdog.stdin.close()
+                with contextlib.suppress(BrokenPipeError):
+                    self._watchdog.stdin.close()
                 self._watchdog.wait()
             self._watchdog = None
 

@@ -196,9 +196,11 @@ def _keep_private(home: Path, port: int, family: Family, started: Future[None]) 
         with ArtifactStore(home).lock("prefect-init"):  # two servers must not migrate one database at once
             _set_damaged_aside(home, _warn)
             child = start_prefect(home, family, port, ui=False)
-            wait_healthy([child], f"{_api(port)}/health")
+            while not _comes_up(child, port):
+                for line in family.revive():
+                    _warn(line)
     except BaseException as error:
-        started.set_exception(error)
+        started.set_exception(StageError(str(error)) if isinstance(error, ChildProcessError) else error)
         return
     started.set_result(None)
     try:
@@ -207,6 +209,17 @@ def _keep_private(home: Path, port: int, family: Family, started: Future[None]) 
                 _warn(line)
     except ChildProcessError as error:
         _lost.append(str(error))
+
+
+def _comes_up(child: Child, port: int) -> bool:
+    """Wait until a server answers; False if it was killed. One that ends by itself says why: a StageError."""
+    try:
+        wait_healthy([child], f"{_api(port)}/health")
+    except StageError:
+        if (child.process.poll() or 0) >= 0:
+            raise
+        return False
+    return True
 
 
 def _warn(text: str) -> None:

@@ -91,7 +91,7 @@ def test_everything_is_deployed_without_a_question_and_a_process_worker_runs_a_s
     finally:
         worker.send_signal(signal.SIGTERM)
         try:
-            worker.wait(timeout=30)
+            worker.wait(timeout=120)
         finally:
             if worker.poll() is None:
                 os.killpg(worker.pid, signal.SIGKILL)
