@@ -1,4 +1,4 @@
-"""The positive control, once of each kind; `python -m tests.bench.planted` does it 20 times."""
+"""The positive control, once of each kind that has a gain; `python -m tests.bench.planted` does it 20 times."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from tests.bench.planted import found, one_run
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["planted", "nothing", "rewinding"])
-def test_a_planted_gain_is_found_and_none_where_none_was_planted(kind, tmp_path_factory):
+@pytest.mark.parametrize("kind", ["planted", "rewinding"])
+def test_a_planted_gain_is_found(kind, tmp_path_factory):
     home = tmp_path_factory.getbasetemp() / "planted"  # one fine-tuning for all kinds
     result = one_run(kind, home, 0)
-    assert found(result) == (kind != "nothing"), result
+    assert found(result), result
