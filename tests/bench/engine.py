@@ -15,7 +15,6 @@ The bar: at least 0.95 of the useful tokens per second of `generate`, in both re
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -32,7 +31,7 @@ from mft_core.data.chat_template import end_of_turn, read_tokenizer
 from mft_core.evaluation.engine_hf import HuggingFace
 from mft_core.evaluation.lm_eval_harness import settled
 from mft_core.recipes import Evaluate, Runtime
-from tests.bench.report import describe_machine
+from tests.bench.report import describe_machine, write
 from tests.bench.variants import SEED
 from tests.bench.worker import DTYPES, GEOMETRIES, Job, make_model
 from tests.support.tiny import make_tokenizer
@@ -259,11 +258,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, settled(Runtime(threads=options.threads)):
         path = options.model or save_geometry(options.geometry, options.device, options.precision, Path(folder))
         result = run(options, path)
-    options.out.mkdir(parents=True, exist_ok=True)
-    place = options.out / f"engine-{result['config']['model']}-{options.device}"
-    place.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    place.with_suffix(".md").write_text(table(result), encoding="utf-8")
-    print(f"\n{table(result)}\nwritten: {place}.json, {place}.md", flush=True)
+    write(options.out, f"engine-{result['config']['model']}-{options.device}", result, table(result))
 
 
 _STARTED = time.perf_counter()

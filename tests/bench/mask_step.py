@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from mft_core.layers import format_layers, parse_layers
-from tests.bench.report import describe_machine, summarise, table
+from tests.bench.report import describe_machine, summarise, table, write
 from tests.bench.variants import VARIANTS, masked_weights
 from tests.bench.worker import DTYPES, GEOMETRIES, Job, make_model
 
@@ -211,13 +211,9 @@ def main() -> None:
     asked = [(options.geometry or "smollm2-135m", options.device or "cpu")]
     if options.geometry is None and options.device is None and torch.cuda.is_available():
         asked.append(("llama2-7b", "cuda"))
-    options.out.mkdir(parents=True, exist_ok=True)
     for geometry, device in asked:
         result = run(geometry, device, options)
-        place = options.out / f"mask-step-{geometry}-{device}"
-        place.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        place.with_suffix(".md").write_text(table(result), encoding="utf-8")
-        print(f"\n{table(result)}\nwritten: {place}.json, {place}.md", flush=True)
+        write(options.out, f"mask-step-{geometry}-{device}", result, table(result))
 
 
 _STARTED = time.perf_counter()

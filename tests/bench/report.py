@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
@@ -133,6 +134,14 @@ def _bar_row(bar: dict[str, Any]) -> list[str]:
         return [bar["what"], f"{bar['value']:,.0f}", "counted exactly", "", bar["bar"], held]
     span = f"{bar['low']:.2f}-{bar['high']:.2f} (n = {bar['n']})"
     return [bar["what"], f"{bar['value']:.2f}", span, f"{bar['by_processor_time']:.2f}", bar["bar"], held]
+
+
+def write(folder: Path, name: str, result: dict[str, Any], table: str) -> None:
+    """Keep a measurement as `name`.json and its table as `name`.md, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(table, encoding="utf-8")
+    print(f"\n{table}\nwritten: {folder / name}.json, {folder / name}.md", flush=True)
 
 
 def markdown(rows: list[list[str]]) -> str:

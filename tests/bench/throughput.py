@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import logging
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from mft_core.training import attention
 from mft_core.training.activations import recompute_activations
 from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loss import LossHead, packed_rows
-from tests.bench.report import describe_machine, markdown
+from tests.bench.report import describe_machine, markdown, write
 from tests.bench.rows import make_rows
 from tests.bench.worker import GEOMETRIES, Job, make_model
 
@@ -199,11 +198,7 @@ def main() -> None:
         print("throughput at 7B geometry: skipped, torch finds no CUDA device here")
         return
     result = run(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    place = options.out / f"throughput-{options.geometry}"
-    place.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    place.with_suffix(".md").write_text(table(result), encoding="utf-8")
-    print(f"\n{table(result)}\nwritten: {place}.json, {place}.md", flush=True)
+    write(options.out, f"throughput-{options.geometry}", result, table(result))
 
 
 if __name__ == "__main__":

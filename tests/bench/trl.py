@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import logging
 import tempfile
 import time
@@ -33,7 +32,7 @@ from mft_core.stage import Progress, StageContext
 from mft_core.training.full_tuning import FullTuner
 from mft_core.training.loop import TrainingData, train
 from tests.bench.memory import process_peak
-from tests.bench.report import describe_machine, markdown
+from tests.bench.report import describe_machine, markdown, write
 from tests.bench.rows import LONGEST, make_rows
 from tests.bench.worker import GEOMETRIES, Job, make_model
 
@@ -212,11 +211,7 @@ def main() -> None:
     options.precision = options.precision or ("bfloat16" if gpu else "float32")
     options.rows, options.batch = options.rows or (640 if gpu else 24), options.batch or (32 if gpu else 8)
     result = run(options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    place = options.out / f"trl-{options.geometry}-{options.device}"
-    place.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    place.with_suffix(".md").write_text(table(result), encoding="utf-8")
-    print(f"\n{table(result)}\nwritten: {place}.json, {place}.md", flush=True)
+    write(options.out, f"trl-{options.geometry}-{options.device}", result, table(result))
 
 
 if __name__ == "__main__":
