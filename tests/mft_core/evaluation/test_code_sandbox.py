@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -284,3 +285,26 @@ def test_a_sandbox_that_does_not_start_is_refused_with_its_own_words(tmp_path: P
             code_sandbox.require.__wrapped__()
     finally:
         code_sandbox._sandbox.cache_clear()
+
+
+def test_processes_of_one_machine_share_no_limit():
+    # every sandbox takes all the processes that it may have, and keeps them for a moment
+    program = """
+from mft_core.evaluation.code_sandbox import Trial, passes
+forks = '''
+import os, signal, time
+def forked():
+    children = []
+    for _ in range(5):
+        children.append(os.fork())
+        if not children[-1]:
+            signal.pause()
+    time.sleep(0.5)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return len(children)
+'''
+assert passes(Trial(forks, "assert forked() == 5"))
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
