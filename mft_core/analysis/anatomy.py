@@ -36,7 +36,7 @@ from mft_core.analysis import overlaps
 from mft_core.analysis.cuts import Group, Measures, Spread, Tally, add, dissect
 from mft_core.analysis.heads import find_heads
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.removals import Effect, Order, Portion, costs, effects, portions
+from mft_core.analysis.removals import Effect, Order, Portion, effects, portions
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.checkpoints.files import load_model, read_config
 from mft_core.data.order import seeded_order
@@ -46,6 +46,7 @@ from mft_core.masks.masked_sites import dtype_name, tensor_digest
 from mft_core.masks.sites import Site, find_sites
 from mft_core.recipes import Anatomy
 from mft_core.stage import Progress, StageContext
+from mft_core.statistics.bootstrap import ratios_of_sums
 from mft_core.statistics.tables import without_seed
 from mft_core.training.loop import TrainingData
 
@@ -262,7 +263,7 @@ def rows(findings: MaskFindings, columns: Mapping[str, Any], recipe: Anatomy, ba
     if not findings.effects:
         return found
     nats = np.stack([one.nats for one in findings.effects])
-    measured = costs(nats, tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
+    measured = ratios_of_sums(nats, tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
     for effect, (cost, low, high) in zip(findings.effects, measured.tolist(), strict=True):
         by, value = effect.portion
         where = {"part": "loss", "by": by, **({} if value is None else {by: value}), "order": effect.order}

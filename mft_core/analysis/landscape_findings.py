@@ -25,7 +25,6 @@ from mft_core import compute
 from mft_core.analysis import landscape, pac_bayes
 from mft_core.analysis.landscape import LINE
 from mft_core.analysis.parts import Parts
-from mft_core.analysis.removals import costs
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.analysis.sharpness import Eigenvalue, sharpness
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
@@ -36,6 +35,7 @@ from mft_core.errors import ConfigError
 from mft_core.layers import format_layers
 from mft_core.recipes import Landscape
 from mft_core.stage import StageContext
+from mft_core.statistics.bootstrap import ratios_of_sums
 from mft_core.training.loop import TrainingData
 
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ def _plane_rows(planes: Mapping[ModelName, Array], steps: Array, sequences: int)
 
 
 def _line_rows(recipe: Landscape, split: str, nats: Array, tokens: Array) -> Iterator[Row]:
-    differences = costs(nats - nats[LINE.index(0)], tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
+    differences = ratios_of_sums(nats - nats[LINE.index(0)], tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
     losses = nats.sum(1) / tokens.sum()
     counted = {"sequences": len(tokens), "tokens": int(tokens.sum())}
     for t, loss, (difference, low, high) in zip(LINE, losses.tolist(), differences.tolist(), strict=True):

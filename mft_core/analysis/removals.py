@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -149,27 +147,3 @@ def _others(chosen: Chosen) -> Chosen:
         return ~which if isinstance(which, Tensor) else not which
 
     return others
-
-
-def costs(nats: Array, tokens: Array, resamples: int, confidence: float, seed: int) -> Array:
-    """Return the cost in nats per token, with its interval.
-
-    Args:
-        nats: (effects, sequences).
-        tokens: loss tokens of every sequence.
-        resamples: of the bootstrap.
-
-    Returns:
-        (effects, 3): cost, low and high end of the interval.
-    """
-    weights = np.broadcast_to(tokens, nats.shape)
-    found = stats.bootstrap(
-        (nats, weights), _ratio, paired=True, vectorized=True, axis=-1, n_resamples=resamples,
-        confidence_level=confidence, method="percentile", rng=seed, batch=max(1, 4_000_000 // nats.size),
-    ).confidence_interval  # fmt: skip
-    return np.stack([_ratio(nats, weights), found.low, found.high], axis=-1)
-
-
-def _ratio(nats: Array, tokens: Array, axis: int = -1) -> Array:
-    ratio: Array = nats.sum(axis) / tokens.sum(axis)
-    return ratio

@@ -1,3 +1,4 @@
-"""Is it better, or is it noise: paired statistics (`comparison`, `bootstrap`, `seed_noise`), the best of a sweep
-(`winner`), how many items would show it (`power`), and the tables and figures that show them.
+"""Is it better, or is it noise: paired gains and their intervals over items, mask seeds and fine-tunings (`effects`),
+what may be said of them (`verdicts`), all rows of a study (`comparison`), the best of a sweep (`winner`), the bootstrap
+of the analyses (`bootstrap`), and tables (`tables`, `markdown`).
 """
