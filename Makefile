@@ -8,12 +8,16 @@ BIN := $(VENV)/bin
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
+# bytecode is made at the first import, of the modules that are imported: a seventh of them
+PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+
 install: $(VENV)/.installed  ## the tested set of versions, into .venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
 	touch $@
 
 # one fine-tuning, so that it takes minutes: the study itself has five, and `mft run sparsity` goes on to them

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 import re
 import threading
 import time
@@ -25,6 +26,8 @@ from mft_core.errors import ConfigError
 
 SECONDS = 10.0
 """of one rendering, which takes milliseconds"""
+_EVERY = 0.05
+"""seconds from one look at the clock to the next"""
 
 
 class UnstableTemplateError(TemplateRuntimeError):
@@ -40,8 +43,7 @@ class TimeLimit:
 
     def __init__(self, what: str, seconds: float = SECONDS) -> None:
         self._what, self._seconds = what, seconds
-        self._deadline = time.monotonic() + seconds
-        self._over, self._fired = threading.Event(), False
+        self._deadline, self._fired = math.inf, False
         self._lock = threading.Lock()
 
     def renew(self) -> None:
@@ -50,35 +52,66 @@ class TimeLimit:
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
-        with self._lock:  # a busy machine may take long to start a thread, which is none of the template's time
-            threading.Thread(target=self._watch, daemon=True, name="template-time-limit").start()
-            self.renew()
+        _WATCH.add(self)
+        self.renew()  # last: nothing above is the template's time, or can be stopped half done
         return self
 
-    def _watch(self) -> None:
-        while not self._over.wait(max(0.0, self._deadline - time.monotonic())):
-            with self._lock:
-                if self._deadline <= time.monotonic() and not self._over.is_set():
-                    self._fired = True
-                    raised = ctypes.py_object(_Overdue)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), raised)
-                    return
+    def stop_if_overdue(self) -> None:
+        """Raise in the context's thread, if its time is up and it is still within."""
+        with self._lock:
+            if self._deadline <= time.monotonic():
+                self._fired, self._deadline = True, math.inf
+                raised = ctypes.py_object(_Overdue)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), raised)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             with self._lock:
-                self._over.set()
+                self._deadline = math.inf
             while self._fired and kind is not _Overdue:  # it is on its way
                 time.sleep(0.001)
         except _Overdue:
             pass
+        _WATCH.discard(self)
         if self._fired:
             raise ConfigError(
                 f"{self._what}: not done after {self._seconds:g} s; it loops on and on. Mend the template, or take it "
                 "from somewhere else."
             ) from None
+
+
+class _Watch:
+    """One thread that looks after all contexts of this process; one for each would take longer than its rendering."""
+
+    def __init__(self) -> None:
+        self._within: dict[TimeLimit, None] = {}
+        self._thread: threading.Thread | None = None
+        self._starting, self._some = threading.Lock(), threading.Event()
+
+    def add(self, limit: TimeLimit) -> None:
+        self._within[limit] = None
+        self._some.set()
+        if self._thread is None or not self._thread.is_alive():  # none is in a process that was forked
+            with self._starting:
+                if self._thread is None or not self._thread.is_alive():
+                    self._thread = threading.Thread(target=self._look, daemon=True, name="template-time-limit")
+                    self._thread.start()
+
+    def discard(self, limit: TimeLimit) -> None:
+        self._within.pop(limit, None)
+
+    def _look(self) -> None:
+        while self._some.wait():
+            self._some.clear()
+            while within := list(self._within):
+                for limit in within:
+                    limit.stop_if_overdue()
+                time.sleep(_EVERY)
+
+
+_WATCH = _Watch()
 
 
 def environment(like: Environment | None = None) -> Environment:
