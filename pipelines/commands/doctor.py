@@ -20,9 +20,9 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands import doctor_hub
 from pipelines.commands.doctor_hub import Finding, attempt
 from pipelines.commands.gc import size
-from pipelines.config.compose import setups
 from pipelines.config.profile import Profile, load_profile
 from pipelines.config.study import Study, VariantSpec
+from pipelines.config.yaml_to_setups import setups
 from pipelines.plan.plan import Plan, make_plans
 from pipelines.plan.preflight import checks
 

@@ -1,7 +1,7 @@
 """What a profile is, and how one is read: model, data, training, mask and benchmarks of a backbone, a section a domain.
 
 A YAML file shipped in `pipelines/profiles`, or the user's own; it may extend another. Relative paths in it start at its
-folder. `pipelines.config.compose` lays a study's and the user's settings over it.
+folder. `pipelines.config.yaml_to_setups` lays a study's and the user's settings over it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mft_core.errors import ConfigError
 from mft_core.recipes import Recipe, Runtime
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.yaml_files import read_yaml
+from pipelines.config.by_name import locate, validated
 from pipelines.config.setup import Label, Layers
-from pipelines.config.yaml_settings import locate, validated
 
 _PATH_KEYS = {"path", "chat_template", "existing"}
 _FILES = (".jsonl", ".json", ".gz", ".parquet", ".jinja")

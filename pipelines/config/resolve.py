@@ -28,8 +28,8 @@ from mft_core.layers import format_layers, parse_layers
 from mft_core.methods import SELECTORS, uses
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, parts, pinned
+from pipelines.config.by_name import FOLDERS
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
-from pipelines.config.yaml_settings import FOLDERS
 
 _FIELD = re.compile(r"(?:\{\{\s*)?(\w+)(?:\s*\}\})?")
 _REWINDING = {name for name, row in SELECTORS.items() if row.rewinds}

@@ -1,6 +1,6 @@
 """What a study is, and how one is read: a question with the grid that answers it, to be composed with any profile.
 
-A YAML file shipped in `pipelines/studies`, or the user's own. `pipelines.config.compose` makes variants of it.
+A YAML file shipped in `pipelines/studies`, or the user's own. `pipelines.config.yaml_to_setups` makes variants of it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from mft_core.errors import ConfigError
 from mft_core.methods import Contrast, MethodName, TrainedMethodName
 from mft_core.recipes import Recipe
 from mft_core.yaml_files import read_yaml
+from pipelines.config.by_name import locate, validated
 from pipelines.config.profile import Profile, given
 from pipelines.config.setup import Label
-from pipelines.config.yaml_settings import locate, validated
 
 Analysis = Literal["anatomy", "landscape", "predict-layers", "randomisation"]
 

@@ -1,8 +1,9 @@
 """What a study is going to do, before it does anything: its variants, its stages, what is cached, what it costs.
 
-Planning passes once through the house: study, profile and overrides become setups (`compose`), these are resolved, from
-what is known then the graph is built, and only then is the store looked at. It reads configuration files and manifests,
-never weights, and does not import torch. It refuses everything that can be known to fail, with exit code 2.
+Planning passes once through the house: study, profile and overrides become setups (`yaml_to_setups`), these are
+resolved, from what is known then the graph is built, and only then is the store looked at. It reads configuration
+files and manifests, never weights, and does not import torch. It refuses everything that can be known to fail, with
+exit code 2.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mft_core.stage import Facts, Needs
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
 from mft_core.store.sources import Source
-from pipelines.config import compose
+from pipelines.config import yaml_to_setups
 from pipelines.config.profile import Profile
 from pipelines.config.resolve import Resolver
 from pipelines.config.setup import Resolved
@@ -185,10 +186,10 @@ def make_plans(
         ConfigError: as `make_plan`; or no study uses an override.
     """
     resolver, plans = Resolver(unpinned), []
-    unused = set(compose.parse_overrides(overrides))
+    unused = set(yaml_to_setups.parse_overrides(overrides))
     keys = {text: text.partition("=")[0].strip() for text in overrides}
     for study in studies:
-        own = [text for text in overrides if len(studies) == 1 or compose.concerns(study, keys[text])]
+        own = [text for text in overrides if len(studies) == 1 or yaml_to_setups.concerns(study, keys[text])]
         unused -= {keys[text] for text in own}
         plans.append(make_plan(study, profile, store, own, seeds, replicates, looks, resolver))
     if unused:
@@ -217,10 +218,10 @@ def make_plan(
     Raises:
         ConfigError: anything about overrides, model, data or benchmarks that is wrong.
     """
-    settings = compose.parse_overrides(overrides)
-    runtime = compose.runtime_of(profile, settings)
+    settings = yaml_to_setups.parse_overrides(overrides)
+    runtime = yaml_to_setups.runtime_of(profile, settings)
     look = (resolver or Resolver()).resolve
-    composed = compose.own_and_searched(study, profile, settings, seeds, replicates)
+    composed = yaml_to_setups.own_and_searched(study, profile, settings, seeds, replicates)
     own, searched = ([(look(setup), point) for setup, point in points] for points in composed)
     variants, search = _graph(study, profile, own, searched, store)
     every = [*variants, *search.variants] if search else variants

@@ -13,7 +13,7 @@ from pathlib import Path
 from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import keep
-from pipelines.config import compose
+from pipelines.config import yaml_to_setups
 from pipelines.config.profile import load_profile
 from pipelines.config.study import Study, load_studies, load_study
 from pipelines.plan.analyses import analysis_nodes
@@ -123,5 +123,5 @@ def _asked_of(report: Report, whole: Study, asked: Asked) -> Asked:
     if not whole.studies:
         return asked
     study = report.plan.study
-    own = [text for text in asked.overrides if compose.concerns(study, text.partition("=")[0].strip())]
+    own = [text for text in asked.overrides if yaml_to_setups.concerns(study, text.partition("=")[0].strip())]
     return replace(asked, study=study.name, overrides=own)

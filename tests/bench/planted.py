@@ -44,9 +44,9 @@ from mft_core.masks.mask_file import load_mask
 from mft_core.recipes import Evaluate, Runtime
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
+from pipelines.config.by_name import FOLDERS
 from pipelines.config.profile import load_profile
 from pipelines.config.study import Study, load_study
-from pipelines.config.yaml_settings import FOLDERS
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.plan import Plan, comparison_node, make_plan
 

@@ -25,9 +25,9 @@ from mft_core.recipes import Runtime
 from mft_core.stages import STAGES
 from mft_core.statistics.comparison import Outcomes, compare, pair
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
+from pipelines.config.by_name import FOLDERS
 from pipelines.config.profile import load_profile
 from pipelines.config.study import load_study
-from pipelines.config.yaml_settings import FOLDERS
 from pipelines.graph.nodes import Edge, closure
 from pipelines.plan.analyses import answers
 from pipelines.plan.plan import make_plan

@@ -18,9 +18,9 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.cli import main
 from pipelines.commands import doctor, doctor_hub
 from pipelines.config import resolve
-from pipelines.config.compose import setups
 from pipelines.config.profile import load_profile
 from pipelines.config.setup import BenchmarkSpec, ModelSpec
+from pipelines.config.yaml_to_setups import setups
 from tests.support.mini import write_profile
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.config.yaml_settings import FOLDERS
+from pipelines.config.by_name import FOLDERS
 
 TINY = FOLDERS["profile"] / "tiny"
 ODD = [

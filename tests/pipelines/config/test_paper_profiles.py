@@ -20,10 +20,10 @@ from mft_core.data.rows import parse_row
 from mft_core.evaluation.benchmarks import TASKS
 from mft_core.store.sources import Source
 from pipelines.config import resolve
-from pipelines.config.compose import setups
 from pipelines.config.profile import load_profile
 from pipelines.config.setup import BenchmarkSpec
 from pipelines.config.study import Study
+from pipelines.config.yaml_to_setups import setups
 from tests.support.tiny import TULU, make_tokenizer
 
 PROFILES = ("llama2-7b", "llama3.1-8b")

@@ -17,11 +17,11 @@ from mft_core.errors import ConfigError
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks
 from mft_core.recipes import Evaluate, MixturePart
 from pipelines.cli import app
-from pipelines.config.compose import setups
+from pipelines.config.by_name import FOLDERS
 from pipelines.config.profile import load_profile
 from pipelines.config.setup import DataSpec
 from pipelines.config.study import load_study
-from pipelines.config.yaml_settings import FOLDERS
+from pipelines.config.yaml_to_setups import setups
 
 FOLDER = FOLDERS["profile"] / "smollm2-135m"
 PARTS = ("math_short", "math_long")

@@ -4,9 +4,9 @@ import pytest
 
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
+from pipelines.config.by_name import names
 from pipelines.config.profile import load_profile
 from pipelines.config.study import load_studies, load_study
-from pipelines.config.yaml_settings import names
 from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import write_profile, write_study

@@ -11,9 +11,9 @@ from mft_core.methods import METHODS
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import local_checkpoint
 from pipelines.config import resolve
+from pipelines.config.by_name import names
 from pipelines.config.profile import load_profile
 from pipelines.config.study import load_study
-from pipelines.config.yaml_settings import names
 from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 

@@ -1,4 +1,4 @@
-"""YAML files to settings: finds what ships with the package or is the user's own, and validates what was read.
+"""A profile or study by its name: finds what ships with the package or is the user's own, and validates what was read.
 
 For `pipelines.config.study` and `pipelines.config.profile`, which say what the settings are.
 """
