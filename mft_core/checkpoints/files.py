@@ -76,7 +76,7 @@ def _check_names(directory: Path) -> None:
     for index in directory.glob("*.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise ConfigError(f"model = {directory}: {index.name} is no index of weights ({error!r}).") from error
         for name in names:
             inside(directory, name, f"model = {directory}: weight_map of {index.name}")
@@ -215,22 +215,6 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     torch.nn.Module.to(model, dtype).save_pretrained(directory)  # transformers' own `to` is mistyped
     copy_files(source, directory, (n for n in parts("model", source) if n != "config.json" and not _holds_weights(n)))
     copy_files(source, directory, set(terms(source)) - set(parts("model", source)))
-
-
-@contextlib.contextmanager
-def whole_or_absent(out: Path) -> Iterator[Path]:
-    """Give a directory beside `out` to write to, renamed to `out` at the end and deleted on failure."""
-    if out.exists():
-        raise ConfigError(f"out = {out}: exists already; give a directory that does not.")
-    unfinished = out.with_name(f".incomplete-{out.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.errors import ConfigError
+from mft_core.store.outputs import check_new, whole_or_absent
 
 _KEY = "dequantised_from"
 _MAGIC = b"GGUF"
@@ -47,10 +48,11 @@ def import_gguf(file: Path, out: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils.logging import disable_progress_bar
 
-    from mft_core.checkpoints.files import check_written, whole_or_absent
+    from mft_core.checkpoints.files import check_written
 
+    check_new(out, file)
     quantised = _quantised(file)
-    with whole_or_absent(out) as target:
+    with whole_or_absent(out, file) as target:
         disable_progress_bar()
         given: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
         try:
@@ -79,15 +81,18 @@ def _quantised(file: Path) -> str | None:
     """Return the type of most of a file's quantised weights, e.g. 'Q4_1'; None where none are quantised."""
     from gguf import GGUFReader
 
+    if not file.is_file():  # a pipe would be waited for
+        raise ConfigError(f"FILE = {file}: no such file; give a GGUF file.")
     try:
         with file.open("rb") as handle:
-            if handle.read(len(_MAGIC)) != _MAGIC:
-                raise ConfigError(f"FILE = {file}: no GGUF file; give one whole file that ends in .gguf.")
-        reader = GGUFReader(file)
+            begins = handle.read(len(_MAGIC))
+        reader = GGUFReader(file) if begins == _MAGIC else None
     except OSError as error:
         raise ConfigError(f"FILE = {file}: cannot be read ({error.strerror}); give a GGUF file.") from error
     except Exception as error:  # a damaged header fails in any way
         raise ConfigError(f"FILE = {file}: damaged, or not whole ({error}); download it again.") from error
+    if reader is None:
+        raise ConfigError(f"FILE = {file}: no GGUF file; give one whole file that ends in .gguf.")
     split = reader.fields.get("split.count")
     if split is not None and int(split.contents()) > 1:
         raise ConfigError(f"FILE = {file}: part of a split model; join its parts first: llama-gguf-split --merge.")

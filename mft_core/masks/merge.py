@@ -26,11 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mft_core.cache_key import digest_file
-from mft_core.checkpoints.files import WeightFiles, copy_files, whole_or_absent
+from mft_core.checkpoints.files import WeightFiles, copy_files
 from mft_core.checkpoints.names import Piece
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import Mask, load_mask, save_mask
 from mft_core.masks.masked_sites import check_base, tensor_digest
+from mft_core.store.outputs import check_new, whole_or_absent
 from mft_core.store.sources import parts, terms
 
 KEPT, REMOVED = "mask", "removed.safetensors"
@@ -56,7 +57,7 @@ def merge(
 
     Args:
         mask_directory: as `mft_core.masks.mask_file.save_mask` writes it.
-        out: a directory that does not exist.
+        out: a directory that does not exist, outside of the others.
         report: told how many files of how many are merged.
         keep_removed: keep the mask and the removed values in `out/mask/`, so that `unmerge` can restore the base.
         rewind_to: of a mask that rewinds, and of no other: the model that its entries go back to.
@@ -65,9 +66,11 @@ def merge(
         the mask.
 
     Raises:
-        ConfigError: the mask is damaged, or belongs to another model, or to another one to rewind to; nothing is
-            written.
+        ConfigError: the mask is damaged, or belongs to another model, or to another one to rewind to; or `out` will
+            not do. Nothing is written.
     """
+    inputs = [Path(given) for given in (base, mask_directory, rewind_to) if given is not None]
+    check_new(Path(out), *inputs)
     mask = load_mask(mask_directory)
     if mask.config.rewinds and rewind_to is None:
         raise ConfigError(
@@ -98,7 +101,7 @@ def merge(
                 further = (weight.float() - value.float()) / (1 - site.zeros / site.numel)
                 value = torch.where(mask.kept[site.name], (value.float() + further).to(value.dtype), value)
             put[site.name] = value[cut]
-    with whole_or_absent(Path(out)) as target:
+    with whole_or_absent(Path(out), *inputs) as target:
         _rewrite(files, mask, target, report, put)
         if keep_removed:
             save_mask(mask, target / KEPT)
@@ -112,7 +115,7 @@ def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Ma
 
     Args:
         merged: the merged checkpoint, with its folder `mask/`.
-        out: a directory that does not exist; it is whole or not there.
+        out: a directory that does not exist, outside of `merged`; it is whole or not there.
         report: told how many files of how many are restored.
 
     Returns:
@@ -123,6 +126,7 @@ def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Ma
             written.
     """
     merged, out = Path(merged), Path(out)
+    check_new(out, merged)
     if not (merged / KEPT).is_dir():
         raise ConfigError(
             f"merged = {merged}: no folder {KEPT}/ there, so what was removed is not known; only a checkpoint that was "
@@ -139,7 +143,7 @@ def unmerge(merged: Path | str, out: Path | str, report: Report = _silent) -> Ma
                 f"merged = {merged}: the values kept of {site.name} do not give the base weight (sha256 differs); "
                 f"{KEPT}/{REMOVED} was altered."
             )
-    with whole_or_absent(out) as target:
+    with whole_or_absent(out, merged) as target:
         _rewrite(files, mask, target, report, removed)
     return mask
 

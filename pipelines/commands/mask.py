@@ -8,6 +8,7 @@ from pathlib import Path
 from mft_core.errors import ConfigError, unknown
 from mft_core.masks import algebra
 from mft_core.masks.mask_file import Mask, load_mask, save_mask
+from mft_core.store.outputs import check_apart, check_new, whole_or_absent
 from pipelines.commands.mask_view import mask_as_dict, overlaps_as_dict, show_mask, show_overlaps
 
 _OF_TWO = {
@@ -22,10 +23,12 @@ def show(directory: Path, figure: Path | None, as_json: bool) -> None:
     """Print where a mask cuts, and draw it if `figure` names a PNG.
 
     Raises:
-        ConfigError: no readable mask, or the figure's name does not end in .png.
+        ConfigError: no readable mask, or the figure's name does not end in .png, or it lies within the mask.
     """
-    if figure is not None and figure.suffix != ".png":
-        raise ConfigError(f"--figure {figure}: give a file name that ends in .png.")
+    if figure is not None:
+        if figure.suffix != ".png" or figure.is_dir():
+            raise ConfigError(f"--figure {figure}: give a file name that ends in .png.")
+        check_apart(figure, directory)
     mask = _load(directory)
     if as_json:
         print(json.dumps(mask_as_dict(mask), indent=2))
@@ -44,11 +47,12 @@ def apply(base: Path, directory: Path, out: Path, rewind_to: Path | None = None)
     """Write the base checkpoint with the mask merged into it, and beside it what `undo` needs.
 
     Raises:
-        ConfigError: `out` exists, or the mask belongs to another base, or rewinds to another model than `rewind_to`.
+        ConfigError: `out` exists or lies within one of the others, the mask belongs to another base, or rewinds to
+            another model than `rewind_to`.
     """
     from mft_core.masks.merge import merge
 
-    _check_new(out)
+    check_new(out, base, directory, *([rewind_to] if rewind_to else []))
     if not (base / "config.json").is_file():
         raise ConfigError(f"BASE = {base}: no checkpoint there; give the directory of the model the mask was made for.")
     mask = merge(base, _mask_directory(directory), out, keep_removed=True, rewind_to=rewind_to)
@@ -64,7 +68,6 @@ def undo(merged: Path, out: Path) -> None:
     """
     from mft_core.masks.merge import unmerge
 
-    _check_new(out)
     mask = unmerge(merged, out)
     print(f"{mask.zeros:,} weights put back; the base checkpoint is written to {out}")
 
@@ -89,19 +92,15 @@ def combine(operation: str, masks: list[Path], out: Path) -> None:
     if len(masks) != (1 if operation == _COMPLEMENT else 2):
         needed = "one mask: A OUT" if operation == _COMPLEMENT else "two masks: A B OUT"
         raise ConfigError(f"{operation} takes {needed}; {len(masks)} given.")
-    _check_new(out)
+    check_new(out, *masks)
     operands = [_load(path) for path in masks]
     mask = algebra.complement(*operands) if operation == _COMPLEMENT else _OF_TWO[operation](*operands)
-    save_mask(mask, out)
+    with whole_or_absent(out, *masks) as target:
+        save_mask(mask, target)
     print(
         f"{operation}: {mask.zeros:,} of {mask.weights:,} weights are {mask.config.made} ({mask.config.share:.2%}); "
         f"written to {out}"
     )
-
-
-def _check_new(out: Path) -> None:
-    if out.exists():
-        raise ConfigError(f"OUT = {out}: exists already; give a directory that does not.")
 
 
 def _load(path: Path) -> Mask:

@@ -23,8 +23,9 @@ from mft_core.evaluation.benchmarks import tasks_in
 from mft_core.evaluation.lm_eval_harness import usual_metric
 from mft_core.layers import format_layers
 from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.outputs import check_apart
 from mft_core.yaml_files import read_yaml
-from pipelines.config.profile import Profile, anchored
+from pipelines.config.profile import Profile, anchored, given
 from pipelines.config.resolve import resolved_model
 from pipelines.config.setup import ModelSpec
 from pipelines.config.study import load_study
@@ -38,7 +39,7 @@ _BATCH, _STEPS, _PASSES = 16, 200, 3
 _LONGEST = 1_024
 """tokens of a training sequence at most"""
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
-_LEAST_SECONDS = 120
+_LEAST_SECONDS, _MOST_SECONDS = 120, 366 * 86400
 _ANSWER, _SHARE = 30.0, 0.04
 """seconds, and share of the budget, that are kept for statistics and report"""
 
@@ -79,8 +80,8 @@ def seconds_of(budget: str) -> float:
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", budget)
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != budget or seconds < _LEAST_SECONDS:
-        raise ConfigError(f"--budget {budget}: give a time of two minutes or more, e.g. 2h, 90m or 1h30m.")
+    if "".join(number + unit for number, unit in parts) != budget or not _LEAST_SECONDS <= seconds <= _MOST_SECONDS:
+        raise ConfigError(f"--budget {budget}: give a time from two minutes to a year, e.g. 2h, 90m or 1h30m.")
     return seconds
 
 
@@ -133,8 +134,7 @@ def passes(rows: int) -> int:
 
 
 def _model(name: str) -> dict[str, str]:
-    path = Path(name).expanduser()
-    return {"path": str(path.resolve()) if path.exists() or name.startswith((".", "/", "~")) else name}
+    return {"path": str(given("path", name))}
 
 
 def _groups(depth: int) -> list[str]:
@@ -144,7 +144,7 @@ def _groups(depth: int) -> list[str]:
 
 
 def _benchmarks(text: str) -> list[dict[str, Any]]:
-    folder = Path(text).expanduser()
+    folder = Path(str(given("path", text)))
     if folder.is_dir():
         names = tasks_in(folder)
         return [
@@ -170,12 +170,15 @@ def same_question(kept: Mapping[str, Any], drafted: Mapping[str, Any]) -> bool:
     """Whether a profile is one that was drafted of the same checkpoint, data and benchmarks, whatever was cut."""
 
     def asked(values: Mapping[str, Any]) -> Any:
-        given = values.get("defaults") or {}
-        named = [source.get("path") for source in (given.get("data") or {}).get("mixture") or ()]
-        tasks = [(bench.get("task"), bench.get("path")) for bench in given.get("benchmarks") or ()]
-        return given.get("model"), given.get("base"), named, tasks
+        own = values["defaults"]
+        named = [source.get("path") for source in own["data"]["mixture"]]
+        tasks = [(bench.get("task"), bench.get("path")) for bench in own["benchmarks"]]
+        return own["model"], own.get("base"), named, tasks
 
-    return bool(asked(kept) == asked(drafted))
+    try:
+        return bool(asked(kept) == asked(drafted))
+    except (AttributeError, LookupError, TypeError):  # it is no such profile
+        return False
 
 
 def write(values: Mapping[str, Any], path: Path, told: Sequence[str]) -> None:
@@ -197,7 +200,12 @@ def asked_for(
     """
     clock = Clock(seconds_of(budget))
     values = draft(checkpoint, rows, benchmarks, base)
-    path = (out or Path(f"verdict-{Path(values['defaults']['model']['path']).name}.yaml")).resolve()
+    path = out or Path(f"verdict-{Path(values['defaults']['model']['path']).name}.yaml")
+    asked = values["defaults"]
+    read = [asked["model"], asked.get("base"), *asked["benchmarks"]]
+    path = check_apart(path, *(Path(one["path"]) for one in read if one and Path(one.get("path", "")).is_dir()))
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: a folder lies there; give the file of the profile that is to be written.")
     kept = path.is_file()
     if kept:
         found = anchored(read_yaml(path), path.parent)

@@ -58,7 +58,7 @@ def _reports(asked: Asked, store: ArtifactStore) -> list[Report]:
     """Read a study that has been run, or the parts that it is made of."""
     design = asked.seeds, asked.replicates, asked.looks
     plans = make_plans(load_studies(asked.study), load_profile(asked.profile), store, asked.overrides, *design)
-    return [find_report(plan, store, analysis_nodes(plan)) for plan in plans]
+    return [find_report(plan, store, analysis_nodes(plan), asked.command) for plan in plans]
 
 
 def undecided_contrasts(asked: Asked) -> list[str]:

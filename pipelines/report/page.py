@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mft_core.errors import ConfigError
+from mft_core.store.outputs import check_apart
 from pipelines.report import published, render, sections
 from pipelines.report.asked import Asked
 from pipelines.report.attempt import attempt
@@ -74,13 +76,23 @@ def replacing(out: Path) -> Iterator[Path]:
     """Give a folder to write into, whose files then take their places in `out`, each whole.
 
     Two reports of one study may be written at once, and people may have a page open.
+
+    Raises:
+        ConfigError: `out` is a file or lies within an artifact, or something that is no report's would be replaced.
     """
+    place = check_apart(out)
+    if not place.is_dir() and os.path.lexists(place):
+        raise ConfigError(f"--out {out}: a file lies there; give a folder.")
     folder = out / f".unfinished-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
-        for path in sorted(folder.rglob("*")):
+        others = [path.name for path in folder.iterdir() if path.is_file() and (out / path.name).exists()]
+        if others and not (out / PAGE).exists():
+            raise ConfigError(f"--out {out}: {min(others)} of it is no report's; give a folder of its own.")
+        # the page first: what is left of a killed report is known by it
+        for path in sorted(folder.rglob("*"), key=lambda path: (path.name != PAGE, path)):
             target = out / path.relative_to(folder)
             if path.is_dir():
                 target.mkdir(exist_ok=True)

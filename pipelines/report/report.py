@@ -114,11 +114,14 @@ def _asked_for(plan: Plan) -> list[Node]:
     return [*answers(plan), *(plan.search.nodes if plan.search else ())]
 
 
-def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None) -> Report:
+def find_report(
+    plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None, command: str | None = None
+) -> Report:
     """Read the report of a study that has been run.
 
     Args:
         analyses: the study's further nodes by name.
+        command: that runs it.
 
     Raises:
         StageError: the study has not been run (whole) with these settings.
@@ -133,7 +136,7 @@ def find_report(plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] |
         what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
         raise StageError(
             f"study {plan.study.name} on {plan.profile.name}: {what}. Run it (with the same settings): "
-            f"mft run {plan.study.name} --profile {plan.profile.name}"
+            + (command or f"mft run {plan.study.name} --profile {plan.profile.name}")
         )
     comparison, *others = [ref for ref in found.values() if ref is not None]
     directories = {name: ref.local_path(store) for name, ref in zip(analyses or {}, others, strict=True)}

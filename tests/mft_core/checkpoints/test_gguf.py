@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_file_that_was_never_quantised_is_not_called_dequantised(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"no model", "no GGUF file"), (b"GGUF\x03\x00\x00\x00cut", "damaged"), (None, "No such")]
+    ("content", "words"), [(b"no model", "no GGUF file"), (b"GGUF\x03\x00\x00\x00cut", "damaged"), (None, "no such")]
 )
 def test_what_is_no_whole_gguf_file_is_refused_and_nothing_written(tmp_path, content, words):
     if content is not None:
@@ -68,6 +69,14 @@ def test_what_is_no_whole_gguf_file_is_refused_and_nothing_written(tmp_path, con
     with pytest.raises(ConfigError, match=words):
         import_gguf(tmp_path / "model.gguf", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_pipe_is_not_waited_for_and_an_out_that_exists_is_told_first(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="no such file"):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out")
+    with pytest.raises(ConfigError, match="exists already"):
+        import_gguf(tmp_path / "nowhere.gguf", tmp_path / "model.gguf")
 
 
 def test_a_word_of_somebody_elses_is_not_told():

@@ -248,6 +248,36 @@ def test_a_combination_that_makes_no_sense_is_refused_and_nothing_written(mft, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "apply base artifact base/out",
+        "apply base artifact base/deep/../out",
+        "apply link artifact base/out",
+        "apply base artifact link/out",
+        "apply base artifact artifact/out",
+        "apply base artifact artifact/mask/out",
+        "undo merged merged/out",
+        "combine union artifact other_mask other_mask/out",
+        "combine complement artifact artifact/mask/out",
+        "show artifact --figure artifact/mask/out.png",
+        "apply base artifact dangling",
+        "apply base artifact loop/out",
+    ],
+)
+def test_an_out_within_what_is_read_is_refused_before_anything_is_written(mft, base, mask, other, tmp_path, command):
+    mft("apply", base, mask, tmp_path / "merged")
+    (tmp_path / "link").symlink_to(base)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.rglob("*"))
+    options = ("apply", "undo", "combine", "show", "union", "complement", "--figure")
+    code, _, err = mft(*(word if word in options else tmp_path / word for word in command.split()))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: out = ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_rewind_mask_is_applied_with_the_model_that_it_goes_back_to_and_undone(mft, base, tmp_path):
     earlier = save_checkpoint(tmp_path / "earlier", seed=1)
     model, values = make_model(), dict(make_model(seed=1).named_parameters())

@@ -136,7 +136,12 @@ def test_small_data_stay_a_profile_that_plans(folder, values):
         ({"rows": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         ({"checkpoint": "./nowhere"}, "no such directory"),
         ({"budget": "soon"}, "give a time"),
+        ({"budget": "9" * 400 + "h"}, "give a time"),
+        ({"checkpoint": "~no-such-user/model"}, "no path here"),
         ({"out": "other.yaml"}, "the profile of another question"),
+        ({"out": "odd.yaml"}, "the profile of another question"),
+        ({"out": "."}, "a folder lies there"),
+        ({"out": "MODEL/own.yaml"}, "give a place outside"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, change, words):
@@ -151,7 +156,8 @@ def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, c
         "out": "own.yaml",
         **change,
     }
+    (tmp_path / "odd.yaml").write_text("defaults: {data: {mixture: [5]}, benchmarks: 5}\n")
     given["rows"] = [Path(row) for row in given["rows"]]
-    given["out"] = tmp_path / given["out"]
+    given["out"] = tmp_path / given["out"].replace("MODEL", str(folder / "model"))
     with pytest.raises(ConfigError, match=words):
         asked_for(**given)

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from mft_core.errors import StageError
+from mft_core.errors import ConfigError, StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.profile import load_profile
 from pipelines.config.study import Study, load_study
@@ -208,6 +208,26 @@ def test_a_study_that_has_not_been_run_says_what_to_run(tmp_path):
         StageError, match=r"stages are missing, first: evaluate sums of base.*mft run mini-study --profile mini"
     ):
         find_report(plan, store)
+
+
+def test_pages_replace_those_of_a_report_and_nobody_elses_files(tmp_path):
+    for name in ("figure.png", "rows.parquet"):
+        (tmp_path / name).write_text("mine")
+
+    def write():
+        with replacing(tmp_path) as folder:
+            for name in ("report.html", "figure.png", "rows.parquet"):
+                (folder / name).write_text("ours")
+
+    with pytest.raises(ConfigError, match=r"figure\.png of it is no report's"):
+        write()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("figure.png", "rows.parquet"), "mine")  # fmt: skip
+    (tmp_path / "report.html").touch()
+    write()
+    assert (tmp_path / "figure.png").read_text() == "ours"
+    with pytest.raises(ConfigError, match="a file lies there"), replacing(tmp_path / "figure.png"):
+        pytest.fail("it is not begun")
 
 
 def test_a_report_that_fails_leaves_the_earlier_one_as_it_is(tmp_path):
