@@ -85,7 +85,7 @@ def _files(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder; give a sample log, or a folder with one.")
     if (path / "items.jsonl").is_file():
-        return {_summary(path).get("benchmark", path.name): path / "items.jsonl"}
+        return {str(_summary(path).get("benchmark", path.name)): path / "items.jsonl"}
     found: dict[str, Path] = {}
     for file in sorted(path.rglob("samples_*.jsonl")):
         named = _NAME.fullmatch(file.name)
@@ -100,22 +100,28 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _summary(folder: Path) -> dict[str, Any]:
     file = folder / "summary.json"
-    return next(_rows(file, whole=True)) if file.is_file() else {}
+    return next(_rows(file, whole=True), {}) if file.is_file() else {}
 
 
 def _rows(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file: one a line, or one in the whole of it."""
-    with path.open("rb") as file:  # splitlines would cut within responses
-        for number, line in enumerate([file.read()] if whole else file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}, line {number}: no JSON ({error!s:.80}).") from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number}: no JSON object, but {line.strip()[:40]!r}.")
-            yield row
+    try:
+        with path.open("rb") as file:  # splitlines would cut within responses
+            for number, line in enumerate([file.read()] if whole else file, start=1):
+                if line.strip():
+                    yield _object(line, f"{path}, line {number}")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: no JSON ({error!s:.80}).") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: no JSON object, but {line.strip()[:40]!r}.")
+    return row
 
 
 def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None) -> Paired:
@@ -151,7 +157,7 @@ def _metrics(path: Path) -> list[str]:
     row = next(_rows(path), None)
     if row is None:
         raise ConfigError(f"{path}: the file has no lines.")
-    if "metrics" in row and "doc_id" in row:
+    if isinstance(row.get("metrics"), list) and "doc_id" in row:
         return [str(name) for name in row["metrics"]]
     if "outcome" in row:
         return [str(_summary(path.parent).get("metric", "outcome"))]
@@ -171,7 +177,7 @@ def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None
     subjects: dict[str, str] = {}
     filters: dict[str, None] = {}
     for row in _rows(path):
-        if name := row.get("filter"):
+        if name := str(row.get("filter") or ""):
             filters[name] = None
             if name != (asked_filter or next(iter(filters))):
                 continue
@@ -222,8 +228,10 @@ def _higher_is_better(path: Path, metric: str) -> bool:
     results = path.with_name(f"results_{named['time']}.json") if named else None
     if named is None or results is None or not results.is_file():
         return True
-    told = next(_rows(results, whole=True)).get("higher_is_better", {})
-    return told.get(named["task"], {}).get(metric) is not False
+    told: Any = next(_rows(results, whole=True), {})
+    for key in ("higher_is_better", named["task"], metric):
+        told = told.get(key) if isinstance(told, dict) else None
+    return told is not False
 
 
 def _require_same_items(a: Log, b: Log) -> None:

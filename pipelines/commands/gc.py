@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
 
 from mft_core.errors import ConfigError
 from mft_core.store import manifests
@@ -35,6 +38,11 @@ _ROWS = (
 )
 
 
+class _Root(BaseModel):
+    result: str | None
+    artifacts: list[str]
+
+
 def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str]) -> None:
     """Say beside a page what its result rests on; what other commands have written there stays kept.
 
@@ -43,11 +51,22 @@ def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str])
         artifacts: `stage/key` each.
     """
     path = page.with_name(ROOTS)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        before = _read_roots(path)
+    except FileNotFoundError:
+        before = {}
+    except (OSError, ValueError):
+        before = {}
+        logging.getLogger("mft").warning("%s was damaged: other commands have to write their reports again", path)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    entry = {"result": result, "artifacts": sorted(artifacts)}
-    unfinished.write_text(json.dumps({**before, command: entry}, indent=1) + "\n", encoding="utf-8")
+    roots = {**before, command: _Root(result=result, artifacts=sorted(artifacts))}
+    text = json.dumps({name: root.model_dump() for name, root in roots.items()}, indent=1)
+    unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
+
+
+def _read_roots(path: Path) -> dict[str, _Root]:
+    return TypeAdapter(dict[str, _Root]).validate_json(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ def _find(store: ArtifactStore, before: float) -> Waste:
         return sorted(path for path in found if _touched(path) < before)
 
     artifacts = old(path.parent for path in (home / "artifacts").glob("[!.]*/[!.]*/manifest.json"))
-    needed = _needed(home, {name for entry in roots for name in entry["artifacts"]}, set(artifacts))
+    needed = _needed(home, {name for entry in roots for name in entry.artifacts}, set(artifacts))
     unreached = [path for path in artifacts if path not in needed and path.parent.name != "compare"]
     references = [home / "prefect" / "results" / path.name for path in unreached]
     paths = {
@@ -118,7 +137,7 @@ def _find(store: ArtifactStore, before: float) -> Waste:
         "logs": old((home / "logs").glob("*.log")),
         "records of runs": old((home / "runs").glob("*")),
     }
-    results = {entry["result"] for entry in roots if entry["result"]}
+    results = {entry.result for entry in roots if entry.result}
     return Waste(paths, _prefect_runs(home, before), _mlflow_runs(home, before, results))
 
 
@@ -128,16 +147,16 @@ def _touched(path: Path) -> float:
     return max(each.lstat().st_mtime for each in (path, *within))
 
 
-def _roots(home: Path) -> list[dict[str, Any]]:
-    found = []
+def _roots(home: Path) -> list[_Root]:
+    found: list[_Root] = []
     for page in sorted((home / "reports").glob("*/report.html")):
         try:
-            found += list(json.loads(page.with_name(ROOTS).read_text(encoding="utf-8")).values())
+            found += _read_roots(page.with_name(ROOTS)).values()
         except (OSError, ValueError):
-            text = page.with_suffix(".md").read_text(encoding="utf-8") if page.with_suffix(".md").is_file() else ""
+            text = page.with_suffix(".md").read_text("utf-8", "replace") if page.with_suffix(".md").is_file() else ""
             ran = re.search(r"\bmft run ([^`\n]+)", text)
             raise ConfigError(
-                f"{page.parent}: does not say which artifacts it rests on (no {ROOTS}). Write it: mft report "
+                f"{page.parent}: does not say which artifacts it rests on (no sound {ROOTS}). Write it: mft report "
                 f"{ran[1].strip() if ran else 'STUDY --profile PROFILE'}; or remove the folder if nobody needs it."
             ) from None
     return found
@@ -166,7 +185,7 @@ def _prefect_runs(home: Path, before: float) -> int:
         until = datetime.fromtimestamp(before, UTC).strftime("%Y-%m-%d %H:%M:%S")
         try:
             return int(connection.execute(f"SELECT count(*) {_ROWS} AND end_time < ?", (until,)).fetchone()[0])
-        except sqlite3.OperationalError:  # a database that no server has filled yet
+        except sqlite3.DatabaseError:  # no server has filled it yet; or it is damaged, and the next one makes it anew
             return 0
 
 
@@ -178,14 +197,21 @@ def _mlflow_runs(home: Path, before: float, results: set[str]) -> list[str]:
     from mlflow.entities import ViewType
     from mlflow.tracking import MlflowClient
 
-    client, token = MlflowClient(), None
+    token = None
     found: list[Any] = []
-    experiments = [experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)]
-    while experiments:
-        page = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=1000, page_token=token)
-        found += page
-        if not (token := page.token):
-            break
+    try:
+        client = MlflowClient()
+        experiments = [experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)]
+        while experiments:
+            page = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=1000, page_token=token)
+            found += page
+            if not (token := page.token):
+                break
+    except Exception as error:  # MLflow and what it stands on raise whatever they meet in a damaged file
+        raise ConfigError(
+            f"{home / 'mlflow.db'} cannot be read ({type(error).__name__}: {str(error).strip():.100}); move it away: "
+            "`mft report STUDY --sync` writes the numbers of finished studies to a new one."
+        ) from error
     kept = {run.info.run_id for run in found if run.data.tags.get("mft.result") in results
             and run.info.lifecycle_stage == "active"}  # fmt: skip
 

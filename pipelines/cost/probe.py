@@ -8,6 +8,7 @@ on a CPU as many as there are heavy stages at a time, since these share caches a
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -55,8 +56,8 @@ def probe(plans: Sequence[Plan], store: ArtifactStore, device: Device, say: Call
                 continue
             at = digest([device.name, kind, small[0], facts.runtime, os.environ.get("OMP_NUM_THREADS")])
             path = store.home / "probes" / f"{kind.replace(' ', '-')}-{at[:16]}.json"
-            if path.is_file():
-                known[kind] = json.loads(path.read_text(encoding="utf-8"))
+            if kept := _kept(path):
+                known[kind] = kept
             else:
                 missing[kind] = path, step.node.stage, *small
     if not missing:
@@ -75,6 +76,15 @@ def probe(plans: Sequence[Plan], store: ArtifactStore, device: Device, say: Call
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known[kind]), encoding="utf-8")
     return known
+
+
+def _kept(path: Path) -> float | None:
+    """Return what was measured before; None: nothing, or what is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, float) and 0 < found < math.inf else None
 
 
 def _measure(work: Sequence[tuple[Recipe, Facts]], at_once: int) -> list[float]:

@@ -19,7 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
 
 from mft_core.errors import told
 from mft_core.names import without_secrets
@@ -34,6 +36,39 @@ KEPT = 7 * 86400
 """seconds for which what became of a run is told"""
 
 Entry = dict[str, Any]
+_Seconds = Annotated[float, Field(ge=-1e11, le=1e11)]
+
+
+class _Stage(BaseModel):
+    label: str
+    step: int
+    total: int
+    detail: str
+    seconds_left: _Seconds | None
+
+
+class _Record(BaseModel, extra="allow"):
+    """What is asked of a file: another one is damaged."""
+
+    state: Literal["running", "finished", "failed", "stopped"]
+    command: str
+    pid: int
+    host: str
+    log: str
+    latest: str
+    started: _Seconds
+    total: int
+    done: int
+    cached: int
+    seconds_left: _Seconds | None
+    stages: list[_Stage]
+    ended: _Seconds = 0
+    reason: str = ""
+
+
+_UNKNOWN: Entry = {"state": "running", "pid": 0, "host": platform.node(), "log": "", "latest": "", "total": 0,
+                   "done": 0, "cached": 0, "seconds_left": None, "stages": []}  # fmt: skip
+"""what is told of a run that lives, as its lock says, and whose file is damaged"""
 
 
 @contextlib.contextmanager
@@ -89,10 +124,12 @@ def runs(home: Path) -> list[Entry]:
     found = []
     for path in sorted((home / "runs").glob("*.json"), reverse=True):
         try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
+            entry: Entry = _Record.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
             silent = time.time() - path.stat().st_mtime
         except (OSError, ValueError):  # gone meanwhile, or damaged
-            continue
+            if not _held(path.with_suffix(".lock")):
+                continue
+            entry, silent = {**_UNKNOWN, "command": f"(not to be read: {path})", "started": time.time()}, 0.0
         elsewhere = entry["host"] != platform.node() and silent < SILENT
         if entry["state"] == "running" and not elsewhere and not _held(path.with_suffix(".lock")):
             entry |= {"state": "killed", "reason": f"its process {entry['pid']} on {entry['host']} is gone: killed?"}

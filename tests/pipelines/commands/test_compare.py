@@ -182,6 +182,8 @@ def test_evaluations_of_this_project_are_read(tmp_path: Path, capsys: pytest.Cap
         (['{"question": 1}'], "neither a sample log of lm-eval"),
         ([], "the file has no lines"),
         (["\x00\x01"], "line 1: no JSON"),
+        (['{"doc_id": 1, "metrics": 5}'], "neither a sample log of lm-eval"),
+        (['{"id": 1, "score": 1, "filter": ["x"]}', '{"id": 2, "score": 1, "filter": ["x"]}'], "filter None against"),
         (['{"id": 1, "score": 1}', '{"id": 2, "score": 1' + "0" * 400 + "}"], "score of item 2 is 1000"),
     ],
 )
@@ -205,6 +207,9 @@ def test_further_mistakes_are_told_in_a_sentence(tmp_path: Path):
             compare(a, b, **{"margin": 1.0, "metric": None, "cluster": None, "as_json": False, **options})
     with pytest.raises(ConfigError, match="no such file"):
         compare(a, tmp_path / "c", 1.0, None, None, False)
+    (tmp_path / "secret.jsonl").symlink_to("/proc/self/mem")  # which nobody reads from its beginning
+    with pytest.raises(ConfigError, match="cannot be read"):
+        compare(a, tmp_path / "secret.jsonl", 1.0, None, None, False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="run lm_eval with --log_samples"):
         compare(a, tmp_path / "empty", 1.0, None, None, False)

@@ -21,6 +21,7 @@ from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import ROOTS, collect, keep
 from pipelines.servers.runs import LOCK, runs, told_of
+from tests.pipelines.commands.test_status import FAR
 from tests.support.faults import Study, digests
 
 DAY = 86400.0
@@ -117,7 +118,7 @@ def test_nothing_goes_while_a_run_lives(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     (tmp_path / "work" / "0123").mkdir(parents=True)
     os.utime(tmp_path / "work" / "0123", (0, 0))
-    with told_of(store, "mft run x", tmp_path / "a.log", dict), pytest.raises(ConfigError, match="mft run x"):
+    with told_of(store, "mft run x", tmp_path / "a.log", lambda: FAR), pytest.raises(ConfigError, match="mft run x"):
         collect(store, 7, delete=True)
     assert collect(store, 7, delete=True).paths[STATES] == [tmp_path / "work" / "0123"]
     assert not (tmp_path / "work" / "0123").exists()
@@ -127,7 +128,7 @@ def test_a_run_that_begins_while_gc_works_waits_for_its_end(tmp_path: Path) -> N
     store, begun, end = ArtifactStore(tmp_path), threading.Event(), threading.Event()
 
     def run() -> None:
-        with told_of(store, "mft run x", tmp_path / "a.log", dict):
+        with told_of(store, "mft run x", tmp_path / "a.log", lambda: FAR):
             begun.set()
             end.wait(60)
 
@@ -149,3 +150,32 @@ def test_what_several_commands_have_written_to_one_page_is_all_kept(tmp_path: Pa
     said = json.loads((tmp_path / ROOTS).read_text())
     assert {command: entry["artifacts"] for command, entry in said.items()} == {
         "a": ["evaluate/3"], "b": ["evaluate/2"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"a": 5}', b'{"a": {"result": 5, "artifacts": 5}}', b"\xff"])
+def test_a_damaged_list_of_roots_stops_gc_and_no_report(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = tmp_path / "reports" / "x" / "report.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    page.with_name(ROOTS).write_bytes(damage)
+    with pytest.raises(ConfigError, match="does not say which artifacts it rests on"):
+        collect(ArtifactStore(tmp_path), 7, delete=True)
+    keep(page, "a", "1", ["evaluate/1"])
+    assert "was damaged" in caplog.text
+    assert json.loads(page.with_name(ROOTS).read_text()) == {"a": {"result": "1", "artifacts": ["evaluate/1"]}}
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_damaged_database_of_prefect_has_no_rows_and_one_of_mlflow_is_named(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "prefect").mkdir()
+    (tmp_path / "prefect" / "prefect.db").write_bytes(content)
+    assert collect(ArtifactStore(tmp_path), 7, delete=True).prefect_runs == 0
+    (tmp_path / "mlflow.db").write_bytes(content)
+    if content:
+        with pytest.raises(ConfigError, match=r"mlflow\.db cannot be read"):
+            collect(ArtifactStore(tmp_path), 7, delete=True)

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
+from pipelines.commands.status import text
 from pipelines.run import display
 from pipelines.run.display import Display
 from pipelines.run.logs import log_to
@@ -96,6 +97,38 @@ def test_what_a_run_waits_for_is_told_though_the_display_goes_on_saying_that_not
             time.sleep(0.05)
         time.sleep(2 * SECONDS)
         assert "latest: waiting for the first worker of tcp://head:8786" in status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"started": "x"},
+        {"started": 1e308},
+        {"stages": [{}]},
+        {"latest": None},
+        {"state": "asleep"},
+        {"done": None},
+        None,
+    ],
+)
+def test_a_damaged_record_is_passed_over_and_no_run_ends_by_it(tmp_path: Path, change: dict[str, Any] | None) -> None:
+    store = ArtifactStore(tmp_path)
+    with told_of(store, "mft run x", tmp_path / "a.log", lambda: FAR):
+        (path,) = (tmp_path / "runs").glob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change} if change else [1]))
+    with told_of(store, "mft run y", tmp_path / "b.log", lambda: FAR):
+        pass
+    assert [run["command"] for run in runs(tmp_path)] == ["mft run y"]
+
+
+def test_a_run_whose_record_is_damaged_still_lives(tmp_path: Path) -> None:
+    with told_of(ArtifactStore(tmp_path), "mft run x", tmp_path / "a.log", lambda: FAR):
+        (path,) = (tmp_path / "runs").glob("*.json")
+        path.write_text("{")
+        (run,) = runs(tmp_path)
+    assert run["state"] == "running"
+    assert str(path) in run["command"]
+    assert str(path) in text([run], tmp_path)
 
 
 def test_a_run_on_another_machine_lives_as_long_as_it_writes(tmp_path: Path) -> None:

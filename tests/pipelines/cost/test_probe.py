@@ -10,7 +10,7 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.profile import load_profile
 from pipelines.config.study import load_study
 from pipelines.cost.predicted import bills, device_of
-from pipelines.cost.probe import _small, probe
+from pipelines.cost.probe import _kept, _small, probe
 from pipelines.plan.plan import make_plan
 from tests.pipelines.cost.test_predicted import LLAMA2_7B, training
 from tests.support.mini import write_profile, write_study
@@ -39,6 +39,14 @@ def test_a_plan_is_corrected_by_what_its_kinds_of_work_take_here_measured_once(t
         if kind in ("evaluate", "learn-mask") and not getattr(step.node.recipe, "calibration_rows", None):
             factor = found[f"{kind} float32 {weights}"] if kind == "evaluate" or step.node.recipe.training else 1
             assert corrected.costs[step.node.id].hours == pytest.approx(factor * plain.costs[step.node.id].hours)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "0.0", "NaN", "-1.5"])
+def test_what_was_measured_and_is_damaged_is_measured_again(tmp_path, damage):
+    (tmp_path / "kept.json").write_text(damage)
+    assert _kept(tmp_path / "kept.json") is None
+    (tmp_path / "kept.json").write_text("1.5")
+    assert _kept(tmp_path / "kept.json") == 1.5
 
 
 @pytest.mark.parametrize("recipe", [ANSWERS, TUNING, MASK])
