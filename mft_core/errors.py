@@ -13,6 +13,9 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ValidationError
 
+_LINES, _SHOWN = 20, 200
+"""problems that are told of one file, and characters of a value that is wrong"""
+
 
 class ConfigError(Exception):
     """Bad usage or bad configuration; nothing has been computed or written. Exit code 2."""
@@ -63,8 +66,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Confi
             if problem["type"] == "literal_error":
                 valid = re.findall("'([^']*)'", problem["ctx"]["expected"])
                 message += f".{did_you_mean(str(problem['input']), valid)}"
-            lines.append(f"{where}: {field} = {problem['input']!r}: {message}" if field else f"{where}: {message}")
-    return ConfigError("\n".join(lines))
+            shown = f"{where}: {field} = {problem['input']!r:.{_SHOWN}}: {message}"
+            lines.append(shown if field else f"{where}: {message}")
+    more = [f"… and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
+    return ConfigError("\n".join(lines[:_LINES] + more))
 
 
 def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ _LEFT_OUT = {
 """what the config.json of published checkpoints of a family leaves out"""
 _OF_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+?)(?:\.weight)?$")
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
+_MOST_LAYERS = 10_000
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 MOST_ROWS = 128
 """sequences decoded together at most where the runtime says nothing: more are hardly faster"""
@@ -135,7 +136,7 @@ def read_geometry(config: Mapping[str, Any], checkpoint: Path | None = None) -> 
     experts, expert = _number(config, "num_local_experts", "num_experts"), _number(config, "moe_intermediate_size")
     passed, shared = _number(config, "num_experts_per_tok", default=1), 0
     vocabulary, gated = _number(config, "vocab_size"), family not in _UNGATED
-    count = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    count = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers", most=_MOST_LAYERS)
     found = _from_headers(checkpoint, count) if checkpoint else None
     if found is None:
         copies = 1 if config.get("tie_word_embeddings", family in _TIED) else 2
@@ -188,8 +189,9 @@ def decoded_together(sequences: float, each: float, room: float) -> int:
     return max(1, math.ceil(sequences / max(1, math.ceil(sequences / most))))
 
 
-def _number(config: Mapping[str, Any], *names: str, default: int = 0) -> int:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), default)
+def _number(config: Mapping[str, Any], *names: str, default: int = 0, most: int = 2**40) -> int:
+    found = (config.get(name) for name in names)
+    return next((number for number in found if isinstance(number, int) and 0 < number <= most), default)
 
 
 def _mlp(block: str, hidden: int, inner: int, gated: bool, count: int = 1) -> list[Matrix]:
@@ -222,11 +224,13 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all weights by name; a file that is damaged is another's business, and has none here."""
     found: dict[str, tuple[int, ...]] = {}
     for path in sorted(checkpoint.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            header = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
         try:
+            with path.open("rb") as file:
+                header = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
             entries = json.loads(header)
-        except ValueError:
+            entries.pop("__metadata__", None)
+            shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
             return {}
-        found |= {name: tuple(entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
+        found |= shapes
     return found

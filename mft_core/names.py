@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from mft_core.errors import ConfigError
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
 _SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|KEY_ID|AUTH_STRING)$")
 """how the names of environment variables end whose values are secrets, whatever reads them"""
 _PASSWORD = re.compile(r"(?<=://)([^\s/:@]*):([^\s/@]+)@")
@@ -19,7 +19,7 @@ _LONG_ENOUGH = 6
 
 
 def printable(text: str) -> str:
-    """Return a text without the characters that steer a terminal or turn its direction."""
+    """Return a text without the characters that steer a terminal or turn its direction, and what is no character."""
     return _CONTROL.sub("\ufffd", text)
 
 

@@ -28,6 +28,8 @@ SECONDS = 10.0
 """of one rendering, which takes milliseconds"""
 _EVERY = 0.05
 """seconds from one look at the clock to the next"""
+FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""what rendering a template of somebody else's raises"""
 
 
 class UnstableTemplateError(TemplateRuntimeError):
@@ -147,7 +149,7 @@ def steady_chat_template(template: str) -> None:
 
     try:
         compiled = _compile_jinja_template(template)
-    except TemplateError as error:
+    except FAULTS as error:
         raise ConfigError(f"chat template: it cannot be read ({error}); mend it, or give another.") from error
     compiled.environment.globals.update(strftime_now=_today, lipsum=_drawn)
     compiled.environment.filters["random"] = _drawn
@@ -171,7 +173,7 @@ def asks_for_code(directory: Path, name: str) -> ConfigError | None:
     """
     try:
         asked = json.loads((directory / name).read_text(encoding="utf-8")).get("auto_map")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     if not asked:
         return None

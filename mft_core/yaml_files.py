@@ -5,6 +5,7 @@ Reads profiles, studies and the values of `--set`; whoever reads YAML that a use
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,34 @@ from mft_core.errors import ConfigError
 _MOST_BYTES = 1_000_000
 _MOST_NODES = 50_000
 """values of a file with its aliases written out; the shipped profiles have under 500"""
+_MOST_BITS = 63
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that stands twice in a mapping."""
+    """The safe loader, which refuses a key that stands twice in a mapping, and what no setting can be."""
 
     tags: Tags
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.nodes += 1
+        if self.nodes > _MOST_NODES:  # reading on would take minutes
+            raise ConfigError(f"more than {_MOST_NODES:,} values; is this the right file?")
+        return super().compose_node(parent, index)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if isinstance(node, yaml.ScalarNode) and node.tag in self.tags:
             return self.tags[node.tag](node.value)
-        return super().construct_object(node, deep)
+        value = super().construct_object(node, deep)
+        wrong = None
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            wrong = f"a number of more than {_MOST_BITS} bits"
+        elif isinstance(value, str) and _NO_TEXT.search(value):
+            wrong = f"{value!r:.60}: a character that no text has (NUL, or half a surrogate pair)"
+        if wrong:
+            raise ConfigError(f"line {node.start_mark.line + 1}: {wrong}; correct it.")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -85,9 +103,9 @@ def parse_yaml(text: str, where: str, tags: Tags | None = None) -> Any:
         return loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # a date such as 2026-13-45; deep nesting
+    except Exception as error:  # PyYAML's constructors raise whatever they meet: of 2026-13-45, `!!bool x`, `!!int ''`
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"{where}: not YAML: {reason}") from error
+        raise ConfigError(f"{where}: not YAML: {reason or type(error).__name__}") from error
     finally:
         loader.dispose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from pipelines.plan.plan import Plan
     from pipelines.report.asked import Asked
 
+_LONGEST = 4_000
+"""characters of an error, in which names of any length may stand"""
 app = typer.Typer(
     help="Can a fine-tuned LLM be made better by removing weights? Where, how much, and is the gain real?",
     no_args_is_help=True,
@@ -75,10 +78,14 @@ def _open_closed_streams() -> None:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _told(error: BaseException) -> str:
-    return printable(without_secrets(told(error)))
+    text = printable(without_secrets(told(error)))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 @app.command()
@@ -300,7 +307,7 @@ def status(as_json: AsJson = False) -> None:
 @app.command()
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="delete it; without this, it is only shown")] = False,
-    older: Annotated[int, typer.Option(min=1, metavar="DAYS", help="keep what is younger")] = 7,
+    older: Annotated[int, typer.Option(min=1, max=10_000, metavar="DAYS", help="keep what is younger")] = 7,
     as_json: AsJson = False,
 ) -> None:
     """Show (or delete) what no study with a page under MFT_HOME/reports reaches: artifacts, states, logs, rows."""
@@ -416,8 +423,8 @@ def _seeds(text: str | None) -> list[int] | None:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds '{text}': give whole numbers separated by commas, e.g. 0,1,2.") from None
-    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"--seeds '{text}': seeds are different whole numbers from 0 upwards, e.g. 0,1,2.")
+    if min(seeds) < 0 or max(seeds).bit_length() > 63 or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds '{text}': seeds are different whole numbers from 0 to 2^63 - 1, e.g. 0,1,2.")
     return seeds
 
 

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ from mft_core.errors import ConfigError
 _BATCH, _CHARACTERS = 1_000, 200_000
 """conversations rendered and tokenised together, and between two reports: so many, or of so many characters, since a
 token takes a hundred bytes meanwhile"""
+_LONG = 1_000_000
+"""characters of a text, of more of which only the beginning is tokenised: twice what max_length tokens can hold"""
 _SURE = 500  # rows drawn, of which a sample's share is known well enough
 
 
@@ -71,16 +74,16 @@ def encode(
         nonlocal done, cut, turns_left_out, shortest
         for batch in _batches(conversations):
             wheres = [f"row {row} of the mixture" for row in range(done, done + len(batch))]
-            for row, (ids, in_loss) in enumerate(_encode_batch(batch, wheres, tokenizer), done):
+            for row, (ids, in_loss, unread) in enumerate(_encode_batch(batch, wheres, tokenizer, max_length), done):
                 ends = _ends(in_loss)
                 if fit := _fitting(ids, ends, max_length):
                     kept.append(row)
-                    lost = int((ends > fit).sum())
+                    lost = int((ends > fit).sum()) + unread.answers
                     cut += lost > 0
                     turns_left_out += lost
                     yield ids[:fit], in_loss[:fit]
                 else:
-                    shortest = min(shortest, int(ends[0]))
+                    shortest = min(shortest, unread.first_answer(ends, ids))
             done += len(batch)
             report(done)
             if done - len(kept) > most_dropped:
@@ -106,7 +109,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tupl
             (*(Message(turn["role"], turn["content"]) for turn in messages), Message("assistant", answer))
             for messages, _ in prompts
         ]
-        for (ids, in_loss), (_, text) in zip(
+        for (ids, in_loss, _), (_, text) in zip(
             _encode_batch(conversations, ["a prompt of evaluation"] * len(prompts), tokenizer),
             prompts,
             strict=True,
@@ -159,10 +162,10 @@ def check_fits(
         places = iter(where for where, _ in source.sample)
         for batch in _batches(row for _, row in source.sample):
             wheres = list(itertools.islice(places, len(batch)))
-            encoded = _encode_batch(batch, wheres, tokenizer)
-            for where, (ids, in_loss) in zip(wheres, encoded, strict=True):
+            encoded = _encode_batch(batch, wheres, tokenizer, max_length)
+            for where, (ids, in_loss, unread) in zip(wheres, encoded, strict=True):
                 ends = _ends(in_loss)
-                needed.append(int(ends[0]))
+                needed.append(unread.first_answer(ends, ids))
                 if fit := _fitting(ids, ends, max_length):
                     limits.check(ids[:fit], fit, where, tokenizer.convert_ids_to_tokens)
                 else:
@@ -218,26 +221,50 @@ def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversatio
         yield batch
 
 
+class _Unread(NamedTuple):
+    """What stands behind the part of a text that was tokenised."""
+
+    answers: int
+    times: float
+    """the whole text's length over that of the part"""
+
+    def first_answer(self, ends: np.ndarray, ids: np.ndarray) -> int:
+        """Return after how many tokens the first answer ends; about, where it ends behind that part."""
+        return math.ceil(ends[0] * self.times) if ends[0] == len(ids) else int(ends[0])
+
+
 def _encode_batch(
-    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = _LONG
+) -> Iterator[tuple[np.ndarray, np.ndarray, _Unread]]:
     """Yield the token ids, int32 [T], and what is in the loss, bool [T], of each conversation, uncut.
 
     Args:
         wheres: names each conversation in errors.
+        max_length: tokens; of a text of more than `_LONG` characters that is longer, only a part is looked at.
     """
     texts = rendered(batch, wheres, tokenizer)
-    tokens = tokenizer(
-        [text for text, _ in texts],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    read = [text if len(text) <= _LONG else text[: _enough(tokenizer, max_length)] for text, _ in texts]
+    tokens = _tokenise(tokenizer, read)
     for i, (text, spans) in enumerate(texts):
-        in_loss = _tokens_within(text, spans, np.asarray(tokens["offset_mapping"][i]).reshape(-1, 2))
+        ids, offsets, part = tokens["input_ids"][i], tokens["offset_mapping"][i], len(read[i])
+        if part < len(text) and len(ids) <= max_length:  # its tokens stand for more than they are long
+            whole, part = _tokenise(tokenizer, [text]), len(text)
+            ids, offsets = whole["input_ids"][0], whole["offset_mapping"][0]
+        in_loss = _tokens_within(text, spans, np.asarray(offsets).reshape(-1, 2))
         in_loss[:1] = False  # nothing predicts the first token
-        yield np.asarray(tokens["input_ids"][i], np.int32), in_loss
+        unread = _Unread(sum(start >= part for start, _ in spans), len(text) / max(part, 1))
+        yield np.asarray(ids, np.int32), in_loss, unread
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Any:
+    return tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+
+
+def _enough(tokenizer: PreTrainedTokenizerBase, tokens: int) -> int:
+    """Return characters that twice so many tokens cannot hold."""
+    return max(_LONG, 2 * tokens * max(map(len, tokenizer.get_vocab())))
 
 
 def _tokens_within(text: str, spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:

@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation, Message
 from mft_core.errors import ConfigError
-from mft_core.sandbox import TimeLimit, UnstableTemplateError, asks_for_code, steady_chat_template
+from mft_core.sandbox import FAULTS, TimeLimit, UnstableTemplateError, asks_for_code, steady_chat_template
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()
@@ -171,7 +170,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
             )
     except UnstableTemplateError as error:
         raise ConfigError(f"chat template: {error}.") from error
-    except (TemplateError, ValueError) as error:
+    except FAULTS as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ConfigError(f"chat template: it cannot show a prompt of the roles {roles}: {error}.") from error
     return str(prompt)
@@ -200,7 +199,7 @@ def rendered(
                 _check_shown(tokenizer, template, text, conversation)
             except UnstableTemplateError as error:
                 raise ConfigError(f"chat template: {error}.") from error
-            except (TemplateError, _UnfitTemplateError, ValueError) as error:
+            except (*FAULTS, _UnfitTemplateError) as error:
                 first = conversation[0].content
                 roles = ", ".join(message.role for message in conversation)
                 raise ConfigError(

@@ -184,6 +184,13 @@ def sample(
 
 def parse_row(row: Any, where: str) -> Conversation:
     """Check one row and return its conversation; `where` names file and line in the ConfigError."""
+    try:
+        return _parsed(row, where)
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply.") from None
+
+
+def _parsed(row: Any, where: str) -> Conversation:
     if not isinstance(row, dict) or "messages" not in row:
         found = f"it has {', '.join(map(repr, row)) or 'no fields'}" if isinstance(row, dict) else f"it is {row!r:.60}"
         raise ConfigError(f"{where}: no field 'messages'; {found}. A row is {_SHAPE}.")
@@ -230,7 +237,7 @@ def _with_tools(conversation: Conversation, tools: Any, where: str) -> Conversat
             'Valid: [{"type": "function", "function": {"name": ..., "parameters": ...}}].'
         )
     first = conversation[0]
-    more = json.dumps({**json.loads(first.more or "{}"), "tools": _present(tools)}, ensure_ascii=False)
+    more = _as_text({**json.loads(first.more or "{}"), "tools": _present(tools)}, f"{where}: tools")
     return (first._replace(more=more), *conversation[1:])
 
 
@@ -263,10 +270,7 @@ def _parse_message(turn: Any, where: str) -> Message:
         content = ""
     if not isinstance(content, str):
         raise ConfigError(f"{where}.content = {content!r:.60}: not a string. Valid: one text per message.")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}.content: half a surrogate pair at character {error.start}; remove it.") from None
+    _check_whole(content, f"{where}.content")
     if len(turn) == 2:
         return Message(role, content)
     fields = {key: value for key, value in turn.items() if not (key in ("role", "content") or _absent(value))}
@@ -280,7 +284,20 @@ def _parse_message(turn: Any, where: str) -> Message:
             )
     more = {key: _present(fields[key]) for key in TEMPLATE_FIELDS if key in fields}
     _check_more(more, role, where)
-    return Message(role, content, trained, json.dumps(more, ensure_ascii=False) if more else "")
+    return Message(role, content, trained, _as_text(more, where) if more else "")
+
+
+def _as_text(more: dict[str, Any], where: str) -> str:
+    text = json.dumps(more, ensure_ascii=False)
+    _check_whole(text, where)
+    return text
+
+
+def _check_whole(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: half a surrogate pair at character {error.start}; remove it.") from None
 
 
 def _trained(fields: dict[str, Any], role: str, where: str) -> bool:

@@ -21,17 +21,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment
+from pydantic import BaseModel, Field, InstanceOf, ValidationError
 
 from mft_core.data.overlap import question_of, read_questions
 from mft_core.data.rows import read_json_lines
-from mft_core.errors import ConfigError, unknown
+from mft_core.errors import ConfigError, explain, unknown
 from mft_core.names import inside
-from mft_core.sandbox import environment, render
+from mft_core.sandbox import FAULTS, environment, render
 from mft_core.yaml_files import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 """definitions of ours beside lm-eval's own: benchmarks as the paper measured them, where lm-eval's differ"""
+_DEEPEST = 12
+"""levels of an item; `datasets` takes twice as long for each"""
 _OF_GROUPS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "task_list"})
 """what a group's definition says of itself; the rest holds for its tasks"""
 _TEMPLATES = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix")
@@ -42,6 +45,47 @@ class Function(NamedTuple):
 
     name: str
     folder: Path
+
+
+class _Metric(BaseModel):
+    metric: str | InstanceOf[Function]
+    aggregation: str | InstanceOf[Function] | None = None
+
+
+class _Filter(BaseModel):
+    name: str
+
+
+class _Generation(BaseModel):
+    max_gen_toks: int | None = Field(None, ge=1)
+
+
+class _Shape(BaseModel):
+    """What is read here of a definition; lm-eval, which is asked before anything is computed, checks the rest."""
+
+    group: str | None = None
+    task: str | list[str | dict[str, Any]] | None = None
+    tag: str | list[str] | None = None
+    dataset_path: str | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    fewshot_split: str | None = None
+    output_type: str | None = None
+    metric_list: list[_Metric] | None = None
+    filter_list: list[_Filter] | None = None
+    generation_kwargs: _Generation | None = None
+    num_fewshot: int | None = Field(None, ge=0)
+    repeats: int | None = Field(None, ge=1)
+
+
+def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a definition whose parts are of the kinds that they have to be."""
+    try:
+        _Shape.model_validate(config)
+    except ValidationError as error:
+        raise explain(error, _Shape, where) from error
+    return config
 
 
 class Item(NamedTuple):
@@ -94,7 +138,7 @@ class Definition:
         found = {}
         for split, named in splits.items():
             names = [named] if isinstance(named, str) else named
-            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            if not (isinstance(names, list) and names and all(isinstance(word, str) for word in (split, *names))):
                 raise ConfigError(
                     f"task '{self.task}' in {self.folder}: dataset_kwargs.data_files must name the JSONL files of a "
                     f"split, for example {{test: {self.task}.jsonl}}; it is {files!r}."
@@ -178,7 +222,7 @@ def _shown(
     """Return what lm-eval makes of an item by one of the definition's templates: a field of that name, or the text."""
     try:
         return row[template] if template in fields else render(sandbox, template, row)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except FAULTS as error:
         raise ConfigError(f"{where}: {name} = {template!r:.80} cannot show this item: {error}.") from error
 
 
@@ -220,10 +264,13 @@ def definitions(folder: Path, name: str) -> list[Definition]:
         else:
             error = ConfigError(f"benchmark folder {folder}: no task there; lm-eval's definitions are files *.yaml.")
         raise ConfigError("\n".join([str(error), *index.broken]))
-    return [
+    found = [
         Definition(folder, task, config, tuple(dict.fromkeys([*files, *_modules(folder, config)])))
         for task, config, files in index.expand(name)
     ]
+    if not found:
+        raise ConfigError(f"group '{name}' in {folder}: no task belongs to it; list some under `task:`.")
+    return found
 
 
 def questions(task: str, benchmark: Path) -> list[str]:
@@ -244,7 +291,7 @@ def tasks_in(folder: Path) -> list[str]:
         ConfigError: it defines none.
     """
     index = _read_folder(folder)
-    found = [name for name, (config, _) in index.known.items() if "group" not in config]
+    found = [name for name, (config, _) in index.known.items() if config.get("group") is None]
     if not found:
         error = f"benchmark folder {folder}: no task there; lm-eval's definitions are files *.yaml."
         raise ConfigError("\n".join([error, *index.broken]))
@@ -296,13 +343,15 @@ class Index:
         own = {key: value for key, value in member.items() if key not in ("group", "task")}
         known, places = self.known.get(name, (member, ()))
         files = (*(place for place in places if place != "tag:"), *files)
-        if "group" not in known:
+        if known.get("group") is None:
             inline = name not in self.known
             task = f"{parents[-1]}::{name}" if inline and parents else name
-            yield _Member(task, {**known, **overrides, **own, "task": task}, files)
+            config = {**known, **overrides, **own, "task": task}
+            yield _Member(task, _checked(config, f"task '{task}' in {', '.join(files)}"), files)
             return
         for_tasks = {key: value for key, value in {**known, **own}.items() if key not in _OF_GROUPS}
-        for child in known.get("task") or []:
+        children = known.get("task") or []
+        for child in [children] if isinstance(children, str) else children:
             yield from self._expand(child, {**for_tasks, **overrides}, files, (*parents, name))
 
 
@@ -315,7 +364,7 @@ def _read_folder(folder: Path) -> Index:
             config, files = _read(folder, path, ())
             if "class" in config:
                 raise ConfigError("a task in Python (class:) is none of a local benchmark")
-            index.add(config, files)
+            index.add(_checked(config, str(path)), files)
         except (ConfigError, OSError) as error:
             index.broken.append(f"{path} cannot be read as YAML of lm-eval: {error}")
     return index
@@ -366,11 +415,18 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
+def _deep(value: Any, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_deep(each, left - 1) for each in inner)
+
+
 def read_items(path: Path) -> list[Item]:
     """Return the items of a JSONL file; see `Definition.items`."""
     items = []
     for number, row in read_json_lines(path):
         if not isinstance(row, dict):
             raise ConfigError(f"{path} line {number}: an object is expected, found {type(row).__name__}.")
+        if _deep(row, _DEEPEST):
+            raise ConfigError(f"{path} line {number}: nested too deeply; valid: {_DEEPEST} levels.")
         items.append(Item(f"{path} line {number}", row))
     return items

@@ -6,6 +6,7 @@ What fails here would have failed after the fine-tuning, or, worse, not at all. 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 _COMPARED = 20
 """prompts whose tokens are compared with those of the training"""
-_BATCH = 1_000  # prompts tokenised together
+_BATCH, _READ = 1_000, 1_000_000  # prompts tokenised together; characters of one, more than any model has room for
 Chat = tuple[list[dict[str, str]], str]
 
 
@@ -45,6 +46,7 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
     loaded = read_tokenizer(tokenizer, template)
     runtime = Runtime.model_validate({})
     with settled(runtime), seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # an error says it; the evaluation warns
         with _told(f"task '{recipe.task}': lm-eval cannot load it"):
             tasks = load_tasks(recipe, benchmark)
         for name, task in tasks.items():
@@ -56,12 +58,14 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
                     fewshot_as_multiturn=recipe.apply_chat_template,
                     chat_template=_recording(loaded, chats) if recipe.apply_chat_template else None,
                 )
+            for request in task.instances if recipe.cluster else ():
+                cluster_of(recipe, name, request.doc)
+            if task.OUTPUT_TYPE == "generate_until" and task.instances:
+                _check_generation(recipe, name, task, len(loaded))
+            _check_lengths(recipe, name, task, loaded, tokenizer)
             asked = [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
             if asked:
                 check_same_tokens(loaded, asked)
-            for request in task.instances if recipe.cluster else ():
-                cluster_of(recipe, name, request.doc)
-            _check_lengths(recipe, name, task, loaded, tokenizer)
             if benchmark is not None and not recipe.judge:  # lm-eval's own may execute code, or fetch it
                 _check_scores(recipe, name, task)
 
@@ -86,6 +90,33 @@ def _recording(tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> Callabl
     return prompt
 
 
+def _check_generation(recipe: Evaluate, name: str, task: Task, vocabulary: int) -> None:
+    """Check that the task's `generation_kwargs` are such that answers can be generated: a tiny model is asked."""
+    import torch
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _told(f"task '{name}': its generation_kwargs will not do"):
+        given: dict[str, Any] = dict(normalize_gen_kwargs(task.instances[0].args[1]))
+        until, most = given.pop("until"), given.pop("max_gen_toks")
+        if not all(isinstance(text, str) for text in until) or most < 1:
+            raise ValueError(f"until = {until!r:.80}, {most} tokens: valid: texts, and a number above 0")
+        if recipe.engine != "hf":
+            return
+        given.pop("max_length", None)  # as lm-eval does, which takes no temperature for 0
+        if given["do_sample"]:
+            given.setdefault("temperature", 0.0)
+        else:
+            given.pop("temperature", None)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=vocabulary, **sizes))
+            model.generate(
+                input_ids=torch.zeros(1, 1, dtype=torch.long), attention_mask=torch.ones(1, 1), max_length=2,
+                use_cache=True, stopping_criteria=[], pad_token_id=0, **given,
+            )  # fmt: skip
+
+
 def _check_lengths(
     recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, checkpoint: Path
 ) -> None:
@@ -97,12 +128,14 @@ def _check_lengths(
         batch = task.instances[start : start + _BATCH]
         generates = task.OUTPUT_TYPE == "generate_until"
         texts = [request.args[0] if generates else "".join(map(str, request.args)) for request in batch]
-        encoded = tokenizer(texts, add_special_tokens=not recipe.apply_chat_template, verbose=False)["input_ids"]
-        for request, ids in zip(batch, encoded, strict=True):
+        beginnings = [text[:_READ] for text in texts]
+        encoded = tokenizer(beginnings, add_special_tokens=not recipe.apply_chat_template, verbose=False)["input_ids"]
+        for request, text, ids in zip(batch, texts, encoded, strict=True):
             answer = int(normalize_gen_kwargs(request.args[1])["max_gen_toks"]) if generates else 0
             if len(ids) + answer > limit:
+                over = "over " if len(text) > _READ else ""
                 raise ConfigError(
-                    f"task '{name}', item {request.doc_id}: its prompt has {len(ids)} tokens"
+                    f"task '{name}', item {request.doc_id}: its prompt has {over}{len(ids)} tokens"
                     f"{f' and its answer up to {answer}' if generates else ' with its answer'}, but the model has "
                     f"{limit} positions. Show fewer examples (num_fewshot), lower the task's max_gen_toks, or leave "
                     "such items out."

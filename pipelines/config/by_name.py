@@ -5,6 +5,7 @@ For `pipelines.config.study` and `pipelines.config.profile`, which say what the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ def locate(kind: str, name: str) -> Path:
     """
     own = Path(name)
     if own.suffix in (".yaml", ".yml"):
-        if not own.is_file():
+        if not os.path.isfile(own):  # False also of names that are too long
             raise ConfigError(f"{kind} = {name}: no such file; give a YAML file or one of: {', '.join(names(kind))}.")
         return own.resolve()
     if name not in names(kind):

@@ -115,9 +115,13 @@ def anchored(layer: Any, folder: Path) -> Any:
 def _anchor(text: str, folder: Path) -> str:
     if text.startswith(FETCHED):
         return str(ArtifactStore.from_environment().models / text.removeprefix(FETCHED))
-    path = Path(text).expanduser()
-    local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in _FILES
-    return str((folder / path).resolve()) if local or path.is_absolute() else text
+    try:
+        path = Path(text).expanduser()
+        local = (folder / path).exists() or text.startswith((".", "~")) or path.suffix in _FILES
+        return str((folder / path).resolve()) if local or path.is_absolute() else text
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, nobody's home
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{text!r:.80}: no path here ({reason}); correct it.") from error
 
 
 def given(key: str, value: Any) -> Any:

@@ -101,7 +101,13 @@ class Resolver:
         mask = next((folder for folder in (place / "mask", place) if (folder / MASK_CONFIG).is_file()), None)
         if mask is None or (place / "config.json").is_file():  # a merged checkpoint may keep its mask
             return self._model(_asked_alike(ModelSpec(path=str(place)), found), None)
-        if json.loads((mask / MASK_CONFIG).read_text(encoding="utf-8")).get("selector") in _REWINDING:
+        try:
+            selector = json.loads((mask / MASK_CONFIG).read_text(encoding="utf-8"))["selector"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"existing = {place}: {MASK_CONFIG} cannot be read ({error!r}); copy it again."
+            ) from error
+        if isinstance(selector, str) and selector in _REWINDING:
             raise ConfigError(
                 f"existing = {place}: the mask sets weights back to those of another model; merge it first "
                 "(mft mask apply BASE MASK OUT --rewind-to MODEL), and give OUT."
@@ -152,7 +158,7 @@ def _adapted(spec: ModelSpec, base: ModelSpec | None) -> ModelSpec | None:
     try:
         config = json.loads((place / _ADAPTER).read_text(encoding="utf-8"))
         name, revision = config["base_model_name_or_path"], config.get("revision")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"model = {place}: {_ADAPTER} cannot be read ({error!r}); save the adapter again.") from error
     if not name:
         raise ConfigError(f"model = {place}: the adapter does not say which model it belongs to; name it as `base:`.")
@@ -319,7 +325,7 @@ def configuration_file(spec: ModelSpec) -> Path:
 def _read_configuration(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model: {path} cannot be read ({error}); copy or download the checkpoint again.") from error
     if not isinstance(config, dict):
         raise ConfigError(f"model: {path}: an object is expected, found {type(config).__name__}.")
@@ -361,12 +367,14 @@ def _commit(name: str, revision: str, kind: str, unpinned: bool = False) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import HFValidationError, httpx
 
     try:
         api = HfApi()
         info = api.model_info if kind == "model" else api.dataset_info
         return str(info(name, revision=revision, timeout=10).sha)
+    except HFValidationError as error:
+        raise _not_to_be_had(kind, name, revision, first_line(error)) from error
     except (OSError, httpx.HTTPError) as error:  # no network, or no access: the cache may still know the revision
         silent = getattr(error, "response", None) is None  # a hub that answers has said that there is no such thing
         commit = cached_commit(name, revision, kind) or (revision if unpinned and silent else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ _ELSEWHERE = {
 }
 Point = tuple[Setup, dict[str, Any]]
 """a setup with its point of the grid, {setup key: value}"""
+_MOST = 20_000
+"""variants of a study"""
 _FACTOR = re.compile(r"x(\d+\.?\d*|\.\d+)")
 _SETTABLE = (
     *("precision", "engine", "engine_version", "judge"),
@@ -112,6 +115,7 @@ def setups(
     """
     settings = {key: value for key, value in overrides.items() if not key.startswith("runtime.")}
     _refuse_misplaced(settings, study)
+    _refuse_too_many(study, profile, seeds or study.seeds, replicates_of(study, profile, replicates))
     found: dict[Setup, dict[str, Any]] = {}
     for spec in study.variants:
         domains = profile.each(EACH_DOMAIN) if spec.domain == EACH_DOMAIN else [spec.domain]
@@ -134,6 +138,21 @@ def setups(
             "profile or by --set engine=hf."
         )
     return list(found.items())
+
+
+def _refuse_too_many(study: Study, profile: Profile, seeds: Sequence[int], replicates: int) -> None:
+    """Refuse a study whose variants nobody could wait for, before they are made."""
+    count = 0
+    for spec in study.variants:
+        domains = len(profile.each(EACH_DOMAIN)) if spec.domain == EACH_DOMAIN else 1
+        drawn = 1 if "seed" in spec.grid else len(_seeds(spec, seeds))
+        points = math.prod(map(len, spec.values(profile).values()))
+        count += domains * points * drawn * replicates * (1 + (study.checkpoints or 0))
+    if count > _MOST:
+        raise ConfigError(
+            f"study {study.name}: its grids, seeds, replicates and checkpoints make {count:,} variants; valid: at "
+            f"most {_MOST:,}. Give fewer values."
+        )
 
 
 def _checkpoints(setup: Setup, meant: dict[str, Any]) -> Iterator[Point]:
@@ -179,13 +198,16 @@ def _compose(
             if "data" in section:
                 raise ConfigError(f"{name}.data and {name}.domain both say what it is learned on; give one of them.")
             other = copy.deepcopy(profile.partial_setups[_domain(profile, section["domain"], f"{name}.domain")])
+            if "data" not in other:
+                raise ConfigError(f"{name}.domain = {section['domain']}: that domain has no data; give it some.")
             for key, value in changes.items():
                 if key.startswith("data."):  # what holds for the fine-tuning's data holds for the section's
                     _change(other, key, value, f"--set {key}")
             section["data"] = other["data"]
     everything = _every_benchmark(profile, "benchmarks")
     held_out = everything
-    validation = values.pop("validation", [])
+    validation = _benchmarks(values, "validation")
+    values.pop("validation", None)
     if study.choose in ("accuracy", "accuracy-or-loss"):
         if not validation and study.choose == "accuracy":
             raise ConfigError(
@@ -195,12 +217,12 @@ def _compose(
         values["validation"] = validation
         held_out = everything + _every_benchmark(profile, "validation")
     if study.benchmarks == "all":
-        own = values["benchmarks"]
+        own = _benchmarks(values, "benchmarks")
         values["benchmarks"] = own + [bench for bench in everything if bench not in own]
     values |= {"held_out": held_out, "backbone": profile.name, "domain": domain, "method": spec.method}
     if not values.get("judge"):  # `Plan.notes` says which are skipped
         for section in {"benchmarks", "validation", "held_out"} & values.keys():
-            values[section] = [bench for bench in values[section] if bench.get("metric") != judged.METRIC]
+            values[section] = [bench for bench in _benchmarks(values, section) if bench.get("metric") != judged.METRIC]
     try:
         return Setup.model_validate(values), meant
     except ValidationError as error:
@@ -217,8 +239,8 @@ def _change(values: dict[str, Any], key: str, value: Any, where: str) -> Any:
 def _domain(profile: Profile, name: str | None, field: str) -> str:
     """Return the named domain, or the profile's default one; `field` is where the name stands."""
     domain = name or profile.default_domain
-    if domain not in profile.domains:
-        raise unknown(f"{field} of profile {profile.name}:", domain, profile.domains)
+    if not isinstance(domain, str) or domain not in profile.domains:
+        raise unknown(f"{field} of profile {profile.name}:", str(domain), profile.domains)
     return domain
 
 
@@ -226,7 +248,14 @@ def _every_benchmark(profile: Profile, section: str) -> list[Any]:
     """Return the benchmarks of all domains, each once."""
     found: list[Any] = []
     for values in profile.partial_setups.values():
-        found += [bench for bench in values.get(section, ()) if bench not in found]
+        found += [bench for bench in _benchmarks(values, section) if bench not in found]
+    return found
+
+
+def _benchmarks(values: Mapping[str, Any], section: str) -> list[Any]:
+    found = [] if values.get(section) is None else values[section]
+    if not isinstance(found, list) or not all(isinstance(bench, dict) for bench in found):
+        raise ConfigError(f"{section} = {found!r:.80}: give a list of benchmarks, each with name and task.")
     return found
 
 

@@ -85,7 +85,7 @@ class Plan:
         baseless = [method for method in left_out if METHODS[method].needs_base and not based]
         sections = [self.profile.partial_setups[i.setup.domain] for i in self.variants if i.setup.judge is None]
         every = [bench for section in sections for bench in section.get("benchmarks", ())]
-        unjudged = sorted({bench["name"] for bench in every if bench.get("metric") == judged.METRIC})
+        unjudged = sorted({str(bench.get("name")) for bench in every if bench.get("metric") == judged.METRIC})
         return (
             *dict.fromkeys(note for item in self.variants for note in item.resolved.model.notes),
             *(("FFT is the fine-tuned model that was given; it was not trained here.",) if given else ()),

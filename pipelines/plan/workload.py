@@ -40,8 +40,8 @@ PUBLISHED = {
     "ifeval": (541, 1_280),
 }
 """items of the paper's benchmarks, and the most tokens of an answer"""
-_SEEN = 200
-"""rows of a local file that are looked at"""
+_SEEN, _READ = 200, 1_000_000
+"""rows of a local file that are looked at, and characters of them that are tokenised"""
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,16 @@ def _tokens(text: _Text, model: ResolvedModel) -> float:
 
 @functools.cache
 def _encoded(text: _Text, tokenizer: Path) -> int | None:
-    """Return the tokens of all the texts; None where there is no such tokenizer."""
-    if not tokenizer.is_file():
+    """Return the tokens of all the texts; None where there is no such tokenizer, or where it would take long."""
+    if not tokenizer.is_file() or sum(map(len, text.texts)) > _READ:
         return None
     from tokenizers import Tokenizer
 
     try:
         found = Tokenizer.from_file(str(tokenizer))
-    except Exception:  # it raises nothing else; the preflight says what is wrong with it
+        return sum(map(len, found.encode_batch_fast(list(text.texts), add_special_tokens=False)))
+    except Exception:  # it raises nothing else; the preflight says what is wrong with it, or with the texts
         return None
-    return sum(map(len, found.encode_batch_fast(list(text.texts), add_special_tokens=False)))
 
 
 @functools.cache

@@ -88,3 +88,26 @@ def test_llama2_7b_has_its_published_size_and_four_layers_of_it_are_masked():
     geometry = read_geometry(built("llama")[1])
     assert geometry.weights == 6_738_415_616
     assert told(geometry, (4, 5, 6, 7)) == 809_500_672
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": -2},
+        {"head_dim": 0},
+        {"vocab_size": "many"},
+        {"hidden_size": 0},
+    ],
+)
+def test_sizes_that_are_none_stop_no_plan(change):
+    _, config = built("llama", num_hidden_layers=4)
+    assert len(read_geometry({**config, **change}).layers) == 4
+
+
+def test_a_number_of_layers_that_no_model_has_is_none(tmp_path):
+    _, config = built("llama", num_hidden_layers=4)
+    assert read_geometry({**config, "num_hidden_layers": 10**9}).layers == ()
+    for header in (b"[1]", b'{"a": {"shape": ["x"]}}', b'{"a": 5}', b"[" * 5000):
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        assert len(read_geometry(config, tmp_path).layers) == 4

@@ -27,6 +27,15 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: " + "9" * 5000, "not YAML"),
         ("a: \x00", "not YAML"),
         ("a: [", "not YAML"),
+        ("a: !!bool x", "not YAML"),
+        ("a: !!int ''", "not YAML"),
+        ("a: !!timestamp x", "not YAML"),
+        ("a: " + "59:" * 300 + "59.5", "not YAML"),
+        ("a: 0x" + "f" * 5000, "line 1: a number of more than 63 bits"),
+        ("b: 1\na: 9223372036854775808", "line 2: a number of more than 63 bits"),
+        ('a: "x\\ud800"', "line 1: .* half a surrogate pair"),
+        ('a: ["\\0"]', "line 1: .*NUL"),
+        ("\n".join(f"k{n}: 1" for n in range(100_000)), "more than 50,000 values; is this"),
     ],
 )
 def test_what_yaml_would_settle_in_silence_or_blow_up_is_refused(text: str, told: str) -> None:

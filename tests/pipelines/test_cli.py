@@ -54,6 +54,17 @@ def test_a_closed_output_is_written_to_nowhere(closed: str, study: list[str], tm
     assert process.returncode == 0, err
 
 
+def test_names_that_the_terminal_has_no_characters_for_are_shown_as_numbers(tmp_path: Path) -> None:
+    write_profile(tmp_path)
+    study = write_study(tmp_path, [{"method": "fft"}], question="Wie groß?")
+    odd = os.fsdecode(b"\xff")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "MFT_HOME": str(tmp_path / odd)}
+    for words in (["plan", str(study), "--profile", str(tmp_path / "mini.yaml"), "--on", "cpu"], ["status"]):
+        done = subprocess.run(mft(*words), env=environment, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert (rb"Wie gro\xdf?" if words[0] == "plan" else rb"\udcff") in done.stdout
+
+
 def test_a_double_ctrl_c_ends_at_once_without_a_traceback(study: list[str], tmp_path: Path) -> None:
     process = start(tmp_path, mft("run", *study), stdout=subprocess.DEVNULL)
     assert process.stderr

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mft_core.data import assistant_tokens
 from mft_core.data.assistant_tokens import Drawn, check_fits, check_same_tokens, encode
 from mft_core.data.chat_template import (
     EndOfTurn,
@@ -200,6 +201,31 @@ def test_of_a_long_conversation_the_whole_turns_that_fit_are_kept_and_the_others
         assert learned.sum() == in_loss[: len(kept)].sum()
 
 
+@pytest.mark.parametrize("template", [None, UNMARKED])
+def test_of_a_very_long_text_a_part_is_tokenised_and_what_is_kept_of_it_and_counted_stays(template, monkeypatch):
+    tokenizer = with_template(template or TOKENIZER.chat_template)
+    turns = [turn for number in range(60) for turn in (f"u:What is {number}?", f"a:It is {number}.")]
+    rows = [conversation(*turns), conversation("u:?", "a:" + "long " * 3000), conversation("u:?", "a:7")]
+    whole = encode(rows, tokenizer, 40)
+    read = []
+    monkeypatch.setattr(assistant_tokens, "_LONG", 100)
+    tokenise = assistant_tokens._tokenise
+    monkeypatch.setattr(assistant_tokens, "_tokenise", lambda *given: read.extend(given[1]) or tokenise(*given))
+    part = encode(rows, tokenizer, 40)
+    assert max(map(len, read)) <= 2 * 40 * max(map(len, tokenizer.get_vocab())) < len("long " * 3000)
+    assert part.kept.tolist() == whole.kept.tolist() == [0, 2]
+    assert (part.too_long, part.cut, part.turns_left_out) == (whole.too_long, whole.cut, whole.turns_left_out)
+    for mine, theirs in zip(map(part.dataset.example, range(2)), map(whole.dataset.example, range(2)), strict=True):
+        assert [values.tolist() for values in mine] == [values.tolist() for values in theirs]
+    with pytest.raises(ConfigError) as told:
+        encode(rows[1:2], tokenizer, 40)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError) as exact:
+        encode(rows[1:2], tokenizer, 40)
+    said, true = (int(re.search(r"shortest has (\d+)", str(error.value))[1]) for error in (told, exact))
+    assert said == pytest.approx(true, rel=0.1)
+
+
 def test_an_example_that_keeps_no_whole_answer_is_dropped_and_counted():
     rows = [
         conversation("u:" + "What? " * 30, "a:7."),
@@ -263,6 +289,8 @@ STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('must start with
         (HIDING, r"row 0 .*messages\[1\]"),
         (MISPLACED, "row 0 .*generation"),
         (STRICT, "row 1 .*assistant; begins 'hello'.*must start with user"),
+        ("{{ messages[0].content + 1 }}", "row 0 .*must be str|row 0 .*concatenate"),
+        ("{{ 1 // (messages | length - 2) }}{{ messages[0].content }}", "row 0 .*zero"),
     ],
 )
 def test_a_template_that_cannot_be_trusted_with_a_conversation_is_refused(template, expected):

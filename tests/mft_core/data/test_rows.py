@@ -80,6 +80,15 @@ BAD_LINES = {
     "system beside": ({**GOOD, "system": "Be kind."}, ["system = 'Be kind.'", "put it into the messages"]),
     "long number": ('{"id": ' + "9" * 5_000 + "}", ["not JSON", "thousands of digits"]),
     "no turns": ({"messages": []}, ["no assistant turn", "none"]),
+    "deep tools": (
+        json.dumps({**GOOD, "tools": [{"name": "f", "x": 0}]}).replace("0", "[" * 600 + "]" * 600),
+        ["nested too deeply"],
+    ),
+    "half a surrogate in a call": (
+        turn(tool_calls=[{"function": {"name": "\ud800", "arguments": {}}}]),
+        ["messages[1]", "half a surrogate pair"],
+    ),
+    "half a surrogate in a tool": ({**GOOD, "tools": [{"name": "\ud800"}]}, ["tools", "half a surrogate pair"]),
 }
 
 

@@ -114,6 +114,38 @@ def test_code_of_the_folder_is_refused_by_name_and_not_even_imported(tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_item_of_many_levels_is_refused_by_line(tmp_path: Path):
+    deep: Any = "1"
+    for _ in range(40):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="line 2: nested too deeply"):
+        check_task(RECIPE, plus(tmp_path, ITEMS[0], {**ITEMS[1], "steps": deep}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_fewshot": "two"}, "num_fewshot = 'two'"),
+        ({"metric_list": ["exact_match"]}, "metric_list.0 = 'exact_match'"),
+        ({"metric_list": [{"aggregation": "mean"}]}, "'metric_list.0.metric' is missing"),
+        ({"metric_list": "exact_match"}, "metric_list = 'exact_match'"),
+        ({"filter_list": [{"filter": []}]}, "'filter_list.0.name' is missing"),
+        ({"repeats": 0}, "repeats = 0"),
+        ({"repeats": "x"}, "repeats = 'x'"),
+        ({"dataset_kwargs": "plus.jsonl"}, "dataset_kwargs = 'plus.jsonl'"),
+        ({"dataset_kwargs": {"data_files": {1: "plus.jsonl"}}}, "must name the JSONL files of a split"),
+        ({"test_split": ["test"]}, "test_split"),
+        ({"tag": 5}, "tag"),
+        ({"tag": [["sums"]]}, "tag"),
+        ({"generation_kwargs": ["until"]}, "generation_kwargs"),
+        ({"group": "plus", "task": []}, "no task belongs to it"),
+    ],
+)
+def test_a_definition_whose_parts_are_of_the_wrong_kind_is_refused_by_its_part(tmp_path: Path, changes, words: str):
+    with pytest.raises(ConfigError, match=words):
+        check_task(RECIPE, plus(tmp_path, **changes))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

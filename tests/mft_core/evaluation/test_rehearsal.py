@@ -57,6 +57,8 @@ def chatml(tmp_path: Path) -> Path:
 def test_what_is_right_is_rehearsed_in_silence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rehearse(RECIPE, model, plus(tmp_path / "plain"))
     rehearse(Evaluate(task="plus", apply_chat_template=False, num_fewshot=1), model, plus(tmp_path / "few"))
+    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_length": 40, "until": "</s>"}
+    rehearse(RECIPE, model, plus(tmp_path / "drawn", generation_kwargs=drawn))
     items = [{"question": "1 + 1", "choices": ["2", "3"], "label": 0}]
     rehearse(Evaluate(task="plus", metric="acc"), model, plus(tmp_path / "choices", *items, **CHOICES))
     assert capsys.readouterr() == ("", "")
@@ -81,6 +83,12 @@ def test_what_is_right_is_rehearsed_in_silence(model: Path, tmp_path: Path, caps
         ({}, ITEMS, {"metric_list": [{"metric": "exact_mach"}, {"metric": "exact_match"}]}, "metric of .*'exact_mach'"),
         ({}, ITEMS, {"filter_list": [{"name": "x", "filter": [{"function": "nothing"}]}]}, "task 'plus'.*cannot load"),
         ({}, ITEMS, {"no_such_key": 1}, "task 'plus': lm-eval cannot load it .*no_such_key"),
+        ({}, ITEMS, {"generation_kwargs": {"max_gen_tok": 4}}, "generation_kwargs will not do .*max_gen_tok"),
+        ({}, ITEMS, {"generation_kwargs": {"until": [5]}}, "generation_kwargs will not do .*valid: texts"),
+        ({}, ITEMS, {"generation_kwargs": {"max_new_tokens": 0}}, "generation_kwargs will not do .*above 0"),
+        ({}, ITEMS, {"generation_kwargs": {"max_gen_toks": "four"}}, "generation_kwargs.max_gen_toks = 'four'"),
+        ({}, ITEMS, {"generation_kwargs": {"do_sample": True}}, "generation_kwargs will not do .*temperature"),
+        ({}, ITEMS, {"generation_kwargs": {"use_cache": True}}, "generation_kwargs will not do .*use_cache"),
         ({"num_fewshot": 2}, ITEMS[:1], {"fewshot_split": "test"}, "its prompts cannot be made"),
         (
             {"metric": "perplexity"},

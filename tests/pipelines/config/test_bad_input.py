@@ -273,6 +273,14 @@ def test_help_answers_without_heavy_imports():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_file_of_many_mistakes_and_long_names_is_told_in_a_few_lines(mft, tmp_path):
+    (tmp_path / "study.yaml").write_text("".join(f"k{n}: 1\n" for n in range(5000)))
+    done = mft("plan", tmp_path / "study.yaml", home=tmp_path / "home")
+    refused(done, tmp_path / "home", "unknown key 'k0'")
+    assert len(done.stderr) < 5000
+    refused(mft("plan", "x" * 100_000, home=tmp_path / "home"), tmp_path / "home", "unknown study 'xxx")
+
+
 def test_a_profile_that_extends_itself_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

@@ -185,6 +185,37 @@ def test_an_empty_list_in_a_grid_is_refused(plan):
         plan({"method": "mft", "grid": {"mask.sparsity": []}})
 
 
+@pytest.mark.parametrize(
+    ("grid", "more"),
+    [
+        ({"mask.training.seed": list(range(1000)), "mask.seed": list(range(1000))}, {}),
+        ({"mask.sparsity": [0.1, 0.2]}, {"replicates": 10**9}),
+        ({"mask.sparsity": [0.1, 0.2]}, {"seeds": tuple(range(20_000))}),
+    ],
+)
+def test_more_variants_than_anybody_waits_for_are_refused_at_once(plan, grid, more):
+    with pytest.raises(ConfigError, match=r"make [\d,]+ variants; valid: at most 20,000"):
+        plan({"method": "mft", "grid": grid}, **more)
+
+
+@pytest.mark.parametrize("value", [5, "sums", [5], ["sums"], {"name": "sums"}])
+def test_benchmarks_that_are_no_list_of_settings_are_refused_in_a_profile_and_an_override(plan, tmp_path, value):
+    profile = write_profile(tmp_path / "odd", benchmarks=value)
+    with pytest.raises(ConfigError, match=r"benchmarks = .*: give a list of benchmarks"):
+        plan({"method": "fft"}, profile=profile)
+    with pytest.raises(ConfigError, match=r"benchmarks = .*: give a list of benchmarks"):
+        plan({"method": "fft"}, overrides=[f"benchmarks={value}"])
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/model", "./" + "x" * 300, "loop"])
+def test_a_path_that_leads_nowhere_is_refused(plan, tmp_path, path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "loop").symlink_to("loop")
+    profile = write_profile(tmp_path / "odd", model={"path": path if path != "loop" else "./loop"})
+    with pytest.raises(ConfigError, match="no path here"):
+        plan({"method": "fft"}, profile=profile)
+
+
 def test_two_benchmarks_of_one_name_are_refused(plan, tmp_path):
     profile = write_profile(tmp_path / "two", benchmarks=[BENCH, {**BENCH, "limit": 3}])
     with pytest.raises(ConfigError, match=r"benchmarks\.name: sums is there twice") as refusal:
