@@ -223,7 +223,7 @@ def _matrix(path: str, shapes: Sequence[tuple[int, ...]]) -> Matrix:
 def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all weights by name; a file that is damaged is another's business, and has none here."""
     found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(checkpoint.glob("model*.safetensors")):
+    for path in sorted(filter(Path.is_file, checkpoint.glob("model*.safetensors"))):  # a pipe would be waited for
         try:
             with path.open("rb") as file:
                 header = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))

@@ -83,7 +83,7 @@ class Training(Recipe):
     """Optimisation of one training stage; the same for full fine-tuning and for mask learning."""
 
     learning_rate: float = Field(gt=0)
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, le=1e6)
     batch_size: int = Field(gt=0, description="sequences per optimizer step")
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps")

@@ -71,6 +71,8 @@ def read_yaml(path: Path, tags: Tags | None = None) -> dict[str, Any]:
         ConfigError: it cannot be read, is not YAML in UTF-8, has a key twice, or is no mapping.
     """
     try:
+        if path.is_fifo() or path.is_char_device():  # it would be waited for, or read without end
+            raise ConfigError(f"{path}: no file that can be read; is this the right path?")
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"{path}: more than {_MOST_BYTES // 1_000_000} MB; is this the right file?")
         text = path.read_text(encoding="utf-8-sig")

@@ -106,7 +106,7 @@ def plan(
 
     plans, store = _plans(_asked(study, _sized(profile, budget), overrides, seeds, replicates))
     device = device_of(plans[0].runtime)
-    known = {} if on else probe(plans, store, device, lambda text: print(text, file=sys.stderr))
+    known = {} if on is not None else probe(plans, store, device, lambda text: print(text, file=sys.stderr))
     priced = bills(plans, store, on, known)
     if as_json:
         found = [as_dict(bill) for bill in priced]

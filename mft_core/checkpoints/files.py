@@ -58,7 +58,7 @@ def read_config(directory: Path) -> Any:
         raise asks_for_code(directory, "config.json") or ConfigError(
             f"model = {directory}: no readable Hugging Face checkpoint ({error})."
         ) from error
-    names = config.architectures or []
+    names = [str(name) for name in config.architectures] if isinstance(config.architectures, list) else []
     if config.is_encoder_decoder or not any(name in _DECODERS for name in names):
         raise asks_for_code(directory, "config.json") or ConfigError(
             f"model = {directory}: {', '.join(names)} is not a decoder; give a causal language model (…ForCausalLM)."

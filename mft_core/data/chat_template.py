@@ -65,6 +65,7 @@ def read_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTra
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer("a")  # of settings of the wrong kind it complains when it is asked
     except Exception as error:  # transformers and tokenizers raise whatever their readers raise
         reason = str(error).strip().split("\n")[0]
         raise (

@@ -26,6 +26,7 @@ def check_apart(out: Path, *inputs: Path) -> Path:
     """
     try:
         place, taken = out.resolve(), [source.resolve() for source in inputs]
+        place.exists()
     except (OSError, RuntimeError) as error:  # a name too long, a loop of links
         raise ConfigError(f"out = {out}: leads nowhere ({error}); give another place.") from error
     for within in (place, *place.parents):

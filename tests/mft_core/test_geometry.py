@@ -1,6 +1,7 @@
 """A decoder's sizes: those of the weights where they are there, and close to them by config.json alone."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -111,3 +112,6 @@ def test_a_number_of_layers_that_no_model_has_is_none(tmp_path):
     for header in (b"[1]", b'{"a": {"shape": ["x"]}}', b'{"a": 5}', b"[" * 5000):
         (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
         assert len(read_geometry(config, tmp_path).layers) == 4
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert len(read_geometry(config, tmp_path).layers) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_what_yaml_would_settle_in_silence_or_blow_up_is_refused(text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=f"^profile.yaml: .*{told}"):
         parse_yaml(text, "profile.yaml")
+
+
+def test_a_pipe_and_a_device_are_no_files_to_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.yaml", tmp_path / "zero.yaml"):
+        with pytest.raises(ConfigError, match="no file that can be read"):
+            read_yaml(path)
 
 
 def test_aliases_and_merge_keys_of_ordinary_size_are_read(tmp_path: Path) -> None:

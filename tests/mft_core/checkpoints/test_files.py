@@ -138,9 +138,18 @@ def test_a_model_that_needs_code_of_its_own_is_refused_and_none_is_run(checkpoin
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_config_that_names_no_class_is_refused_for_that_and_its_family_is_not_called_no_decoder(checkpoint):
-    edit(checkpoint, architectures=None)
+@pytest.mark.parametrize("architectures", [None, 5, "LlamaForCausalLM", []])
+def test_a_config_that_names_no_class_is_refused_for_that_and_its_family_is_not_called_no_decoder(
+    checkpoint, architectures
+):
+    edit(checkpoint, architectures=architectures)
     with pytest.raises(ConfigError, match=r"config\.json names no class \(architectures\)"):
+        read_config(checkpoint)
+
+
+def test_a_config_whose_class_is_no_text_is_refused(checkpoint):
+    edit(checkpoint, architectures=[5, 0.5])
+    with pytest.raises(ConfigError, match=r"5, 0\.5 is not a decoder"):
         read_config(checkpoint)
 
 

@@ -384,6 +384,14 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_with_the_file_it_needs(tmp_p
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_whose_settings_are_of_the_wrong_kind_is_refused_before_it_is_needed(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "long"}))
+    with pytest.raises(ConfigError, match="its tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_that_asks_for_code_of_its_own_is_refused_and_none_is_run(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # who would be asked says yes
     make_tokenizer().save_pretrained(tmp_path)

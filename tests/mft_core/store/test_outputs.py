@@ -21,7 +21,8 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "out", ["base", "base/new", "base/deep/new/er", "base/../base/new", "link/new", "link/deep/../new", "loop/new"]
+    "out",
+    ["base", "base/new", "base/deep/new/er", "base/../base/new", "link/new", "link/deep/../new", "loop/new", "x" * 300],
 )
 def test_a_place_within_what_is_read_is_refused(base: Path, out: str) -> None:
     with pytest.raises(ConfigError, match=r"give (another place|a place outside)"):
