@@ -12,6 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils.logging import get_verbosity, set_verbosity
+
 from mft_core.checkpoints.files import read_config
 from mft_core.data.assistant_tokens import check_same_tokens
 from mft_core.data.chat_template import chat_prompt, read_tokenizer
@@ -109,12 +111,22 @@ def _check_generation(recipe: Evaluate, name: str, task: Task, vocabulary: int) 
         else:
             given.pop("temperature", None)
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _silent():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=vocabulary, **sizes))
             model.generate(
                 input_ids=torch.zeros(1, 1, dtype=torch.long), attention_mask=torch.ones(1, 1), max_length=2,
                 use_cache=True, stopping_criteria=[], pad_token_id=0, **given,
             )  # fmt: skip
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    level = get_verbosity()
+    set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        set_verbosity(level)
 
 
 def _check_lengths(

@@ -135,7 +135,7 @@ class Writer:
             try:
                 job()
             except Exception as failed:  # whatever MLflow, its store or its network throw: the study goes on
-                if is_refusal(failed):
+                if self.client is not None and is_refusal(failed):
                     log.warning("MLflow refused a record, the rest goes on: %s", cause(failed))
                 else:
                     self._give_up(cause(failed))

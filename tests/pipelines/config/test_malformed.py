@@ -6,10 +6,12 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from pipelines import cli
 from pipelines.config.by_name import FOLDERS
@@ -18,6 +20,8 @@ TINY = FOLDERS["profile"] / "tiny"
 ODD = [
     "null", "[]", "{}", "-1", "1e400", ".nan", "'\\u0000'", "true", "2026-13-45", "*nowhere", "&a [*a]", "9" * 5000,
     "'" + "x" * 300 + "'", "![x](/etc/passwd)", "{a: 1, a: 2}", "x0.3", "../../etc/passwd", "!!python/name:os",
+    '"\\0"', '"\\ud800"', "!!bool x", "!!int ''", "0x" + "f" * 5000, "~no-such-user/x", "' '", "[[[[]]]]",
+    "{1: {2: [3]}}",
 ]  # fmt: skip
 
 
@@ -51,6 +55,28 @@ def misspelt_key(text: str, rng: random.Random) -> str:
     return text[: found.start()] + "".join(key) + text[found.end() :]
 
 
+def odd_kind(text: str, rng: random.Random) -> str:
+    """Give one value at any depth of YAML another kind."""
+    try:
+        tree = yaml.safe_load(text)
+    except Exception:  # what an earlier change has broken
+        return text
+    places = list(nodes(tree))
+    if not places:
+        return text
+    container, key = rng.choice(places)
+    value = container[key]
+    container[key] = rng.choice([[value], {"a": value}, None, 5, -1, "x", [], {}, [None], {1: 2}, True, 2**62])
+    return yaml.safe_dump(tree)
+
+
+def nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every value of a tree, as its container and its key there."""
+    for key in list(tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()):
+        yield tree, key
+        yield from nodes(tree[key])
+
+
 def odd_bytes(text: str, rng: random.Random) -> str:
     at = rng.randrange(len(text) + 1)
     return text[:at] + rng.choice(["\t", "\x00", "\x1b[31m", "\ufeff", "é", "{", "]", '"', "- "]) + text[at:]
@@ -61,7 +87,7 @@ def cut_short(text: str, rng: random.Random) -> str:
 
 
 CHANGES: list[Callable[[str, random.Random], str]] = [
-    drop_line, repeat_line, odd_value, odd_value, odd_value, misspelt_key, odd_bytes, cut_short,
+    drop_line, repeat_line, odd_value, odd_value, odd_value, odd_kind, odd_kind, misspelt_key, odd_bytes, cut_short,
 ]  # fmt: skip
 TARGETS = ["profile", "study", "benchmark", "rows", "items"]
 

@@ -336,6 +336,20 @@ def test_an_mlflow_that_never_answers_is_given_up(home: Path, monkeypatch: pytes
         server.shutdown()
 
 
+@pytest.mark.parametrize(("uri", "why"), [("abc://x", "abc"), ("file:///tmp/mlruns", "file")])
+def test_an_address_that_mlflow_does_not_take_is_told_with_its_reason(
+    home: Path, monkeypatch: pytest.MonkeyPatch, uri: str, why: str
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with Writer(home, "sparsity", warnings.append) as writer:
+        track(writer, "refused").finish("FINISHED")
+    (told,) = warnings
+    assert f"MLflow at {uri} cannot be used: " in told
+    assert why in told.split("cannot be used: ")[1]
+    assert "NoneType" not in told
+
+
 def test_a_slow_mlflow_is_waited_for_as_long_as_it_answers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(seconds_a_batch=1) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
