@@ -264,7 +264,7 @@ def test_a_real_training_stage_takes_the_memory_that_was_promised_within_a_fifth
     root = Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
     told = json.loads((tmp_path / "told.json").read_text())
-    assert told["measured"] / 1.2 < told["promised"] < told["measured"] * 1.2
+    assert told["measured"] / 1.05 < told["promised"] < told["measured"] * 1.2, "too little is worse than too much"
 
 
 def train_smollm2(folder):
