@@ -167,7 +167,7 @@ def _run_study(asked: Asked, rerun: list[str] | None) -> Any:
 @app.command()
 def verdict(
     checkpoint: Annotated[str, typer.Argument(help="of the fine-tuned model: a directory, or a hub name")],
-    data: Annotated[list[Path], typer.Option(help="training rows with `messages`, JSON lines; may be given again")],
+    data: Annotated[list[Path], typer.Option(help="training rows: JSON lines, JSON or Parquet; may be given again")],
     benchmark: Annotated[
         list[str], typer.Option(help="a folder of tasks, or lm-eval's name of one; may be given again")
     ],

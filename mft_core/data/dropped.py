@@ -27,7 +27,7 @@ def row(summary: Mapping[str, Any]) -> dict[str, int]:
 
 
 def told(summary: Mapping[str, Any]) -> str | None:
-    """Say how many rows were dropped and why, and how many lost turns; None where none did."""
+    """Say how many rows were dropped and why, how many lost turns, and which were no messages; None where none."""
     rows = sum(summary["rows"])
     counts = {
         "there twice": summary["duplicates_removed"],
@@ -41,6 +41,9 @@ def told(summary: Mapping[str, Any]) -> str | None:
     if summary["cut"]:
         turns = summary["turns_left_out"]
         parts.append(f"{summary['cut']:,} lost {turns:,} answers at their end, which do not fit into max_length")
+    if others := summary.get("shapes"):
+        read = ", ".join(f"{count:,} are {shape}" for shape, count in others.items())
+        parts.append(f"of the rows read, {read}; each is taken as the messages that it stands for")
     return "; ".join(parts) or None
 
 

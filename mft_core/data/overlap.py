@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mft_core.data.rows import Conversation, counted, read_json_lines
+from mft_core.data.row_files import read_json_lines
+from mft_core.data.rows import Conversation, counted
 from mft_core.errors import ConfigError
 
 NGRAM_WORDS = 13

@@ -1,36 +1,29 @@
-"""Conversations from outside: a JSONL file (also gzipped) or a Parquet file, or a directory laid out as a hub data set;
-checked before any compute.
+"""Conversations from outside: from files (`row_files`), in the field's usual shapes (`shapes`); checked before compute.
 
-A row is `{"messages": [{"role", "content"}, ...]}`, perhaps with `tools`. What else a message may hold is `FIELDS`; an
-unknown field of one may change what it means, so it is refused, and so are columns of `_OTHER_MEANING`. Further columns
-are ignored. Whatever is wrong is a `ConfigError` that names file, line (or row), field, value, what is valid and what
-to do. `pipelines` calls `look` while it plans; the stage `prepare-data` loads and samples.
+A row is `{"messages": [{"role", "content"}, ...]}`, perhaps with `tools`, or what `shapes` tells as such. What else a
+message may hold is `FIELDS`; an unknown field of one may change what it means, so it is refused, and so are columns
+that do. Further columns are ignored. Whatever is wrong is a `ConfigError` that names file, line (or row), field, value,
+what is valid and what to do. `pipelines` calls `look` while it plans; the stage `prepare-data` loads and samples.
 """
 
 from __future__ import annotations
 
-import gzip
-import itertools
 import json
 import marshal
 import os
 import tempfile
-import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import Any, NamedTuple, TypeVar
 
 from mft_core.data.order import seeded_order
+from mft_core.data.row_files import load_table, raw_rows
+from mft_core.data.shapes import absent, as_turns
 from mft_core.errors import ConfigError, did_you_mean
 from mft_core.recipes import MixturePart
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 T = TypeVar("T")
 
@@ -44,18 +37,10 @@ _NOTES = frozenset(
      "country", "state", "hashed_ip", "header", "redacted", "toxic"}
 )  # fmt: skip
 """fields of a message that are about it and not part of it, as public chat logs have them"""
-_OTHER_MEANING = ("system", "functions", "documents", "chat_template_kwargs", "weight", "train")
-"""columns beside `messages` that change what a row means, and are not taken"""
-_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 ALL = MixturePart.model_validate({})
 """every row of split `train`"""
 _SEEN = 1_024
 """rows at least that are kept of a look at a source, or all of them"""
-_FORMATS = {
-    b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed with zstd", b"\xfd7zXZ": "compressed with xz",
-    b"BZh": "compressed with bzip2", b"ARROW1": "an Arrow file", b"\xff\xfe": "in UTF-16", b"\xfe\xff": "in UTF-16",
-}  # fmt: skip
-_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 
 
 class Message(NamedTuple):
@@ -117,7 +102,8 @@ def look(source: Path, part: MixturePart = ALL, report: Callable[[int], None] = 
         ConfigError: missing, empty, in another format, or the first row that is no conversation (with its line).
     """
     found, unusual, step = Look(), list[tuple[str, Conversation]](), 1
-    for where, row in counted(_rows(source, part), report):
+    for where, raw in counted(raw_rows(source, part), report):
+        row = parse_row(raw, where)
         if found.rows % step == 0:
             found.sample.append((where, row))
             if len(found.sample) == 2 * _SEEN:
@@ -135,6 +121,7 @@ def load_rows(
     part: MixturePart = ALL,
     directory: Path | None = None,
     report: Callable[[int], None] = lambda rows: None,
+    shapes: Counter[str] | None = None,
 ) -> Sequence[Conversation]:
     """Open all conversations of a source, checked, in the source's own order; they stay on disk.
 
@@ -144,13 +131,14 @@ def load_rows(
         part: which split of a directory, and which of its configurations.
         directory: where a file's rows are kept, see `RowFile`.
         report: see `look`.
+        shapes: counts the rows of each shape: all of a file, those taken of a directory.
 
     Raises:
-        ConfigError: see `look`; or a directory without data, the split, or the column `messages`.
+        ConfigError: see `look`; or a directory without data, the split, or the columns of a row.
     """
     if source.is_dir():
-        return _HubRows(source, part)
-    return RowFile((row for _, row in counted(_rows(source, part), report)), directory)
+        return _HubRows(source, part, shapes)
+    return RowFile((parse_row(row, where, shapes) for where, row in counted(raw_rows(source, part), report)), directory)
 
 
 def counted(rows: Iterable[T], report: Callable[[int], None]) -> Iterator[T]:
@@ -182,28 +170,26 @@ def sample(
     return (rows[int(row)] for row in seeded_order(len(rows), seed, index)[:wanted])
 
 
-def parse_row(row: Any, where: str) -> Conversation:
-    """Check one row and return its conversation; `where` names file and line in the ConfigError."""
+def parse_row(row: Any, where: str, shapes: Counter[str] | None = None) -> Conversation:
+    """Check one row and return its conversation.
+
+    Args:
+        where: names file and line in the ConfigError.
+        shapes: counts the row's shape.
+    """
     try:
-        return _parsed(row, where)
+        return _parsed(row, where, shapes)
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply.") from None
 
 
-def _parsed(row: Any, where: str) -> Conversation:
-    if not isinstance(row, dict) or "messages" not in row:
-        found = f"it has {', '.join(map(repr, row)) or 'no fields'}" if isinstance(row, dict) else f"it is {row!r:.60}"
-        raise ConfigError(f"{where}: no field 'messages'; {found}. A row is {_SHAPE}.")
-    messages = row["messages"]
-    if isinstance(messages, np.ndarray):
-        messages = messages.tolist()
-    if not isinstance(messages, list):
-        raise ConfigError(f"{where}: messages = {messages!r:.60}: not a list. A row is {_SHAPE}.")
-    conversation = tuple(_parse_message(turn, f"{where}: messages[{i}]") for i, turn in enumerate(messages))
+def _parsed(row: Any, where: str, shapes: Counter[str] | None) -> Conversation:
+    shape, turns = as_turns(row, where)
+    conversation = tuple(_parse_message(turn.message, f"{where}: {turn.place}", turn.text) for turn in turns)
     if not any(message.role == "assistant" for message in conversation):
         roles = ", ".join(message.role for message in conversation) or "none"
         raise ConfigError(
-            f"{where}: messages has no assistant turn (roles: {roles}), so nothing can be learned from it; "
+            f"{where}: {shape} has no assistant turn (roles: {roles}), so nothing can be learned from it; "
             "every row needs at least one message with role 'assistant': add it or remove the row."
         )
     if not any(message.role == "assistant" and message.trained for message in conversation):
@@ -211,16 +197,9 @@ def _parsed(row: Any, where: str) -> Conversation:
             f"{where}: weight or train leave every assistant turn out of the loss, so nothing can be learned from it; "
             "remove the row."
         )
-    if len(row) == 1:
-        return conversation
-    for name in _OTHER_MEANING:
-        alike = name == "system" and conversation[0].role == "system"
-        if not (_absent(row.get(name)) or alike or (name in ("weight", "train") and row[name] == 1)):
-            raise ConfigError(
-                f"{where}: {name} = {row[name]!r:.60}: beside 'messages' this changes what the row means, and is not "
-                "taken here; put it into the messages (a system turn; weight or train of a turn), or remove it."
-            )
-    return _with_tools(conversation, row.get("tools"), where)
+    if shapes is not None:
+        shapes[shape] += 1
+    return conversation if len(row) == 1 else _with_tools(conversation, row.get("tools"), where)
 
 
 def _with_tools(conversation: Conversation, tools: Any, where: str) -> Conversation:
@@ -229,7 +208,7 @@ def _with_tools(conversation: Conversation, tools: Any, where: str) -> Conversat
             tools = json.loads(tools)
         except ValueError:
             raise ConfigError(f"{where}: tools = {tools:.60}: not JSON. Valid: a list of tools' schemas.") from None
-    if _absent(tools):
+    if absent(tools):
         return conversation
     if not isinstance(tools, list) or not all(isinstance(_name(tool), str) for tool in tools):
         raise ConfigError(
@@ -247,11 +226,6 @@ def _name(tool: Any) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
-def _absent(value: Any) -> bool:
-    """Whether a field says nothing; tables have it in every row once one row has it."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
 def _present(value: Any) -> Any:
     """Return a value without the fields that say nothing."""
     if isinstance(value, dict):
@@ -259,21 +233,21 @@ def _present(value: Any) -> Any:
     return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _parse_message(turn: Any, where: str) -> Message:
+def _parse_message(turn: Any, where: str, text: str) -> Message:
     if not isinstance(turn, dict):
         raise ConfigError(f"{where} = {turn!r:.60}: not an object with 'role' and 'content'.")
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise ConfigError(f"{where}.role = {role!r:.60}: unknown role.{hint} Valid: {', '.join(ROLES)}.")
-    if content is None and not _absent(turn.get("tool_calls")):
+    if content is None and not absent(turn.get("tool_calls")):
         content = ""
     if not isinstance(content, str):
-        raise ConfigError(f"{where}.content = {content!r:.60}: not a string. Valid: one text per message.")
-    _check_whole(content, f"{where}.content")
+        raise ConfigError(f"{where}{text} = {content!r:.60}: not a string. Valid: one text per message.")
+    _check_whole(content, f"{where}{text}")
     if len(turn) == 2:
         return Message(role, content)
-    fields = {key: value for key, value in turn.items() if not (key in ("role", "content") or _absent(value))}
+    fields = {key: value for key, value in turn.items() if not (key in ("role", "content") or absent(value))}
     trained = _trained(fields, role, where)
     for key in fields:
         if key not in TEMPLATE_FIELDS and key not in _NOTES:
@@ -339,130 +313,12 @@ def _check_more(more: dict[str, Any], role: str, where: str) -> None:
                 ) from None
 
 
-def _rows(source: Path, part: MixturePart) -> Iterator[tuple[str, Conversation]]:
-    """Yield (file and line, conversation) of a source's rows."""
-    if source.is_dir():
-        table = _load_table(source, part)
-        for start in range(0, len(table), 1_000):
-            columns = table[start : start + 1_000]
-            for i, values in enumerate(zip(*columns.values(), strict=True), start):
-                where = f"{source} row {i}"
-                yield where, parse_row(dict(zip(columns, values, strict=True)), where)
-        return
-    if (part.split, part.config) != ("train", None):
-        raise ConfigError(
-            f"data.mixture: split and config are of hub data sets and folders; {source} is one file: leave them out."
-        )
-    if _begins(source) == _PARQUET:
-        named = ((f"{source} row {number}", row) for number, row in enumerate(_parquet_rows(source)))
-    else:
-        named = ((f"{source} line {number}", row) for number, row in read_json_lines(source))
-    for where, row in named:
-        yield where, parse_row(row, where)
-
-
-def beginning(path: Path, count: int) -> tuple[int, list[Any]]:
-    """Return how many rows a file has, and the first of them as they are, parsed; for estimates.
-
-    Raises:
-        ConfigError, OSError, EOFError, ValueError, zlib.error: it cannot be read.
-    """
-    if _begins(path) == _PARQUET:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            first = next(file.iter_batches(count), None)
-            return file.metadata.num_rows, first.to_pylist() if first else []
-    with opened(path) as handle:
-        lines = filter(bytes.strip, handle)
-        first = [_parse_line(line, str(path)) for line in itertools.islice(lines, count)]
-        return len(first) + sum(1 for _ in lines), first
-
-
-def opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    """Open a JSONL file, also a gzipped one."""
-    return gzip.open(path) if _begins(path)[:2] == _GZIP else path.open("rb")
-
-
-def _begins(path: Path) -> bytes:
-    try:
-        with path.open("rb") as handle:
-            return handle.read(len(_PARQUET))
-    except OSError:
-        return b""  # whoever reads on says what is wrong
-
-
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [name for name in ("messages", "tools", *_OTHER_MEANING) if name in file.schema_arrow.names]
-            for batch in file.iter_batches(1_000, columns=names if "messages" in names else None):
-                yield from batch.to_pylist()
-            empty = file.metadata.num_rows == 0
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"data file {path}: damaged ({_reason(error)}); copy or download it again.") from error
-    if empty:
-        raise ConfigError(f"data file {path}: empty; it needs at least one row.")
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, parsed JSON) of a JSONL file, also a gzipped one; blank lines are passed over.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, empty, not UTF-8, or a line is not JSON.
-    """
-    if not path.is_file():
-        raise ConfigError(f"data file {path}: no such file; give the path of a JSONL file, one row per line.")
-    found = False
-    try:
-        with opened(path) as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    found = True
-                    yield number, _parse_line(line, f"{path} line {number}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"data file {path}: damaged gzip ({_reason(error)}); compress or copy it again.") from error
-    except OSError as error:
-        raise ConfigError(f"data file {path}: cannot be read ({error.strerror}); check its permissions.") from error
-    if not found:
-        raise ConfigError(f"data file {path}: empty; it needs at least one row.")
-
-
-def _parse_line(line: bytes, where: str) -> Any:
-    if line.lstrip(b"\xef\xbb\xbf \t\r").startswith(b"["):
-        raise ConfigError(
-            f"{where}: a JSON array. Valid: one JSON object per line (JSONL); of a file that is one array, "
-            "jq -c '.[]' FILE > rows.jsonl makes it."
-        )
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        known = next((name for magic, name in _FORMATS.items() if line.startswith(magic)), None)
-        what = f"not text: the file is {known}" if known else f"not UTF-8 (byte {error.start})"
-        raise ConfigError(f"{where}: {what}; give JSONL in UTF-8 (also gzipped), or Parquet.") from error
-    except RecursionError:
-        reason = "nested too deeply"
-    except json.JSONDecodeError as error:
-        reason = "lines end with CR alone; make it LF" if b"\r" in line.strip() else error.msg
-    except ValueError:
-        reason = "a number of thousands of digits"
-    shown = line.decode(errors="replace").strip()
-    raise ConfigError(f"{where}: not JSON ({reason}): {shown:.60}. Valid: one JSON object per line (JSONL).")
-
-
 class _HubRows(Sequence[Conversation]):
     """Rows of a directory's split, read from its memory-mapped table when they are asked for."""
 
-    def __init__(self, directory: Path, part: MixturePart) -> None:
-        self._where = str(directory)
-        self._table = _load_table(directory, part)
+    def __init__(self, directory: Path, part: MixturePart, shapes: Counter[str] | None) -> None:
+        self._where, self._shapes = str(directory), shapes
+        self._table = load_table(directory, part)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -470,43 +326,4 @@ class _HubRows(Sequence[Conversation]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        return parse_row(self._table[index], f"{self._where} row {index}")
-
-
-def _load_table(directory: Path, part: MixturePart) -> Dataset:
-    import datasets  # a heavy import, and only directories need it
-
-    try:
-        splits = datasets.load_dataset(str(directory), part.config)
-    except Exception as error:  # datasets raises whatever its readers raise
-        configs = _configurations(directory)
-        if part.config not in configs and (part.config or len(configs) > 1):
-            asked = f"no configuration '{part.config}'" if part.config else "it has several configurations"
-            raise ConfigError(
-                f"data set {directory}: {asked}; set config of the mixture's part to one of {', '.join(configs)}."
-            ) from error
-        raise ConfigError(
-            f"data set {directory}: cannot be loaded ({_reason(error.__cause__ or error)}); valid: Parquet or JSONL."
-        ) from error
-    if part.split not in splits:
-        raise ConfigError(
-            f"data set {directory}: no split '{part.split}'. It has: {', '.join(map(str, splits))}; set split of the "
-            "mixture's part to one of them."
-        )
-    table = splits[part.split]
-    if "messages" not in table.column_names:
-        raise ConfigError(
-            f"data set {directory}: no column 'messages'. It has: {', '.join(table.column_names)}. A row is {_SHAPE}."
-        )
-    if len(table) == 0:
-        raise ConfigError(f"data set {directory}: empty; it needs at least one row.")
-    return table.select_columns([name for name in ("messages", "tools", *_OTHER_MEANING) if name in table.column_names])
-
-
-def _configurations(directory: Path) -> list[str]:
-    import datasets
-
-    try:
-        return [str(name) for name in datasets.get_dataset_config_names(str(directory))]
-    except Exception:  # as above; whoever asks has an error to tell already
-        return []
+        return parse_row(self._table[index], f"{self._where} row {index}", self._shapes)

@@ -25,7 +25,7 @@ from jinja2 import Environment
 from pydantic import BaseModel, Field, InstanceOf, ValidationError
 
 from mft_core.data.overlap import question_of, read_questions
-from mft_core.data.rows import read_json_lines
+from mft_core.data.row_files import read_json_lines
 from mft_core.errors import ConfigError, explain, unknown
 from mft_core.names import inside
 from mft_core.sandbox import FAULTS, environment, render

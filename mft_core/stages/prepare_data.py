@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
         return lambda done: context.report(Progress(done, 0, "row", doing=doing))
 
     counts: list[int] = []
+    shapes: Counter[str] = Counter()
 
     def drawn() -> Iterator[Conversation]:
         for index, part in enumerate(recipe.mixture):
             path = inputs[f"source-{index}"]
-            source = load_rows(path, part, context.work, tell(f"reading {path.name}"))
+            source = load_rows(path, part, context.work, tell(f"reading {path.name}"), shapes)
             rows = sample(source, part.rows, recipe.seed, index, f"mixture[{index}] ({path})")
             counts.append(part.rows or len(source))
             yield from rows
@@ -93,7 +95,9 @@ def run(recipe: PrepareData, inputs: Mapping[str, Path], out: Path, context: Sta
         },
         "too_long": encoded.too_long,
         "cut": encoded.cut,
-        # said only then: where every turn fits, the artifact is the one of versions that cut turns in their middle
+        # said only then: else the artifact is the one of versions that took messages alone
+        **({"shapes": dict(sorted(shapes.items()))} if set(shapes) - {"messages"} else {}),
+        # likewise: where every turn fits, it is the one of versions that cut turns in their middle
         **({"turns_left_out": encoded.turns_left_out} if encoded.cut else {}),
     }
     check_dropped(lost, context.runtime.max_dropped)

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from mft_core import data
 from mft_core.data.rows import look
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import tasks_in
@@ -27,7 +28,7 @@ from mft_core.store.outputs import check_apart
 from mft_core.yaml_files import read_yaml
 from pipelines.config.profile import Profile, anchored, given
 from pipelines.config.resolve import resolved_model
-from pipelines.config.setup import ModelSpec
+from pipelines.config.setup import ModelSpec, ResolvedModel
 from pipelines.config.study import load_study
 from pipelines.plan.preflight import checked_plans
 
@@ -40,6 +41,8 @@ _LONGEST = 1_024
 """tokens of a training sequence at most"""
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
 _LEAST_SECONDS, _MOST_SECONDS = 120, 366 * 86400
+PLAIN = Path(data.__file__).parent / "templates" / "plain.jinja"
+"""turns as they are, one after another, for a tokenizer without a chat template"""
 _ANSWER, _SHARE = 30.0, 0.04
 """seconds, and share of the budget, that are kept for statistics and report"""
 
@@ -97,6 +100,9 @@ def draft(checkpoint: str, rows: Sequence[Path], benchmarks: Sequence[str], base
     """
     spec = _model(checkpoint)
     found = resolved_model(ModelSpec(**spec), ModelSpec(**_model(base)) if base else None)
+    asked = {}
+    if not _chats(found):
+        spec["chat_template"], asked = str(PLAIN), {"apply_chat_template": False}
     depth, context = len(found.geometry.layers), found.geometry.context or _LONGEST
     counts = {path.resolve(): look(path).rows for path in rows}
     validation = min(200, sum(counts.values()) // 10)
@@ -118,7 +124,7 @@ def draft(checkpoint: str, rows: Sequence[Path], benchmarks: Sequence[str], base
         },
         "continued": {**training, "learning_rate": 1e-5},
         "mask": {**mask, "calibration_rows": min(64, max(1, sum(counts.values()) // 4))},
-        "benchmarks": [bench for text in benchmarks for bench in _benchmarks(text)],
+        "benchmarks": [{**bench, **asked} for text in benchmarks for bench in _benchmarks(text)],
     }
     return {
         "default_domain": DOMAIN,
@@ -135,6 +141,16 @@ def passes(rows: int) -> int:
 
 def _model(name: str) -> dict[str, str]:
     return {"path": str(given("path", name))}
+
+
+def _chats(model: ResolvedModel) -> bool:
+    """Whether the tokenizer has a chat template."""
+    from mft_core.checkpoints.files import read_config
+    from mft_core.data.chat_template import read_tokenizer
+
+    read_config(model.config.parent)  # which says first what is wrong with the whole
+    tokenizer = read_tokenizer(model.tokenizer.local_path(), model.template.local_path() if model.template else None)
+    return bool(tokenizer.chat_template)
 
 
 def _groups(depth: int) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from mft_core.cache_key import digest, digest_files
 from mft_core.checkpoints.gguf import dequantised
 from mft_core.data.overlap import has_runs, question_of
-from mft_core.data.rows import read_json_lines
+from mft_core.data.row_files import read_json_lines
 from mft_core.errors import ConfigError
 from mft_core.evaluation import judged, vllm_server
 from mft_core.evaluation.benchmarks import TASKS, Definition, definitions, questions

@@ -71,9 +71,9 @@ class ModelSpec(Recipe):
 
 
 class SourceSpec(Recipe):
-    """One source of training rows, each with `messages`."""
+    """One source of training rows, each with `messages` or in another of the shapes that are taken."""
 
-    path: str = Field(description="a local JSONL (also gzipped) or Parquet file, a folder, or a hub data set's name")
+    path: str = Field(description="a local JSONL, JSON (also gzipped) or Parquet file, a folder, or a hub data set")
     revision: str = "main"
     rows: int | None = Field(None, gt=0, description="rows drawn; null takes all")
     split: str = Field("train", description="of a hub data set or a folder")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mft_core.data.rows import beginning
+from mft_core.data.row_files import beginning
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import definitions
 from mft_core.recipes import Evaluate, PrepareData
@@ -133,12 +133,12 @@ def _beginning(path: Path) -> _Text | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a row: every string but the roles of turns."""
+    """Yield the texts in a row: every string but who speaks in a turn."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key != "role":
+            if key not in ("role", "from"):
                 yield from _texts(inner)
     elif isinstance(value, list):
         for inner in value:

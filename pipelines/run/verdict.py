@@ -75,6 +75,8 @@ def reached(question: Question, store: ArtifactStore, display: Display) -> Plan:
         variants, told = _in_memory(fitted.plan)
         display.say(f"{question.clock.left:,.0f} s are left for {len(variants)} models, in this order; profile: "
                     f"{question.path}")  # fmt: skip
+        if "chat_template" in fitted.values["defaults"]["model"]:
+            told.append("the tokenizer has no chat template: rows are shown as plain text, and benchmarks are asked so")
         for line in (*fitted.told, *told):
             display.say(line)
         place = promised(place, [fitted.plan], display)

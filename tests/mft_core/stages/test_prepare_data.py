@@ -271,3 +271,17 @@ def test_rows_that_are_there_twice_are_no_loss(world, tmp_path):
 def test_nothing_is_told_where_nothing_was_dropped(world, tmp_path):
     given = {"source-0": world / "products.jsonl", "mixture": (MixturePart(),), "validation_rows": 0}
     assert told(prepare(world, tmp_path / "out", **given)[0]) is None
+
+
+def test_rows_in_other_shapes_make_the_tokens_of_their_messages_and_are_counted_only_then(world, tmp_path):
+    sums = [json.loads(line)["messages"] for line in (world / "sums.jsonl").read_text().splitlines()]
+    pairs = [{"question": asked["content"], "answer": answered["content"]} for asked, answered in sums]
+    plain, parts = prepare(world, tmp_path / "plain")
+    other, others = prepare(world, tmp_path / "other", **{"source-0": write(tmp_path / "pairs.jsonl", pairs)})
+    assert "shapes" not in plain
+    assert other.pop("shapes") == {"messages": 40, "question/answer": 61}
+    assert other == plain
+    for name, part in parts.items():
+        assert texts(others[name]) == texts(part)
+    words = "of the rows read, 40 are messages, 61 are question/answer"
+    assert words in told(other | {"shapes": {"messages": 40, "question/answer": 61}})
