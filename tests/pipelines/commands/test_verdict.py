@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mft_core.data.chat_template import load_tokenizer, rendered
+from mft_core.data.rows import parse_row
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import asked_for, draft, passes, profile_of, same_question, seconds_of, write
@@ -161,3 +163,20 @@ def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, c
     given["out"] = tmp_path / given["out"].replace("MODEL", str(folder / "model"))
     with pytest.raises(ConfigError, match=words):
         asked_for(**given)
+
+
+def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(tmp_path):
+    write_profile(tmp_path)
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    values = draft(str(tmp_path / "model"), [tmp_path / "data" / "sums.jsonl"], [str(tmp_path / "benchmarks")], None)
+    template = Path(values["defaults"]["model"]["chat_template"])
+    assert [bench["apply_chat_template"] for bench in values["defaults"]["benchmarks"]] == [False]
+    rows = [
+        parse_row({"prompt": "1 + 1 =", "completion": " 2"}, "a row"),
+        parse_row({"question": "1 + 1?", "answer": "2"}, "a row"),
+    ]
+    found = rendered(rows, ["a row"] * 2, load_tokenizer(tmp_path / "model", template))
+    assert [text for text, _ in found] == ["<s>1 + 1 = 2</s>", "<s>1 + 1?\n2</s>"]
+    assert [text[start:end] for text, [(start, end)] in found] == [" 2</s>", "2</s>"]
+    plan = planned(tmp_path, values)
+    assert all("chat_template" in step.node.inputs for step in plan.steps if step.node.stage == "prepare-data")
