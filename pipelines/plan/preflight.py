@@ -193,8 +193,12 @@ def _check_models(asked: Sequence[Resolved]) -> None:
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
             if method.observes == "inputs":
                 wanda.check_inputs(chosen)
-            if method.needs_base and resolved.base and Path(resolved.base.source.location).is_absolute():
-                WeightFiles(resolved.base.config.parent).check([site.name for site in chosen])
+            given = (
+                None if setup.fine_tune or resolved.model.adapter else resolved.model
+            )  # no stage has written it anew
+            for found in (given, resolved.base if method.needs_base else None):
+                if found and Path(found.source.location).is_absolute():
+                    WeightFiles(found.config.parent).check([site.name for site in chosen])
 
 
 def _check_weights(source: Source) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from mft_core.checkpoints.files import load_model
 from mft_core.errors import ConfigError
@@ -128,6 +129,14 @@ def test_a_sharded_checkpoint_is_a_baseline_like_any_other(folder):
     get_stage("learn-mask").run(node.recipe, {"model": model}, out, make_context(folder / "work"))
     merge(model, out / "mask", folder / "merged")
     assert load_mask(out / "mask").zeros
+
+
+def test_a_baseline_of_pickled_weights_is_refused_before_compute_where_a_mask_is_asked_for(folder):
+    plan, store = planned(folder, {"method": "magnitude"})
+    torch.save(load_file(folder / "model" / "model.safetensors"), folder / "model" / "pytorch_model.bin")
+    (folder / "model" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"Pickled weights \(\*\.bin\) are not read here; convert them"):
+        check(plan, store, {})
 
 
 def test_an_adapter_is_merged_first_into_the_model_that_it_names(folder):
