@@ -41,8 +41,7 @@ _LONGEST = 1_024
 """tokens of a training sequence at most"""
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
 _LEAST_SECONDS, _MOST_SECONDS = 120, 366 * 86400
-PLAIN = Path(data.__file__).parent / "templates" / "plain.jinja"
-"""turns as they are, one after another, for a tokenizer without a chat template"""
+_TEMPLATES = Path(data.__file__).parent / "templates"
 _ANSWER, _SHARE = 30.0, 0.04
 """seconds, and share of the budget, that are kept for statistics and report"""
 
@@ -101,8 +100,8 @@ def draft(checkpoint: str, rows: Sequence[Path], benchmarks: Sequence[str], base
     spec = _model(checkpoint)
     found = resolved_model(ModelSpec(**spec), ModelSpec(**_model(base)) if base else None)
     asked = {}
-    if not _chats(found):
-        spec["chat_template"], asked = str(PLAIN), {"apply_chat_template": False}
+    if plain := _plain(found):
+        spec["chat_template"], asked = str(plain), {"apply_chat_template": False}
     depth, context = len(found.geometry.layers), found.geometry.context or _LONGEST
     counts = {path.resolve(): look(path).rows for path in rows}
     validation = min(200, sum(counts.values()) // 10)
@@ -143,14 +142,21 @@ def _model(name: str) -> dict[str, str]:
     return {"path": str(given("path", name))}
 
 
-def _chats(model: ResolvedModel) -> bool:
-    """Whether the tokenizer has a chat template."""
+def _plain(model: ResolvedModel) -> Path | None:
+    """Return the template that shows turns as they are, one after another, where the tokenizer has none of its own.
+
+    A row then begins as a prompt of evaluation does: with the token that the tokenizer puts there, or with none, since
+    one that a model has never seen there ruins what it says.
+    """
     from mft_core.checkpoints.files import read_config
     from mft_core.data.chat_template import read_tokenizer
 
     read_config(model.config.parent)  # which says first what is wrong with the whole
     tokenizer = read_tokenizer(model.tokenizer.local_path(), model.template.local_path() if model.template else None)
-    return bool(tokenizer.chat_template)
+    if tokenizer.chat_template:
+        return None
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return _TEMPLATES / ("plain_bos.jinja" if begins else "plain.jinja")
 
 
 def _groups(depth: int) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from mft_core.data.chat_template import load_tokenizer, rendered
 from mft_core.data.rows import parse_row
@@ -19,6 +21,7 @@ from pipelines.config.study import load_study
 from pipelines.cost.budget import cut, fit, next_in_time
 from pipelines.plan.plan import make_plan
 from tests.support.mini import write_profile
+from tests.support.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +168,16 @@ def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, c
         asked_for(**given)
 
 
-def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(tmp_path):
+@pytest.mark.parametrize("begins", ["", "<s>"])
+def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(tmp_path, begins):
     write_profile(tmp_path)
-    (tmp_path / "model" / "chat_template.jinja").unlink()
+    tokenizer = make_tokenizer(chat_template=False)
+    if begins:
+        special = [("<s>", tokenizer.bos_token_id)]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    shutil.rmtree(tmp_path / "model")
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     values = draft(str(tmp_path / "model"), [tmp_path / "data" / "sums.jsonl"], [str(tmp_path / "benchmarks")], None)
     template = Path(values["defaults"]["model"]["chat_template"])
     assert [bench["apply_chat_template"] for bench in values["defaults"]["benchmarks"]] == [False]
@@ -176,7 +186,7 @@ def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(t
         parse_row({"question": "1 + 1?", "answer": "2"}, "a row"),
     ]
     found = rendered(rows, ["a row"] * 2, load_tokenizer(tmp_path / "model", template))
-    assert [text for text, _ in found] == ["<s>1 + 1 = 2</s>", "<s>1 + 1?\n2</s>"]
+    assert [text for text, _ in found] == [f"{begins}1 + 1 = 2</s>", f"{begins}1 + 1?\n2</s>"]
     assert [text[start:end] for text, [(start, end)] in found] == [" 2</s>", "2</s>"]
     plan = planned(tmp_path, values)
     assert all("chat_template" in step.node.inputs for step in plan.steps if step.node.stage == "prepare-data")
