@@ -30,8 +30,9 @@ check: install  ## lint, format, types, order of imports: what comes before the 
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
-# two workers of one thread each: a file's tests stay together, since they share what is costly to make
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two workers of one thread each: a file's tests stay together, since they share what is costly to make, and the longest
+# files come first (pyproject.toml), so that both workers end together
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install  ## set-up and all tests but the slow ones
 	$(PYTEST)
