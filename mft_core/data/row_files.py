@@ -48,6 +48,7 @@ def raw_rows(source: Path, part: MixturePart) -> Iterator[tuple[str, Any]]:
         raise ConfigError(
             f"data.mixture: split and config are of hub data sets and folders; {source} is one file: leave them out."
         )
+    _check_file(source)
     if _begins(source) == _PARQUET:
         yield from ((f"{source} row {number}", row) for number, row in enumerate(_parquet_rows(source)))
     elif _is_array(source):
@@ -62,6 +63,7 @@ def beginning(path: Path, count: int) -> tuple[int, list[Any]]:
     Raises:
         ConfigError, OSError, EOFError, ValueError, zlib.error: it cannot be read.
     """
+    _check_file(path)
     if _begins(path) == _PARQUET:
         import pyarrow.parquet as pq
 
@@ -75,6 +77,12 @@ def beginning(path: Path, count: int) -> tuple[int, list[Any]]:
         lines = filter(bytes.strip, handle)
         first = [_parse_line(line, str(path)) for line in itertools.islice(lines, count)]
         return len(first) + sum(1 for _ in lines), first
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        what = "a device or pipe, which cannot be read twice" if path.exists() else "no such file"
+        raise ConfigError(f"data file {path}: {what}; give the path of a JSONL file, one row per line.")
 
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
@@ -102,7 +110,10 @@ def _read_array(path: Path) -> list[Any]:
         with _opened(path) as handle:
             rows: list[Any] = json.loads(handle.read().decode("utf-8-sig"))
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise ConfigError(f"data file {path}: a JSON array that cannot be read ({_reason(error)}).") from error
+        raise ConfigError(
+            f"data file {path}: a JSON array that cannot be read ({_reason(error)}); valid: one array of all rows, or "
+            "one JSON object per line."
+        ) from error
     if not rows:
         raise ConfigError(f"data file {path}: empty; it needs at least one row.")
     return rows
@@ -133,8 +144,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ConfigError: the file is missing, unreadable, empty, not UTF-8, or a line is not JSON.
     """
-    if not path.is_file():
-        raise ConfigError(f"data file {path}: no such file; give the path of a JSONL file, one row per line.")
+    _check_file(path)
     found = False
     try:
         with _opened(path) as handle:

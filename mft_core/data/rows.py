@@ -194,8 +194,8 @@ def _parsed(row: Any, where: str, shapes: Counter[str] | None) -> Conversation:
         )
     if not any(message.role == "assistant" and message.trained for message in conversation):
         raise ConfigError(
-            f"{where}: weight or train leave every assistant turn out of the loss, so nothing can be learned from it; "
-            "remove the row."
+            f"{where}: {shape} has no assistant turn that is in the loss (by weight or train, or since it lies within "
+            "the prompt), so nothing can be learned from it; remove the row."
         )
     if shapes is not None:
         shapes[shape] += 1

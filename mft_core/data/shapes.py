@@ -1,7 +1,8 @@
 """The shapes in which people have training rows, each told as the turns that its `messages` would be.
 
-A row's shape is known by which of its fields say something, and must be exactly one; but where there are `messages`,
-these are the row, and fields of another shape are further columns. For `mft_core.data.rows` and `row_files` alone.
+A row's shape is known by which of its fields say something, and must be exactly one: a field of another shape is
+refused, since nobody knows which of them the row is. But where there are `messages`, these are the row, and fields of
+another shape are further columns. For `mft_core.data.rows` and `row_files` alone.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ _ROLES = {
 """who speaks, by `from`"""
 _OTHER_MEANING = ("functions", "documents", "chat_template_kwargs", "weight", "train")
 """columns that change what a row means, and are not taken"""
-_BESIDE_OTHERS = (*_GIVEN, "history", "choices", "options", "chosen", "rejected", "label")
-"""such ones beside all but `messages`, unless they are part of the shape"""
-_COLUMNS = {"tools", *_SYSTEM, *_OTHER_MEANING, *_BESIDE_OTHERS, *(name for shape in _LISTS + _PAIRS for name in shape)}
+_BESIDE_MESSAGES = (*_OTHER_MEANING, *_SYSTEM)
+"""such ones where there are `messages`; beside another shape it is every column that is known"""
+_COLUMNS = {
+    *("tools", *_BESIDE_MESSAGES, *_GIVEN, "history", "choices", "options", "chosen", "rejected", "label"),
+    *(name for shape in _LISTS + _PAIRS for name in shape),
+}
 EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 _TAKEN = (
     f"A row is {EXAMPLE}. Instead of messages it may have one of: conversations (turns with role and content, or from "
@@ -74,28 +78,24 @@ def as_turns(row: Any, where: str) -> tuple[str, list[Turn]]:
     turns = _listed(row[shape[0]], shape[0], where) if len(shape) == 1 else _pair(row, shape, where)
     if len(row) == 1:
         return shape[0], turns
-    taken = set(shape)
-    for name in _SYSTEM:
-        first = turns[0].message if turns else None
-        begins = isinstance(first, dict) and first.get("role") == "system"
-        if shape == ("messages",) and not begins:
-            continue
-        taken.add(name)
-        if not (begins or absent(row.get(name))):
-            turns.insert(0, Turn({"role": "system", "content": row[name]}, name, ""))
-    beside = [*_OTHER_MEANING]
-    if shape == ("messages",):
-        beside.append("system")
-    else:
-        beside += _BESIDE_OTHERS
-        taken.update(("history",) if len(shape) == 2 else (), _GIVEN if shape[0] == "instruction" else ())
-    for name in beside:
-        value = row.get(name)
-        alike = (name in ("weight", "train") and value == 1) or (name == "label" and value is not False)
+    said = [name for name in _SYSTEM if not absent(row.get(name))]
+    first = turns[0].message if turns and isinstance(turns[0].message, dict) else {}
+    taken = {*shape, "tools"}
+    if first.get("role") == "system":
+        taken.update(name for name in said if shape == ("messages",) or row[name] == first.get("content"))
+    elif len(said) == 1 and shape != ("messages",):
+        taken.update(said)
+        turns.insert(0, Turn({"role": "system", "content": row[said[0]]}, said[0], ""))
+    if len(shape) == 2 and isinstance(row[shape[0]], str):
+        taken.update(("history", *(_GIVEN if shape[0] == "instruction" else ())))
+    beside = _BESIDE_MESSAGES if shape == ("messages",) else _COLUMNS
+    for name in filter(beside.__contains__, row):
+        value = row[name]
+        alike = (name in ("weight", "train") and value == 1) or (name == "label" and bool(value))
         if not (name in taken or absent(value) or alike):
             raise ConfigError(
-                f"{where}: {name} = {value!r:.60}: beside '{shape[0]}' this changes what the row means, and is not "
-                "taken here; put it into the messages (a system turn; weight or train of a turn), or remove it."
+                f"{where}: {name} = {value!r:.60}: beside '{'/'.join(shape)}' this changes what the row means, and is "
+                "not taken here; put it into the messages (a system turn; weight or train of a turn), or remove it."
             )
     return "/".join(shape), turns
 
@@ -137,8 +137,14 @@ def _listed(value: Any, name: str, where: str) -> list[Turn]:
 
 def _spoken(turn: Any, place: str, where: str) -> Turn:
     """Return a turn that has `from` and `value`, or role and content."""
-    if not isinstance(turn, dict) or turn.get("from") is None or turn.get("role") is not None:
+    if not isinstance(turn, dict) or turn.get("from") is None:
         return Turn(turn, place, ".content")
+    twice = [name for name in ("role", "content") if turn.get(name) is not None]
+    if twice:
+        raise ConfigError(
+            f"{where}: {place} has from and {' and '.join(twice)}: which of them is the turn? Give role and content, "
+            "or from and value."
+        )
     if not (isinstance(turn["from"], str) and turn["from"] in _ROLES):
         raise ConfigError(f"{where}: {place}.from = {turn['from']!r:.60}: unknown. Valid: {', '.join(_ROLES)}.")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -147,7 +153,11 @@ def _spoken(turn: Any, place: str, where: str) -> Turn:
 
 
 def _pair(row: dict[str, Any], shape: tuple[str, ...], where: str) -> list[Turn]:
-    """Return what was asked and answered, after what was before; a prompt's own answers are not learned."""
+    """Return what was asked and answered, after what was before.
+
+    The answers of a `history` are learned, as LLaMA-Factory does with its Alpaca rows; those within a prompt that is a
+    list of turns are not, as in TRL.
+    """
     asked, answered = shape
     turns = []
     history = row.get("history")

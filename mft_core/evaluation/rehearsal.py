@@ -50,7 +50,13 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
     with settled(runtime), seeded(recipe.seed, runtime) if benchmark is None else nullcontext():
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)  # an error says it; the evaluation warns
         with _told(f"task '{recipe.task}': lm-eval cannot load it"):
-            tasks = load_tasks(recipe, benchmark)
+            try:
+                tasks = load_tasks(recipe, benchmark)
+            except ConnectionError as error:
+                raise ConfigError(
+                    f"task '{recipe.task}': its data are not on this machine, and the hub cannot be reached ({error}). "
+                    f"Fetch them once, where there is a network: lm_eval --model dummy --tasks {recipe.task} --limit 1"
+                ) from error
         for name, task in tasks.items():
             chats: list[Chat] = []
             with _told(f"task '{name}': its prompts cannot be made"):

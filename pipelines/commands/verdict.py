@@ -224,8 +224,8 @@ def asked_for(
     values = draft(checkpoint, rows, benchmarks, base)
     path = out or Path(f"verdict-{Path(values['defaults']['model']['path']).name}.yaml")
     asked = values["defaults"]
-    read = [asked["model"], asked.get("base"), *asked["benchmarks"]]
-    path = check_apart(path, *(Path(one["path"]) for one in read if one and Path(one.get("path", "")).is_dir()))
+    read = [asked["model"], asked.get("base") or {}, *asked["benchmarks"], *asked["data"]["mixture"]]
+    path = check_apart(path, *(Path(one["path"]) for one in read if "path" in one and Path(one["path"]).exists()))
     if path.is_dir():
         raise ConfigError(f"--out {path}: a folder lies there; give the file of the profile that is to be written.")
     kept = path.is_file()

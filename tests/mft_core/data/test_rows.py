@@ -70,7 +70,7 @@ BAD_LINES = {
     "half a weight": (turn(weight=0.5), ["messages[1].weight = 0.5", "0 or false", "1 or true"]),
     "train in words": (turn(train="no"), ["messages[1].train = 'no'", "0 or false"]),
     "trained user": ({"messages": [{"role": "user", "content": "x", "train": True}]}, ["messages[0].train = True"]),
-    "nothing in the loss": (turn(weight=0), ["every assistant turn out of the loss", "remove the row"]),
+    "nothing in the loss": (turn(weight=0), ["no assistant turn that is in the loss", "remove the row"]),
     "calls that are none": (turn(tool_calls=["f"]), ["messages[1].tool_calls", "not a list of calls"]),
     "arguments no JSON": (turn(tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), ["arguments", "not JSON"]),
     "reasoning no text": (turn(reasoning_content=["x"]), ["messages[1].reasoning_content", "not a string"]),

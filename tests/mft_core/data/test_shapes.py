@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 
 import datasets
@@ -63,7 +64,8 @@ def test_a_conversation_of_from_and_value_has_the_tokens_of_its_messages(data, t
     row["system_prompt"] = said
     assert tokens(row) == tokens(messages(*([("system", said)] if said else []), *told))
     row["conversations"][-1]["weight"] = 1
-    row["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    row["conversations"].insert(0, {"from": "system", "value": row.setdefault("system", "Be brief.")})
+    row["system_prompt"] = None
     assert tokens(row) == tokens(messages(("system", "Be brief."), *told))
 
 
@@ -91,10 +93,13 @@ def test_answers_within_a_prompt_are_not_learned_as_in_trl():
 
 def test_messages_are_the_row_whatever_else_is_there():
     row = messages(("user", "1+1"), ("assistant", "2"))
-    beside = {"prompt": "1+1", "completion": "3", "question": 1, "history": [1], "chosen": ["x"], "system_prompt": "x"}
+    beside = {"prompt": "1+1", "completion": "3", "question": 1, "history": [1], "chosen": ["x"]}
+    assert parse_row(row | beside, "a row") == parse_row(row, "a row")
+    row, beside["system"] = messages(("system", "Be brief."), ("user", "1+1"), ("assistant", "2")), "You are a pirate."
     assert parse_row(row | beside, "a row") == parse_row(row, "a row")
 
 
+SPOKEN = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
 NO_ROW = {
     "no shape": ({"text": "x", "prompt": "y"}, ["no field 'messages'", "it has 'text', 'prompt'", "prompt/completion"]),
     "two shapes": (
@@ -111,6 +116,10 @@ NO_ROW = {
     "unknown speaker": ({"conversations": [{"from": "bing", "value": "x"}]}, ["conversations[0].from = 'bing'", "gpt"]),
     "speaker of another type": ({"conversations": [{"from": ["x"], "value": "x"}]}, ["from = ['x']: unknown"]),
     "a text for turns": ({"conversations": "x"}, ["conversations = 'x': not a list"]),
+    "no answer that is learned": (
+        {"prompt": messages(("user", "x"), ("assistant", "y"))["messages"], "completion": []},
+        ["prompt/completion has no assistant turn that is in the loss", "lies within the prompt"],
+    ),
     "no answer": ({"conversations": [{"from": "human", "value": "x"}]}, ["conversations has no assistant turn"]),
     "turns that are none": ({"prompt": ["x"], "completion": "y"}, ["prompt[0] = 'x': not an object"]),
     "unknown field of a turn": ({"conversations": [{"from": "gpt", "value": "x", "wieght": 0}]}, ["[0].wieght = 0"]),
@@ -118,10 +127,42 @@ NO_ROW = {
     "history of another type": ({"prompt": "x", "completion": "y", "history": ["z"]}, ["history = ['z']: not a list"]),
     "undesired": ({"prompt": "x", "completion": "y", "label": False}, ["label = False", "changes what the row means"]),
     "preferences": (
-        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}], "chosen": {"value": "z"}},
+        {"conversations": SPOKEN, "chosen": {"value": "z"}},
         ["chosen = {'value': 'z'}", "changes what the row means"],
     ),
     "choices": ({"question": "x", "choices": ["a", "b"], "answer": "a"}, ["choices = ['a', 'b']", "changes what"]),
+    "half of another shape": (
+        {"prompt": "x", "input": "y", "output": "z"},
+        ["prompt = 'x': beside 'input/output' this changes what the row means"],
+    ),
+    "its reasons": ({"question": "x", "solution": "y", "answer": "z"}, ["solution = 'y': beside 'question/answer'"]),
+    "a question beside an instruction": (
+        {"instruction": "x", "question": "y", "answer": "z"},
+        ["instruction = 'x': beside 'question/answer'"],
+    ),
+    "a prompt beside turns": ({"conversations": SPOKEN, "prompt": "x"}, ["prompt = 'x': beside 'conversations'"]),
+    "an input beside turns": (
+        {"instruction": [{"role": "user", "content": "x"}], "input": "y", "output": "z"},
+        ["input = 'y': beside 'instruction/output'"],
+    ),
+    "a history beside turns": (
+        {"prompt": [{"role": "user", "content": "x"}], "history": [["y", "z"]], "completion": "z"},
+        ["history = [['y', 'z']]: beside 'prompt/completion'"],
+    ),
+    "two system turns": (
+        {"prompt": "x", "completion": "y", "system": "a", "system_prompt": "b"},
+        ["system = 'a': beside 'prompt/completion'"],
+    ),
+    "another system turn": (
+        {"conversations": [{"from": "system", "value": "a"}, *SPOKEN], "system": "b"},
+        ["system = 'b': beside 'conversations'"],
+    ),
+    "system beside messages": (messages(("user", "x"), ("assistant", "y"), system_prompt="b"), ["system_prompt = 'b'"]),
+    "label 0": ({"prompt": "x", "completion": "y", "label": 0}, ["label = 0", "changes what the row means"]),
+    "a turn in both forms": (
+        {"conversations": [SPOKEN[0], {"from": "gpt", "value": "y", "content": "z"}]},
+        ["conversations[1] has from and content: which of them is the turn?"],
+    ),
     "context": ({"question": "x", "context": "c", "answer": "a"}, ["context = 'c'", "changes what the row means"]),
 }  # fmt: skip
 
@@ -164,10 +205,18 @@ def test_a_file_of_several_shapes_is_read_row_by_row_in_every_format(tmp_path, m
     assert beginning(tmp_path / "rows.json", 2) == (len(MIXED), MIXED[:2])
 
 
+def test_a_pipe_is_no_data_file(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    for read in (look, lambda path: beginning(path, 2)):
+        with pytest.raises(ConfigError, match="a device or pipe, which cannot be read twice"):
+            read(tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[]", "empty"),
+        ("[1]\n[2]", "one array of all rows, or one JSON object per line"),
         ('[{"prompt": "x", "completion": "y"},\n {"prompt"', "a JSON array that cannot be read"),
         ('\n  [{"prompt": "x", "completion": "y"}, {"prompt": "x"}]', r"row 1: no field 'messages'; it has 'prompt'"),
         ("[1]", "row 0: no field 'messages'; it is 1"),

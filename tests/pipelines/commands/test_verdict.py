@@ -147,10 +147,14 @@ def test_small_data_stay_a_profile_that_plans(folder, values):
         ({"out": "odd.yaml"}, "the profile of another question"),
         ({"out": "."}, "a folder lies there"),
         ({"out": "MODEL/own.yaml"}, "give a place outside"),
+        ({"out": "ROWS"}, "give a place outside"),
+        ({"rows": ["FOLDER"], "out": "FOLDER/own.yaml"}, "give a place outside"),
+        ({"benchmarks": ["gsm8k"]}, "its data are not on this machine.*lm_eval --model dummy --tasks gsm8k"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, change, words):
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "other.yaml").write_text(json.dumps({"defaults": {"model": {"path": "x"}}}))
     given = {
         "checkpoint": str(folder / "model"),
@@ -162,8 +166,13 @@ def test_mistakes_are_told_before_anything_runs(folder, tmp_path, monkeypatch, c
         **change,
     }
     (tmp_path / "odd.yaml").write_text("defaults: {data: {mixture: [5]}, benchmarks: 5}\n")
-    given["rows"] = [Path(row) for row in given["rows"]]
-    given["out"] = tmp_path / given["out"].replace("MODEL", str(folder / "model"))
+    rows = tmp_path / "FOLDER" / "train.jsonl"
+    rows.parent.mkdir()
+    shutil.copy(folder / "data" / "sums.jsonl", rows)
+    given["rows"] = [tmp_path / row if row == "FOLDER" else Path(row) for row in given["rows"]]
+    given["out"] = tmp_path / given["out"].replace("MODEL", str(folder / "model")).replace(
+        "ROWS", str(given["rows"][0])
+    )
     with pytest.raises(ConfigError, match=words):
         asked_for(**given)
 
