@@ -211,9 +211,10 @@ def markdown(
 
 
 def _claims(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of the main table: this checkpoint, and of replicates the recipe beside it."""
+    """Return header and lines of the main table: this checkpoint, and of enough replicates the recipe beside it."""
     header, lines = cells(checkpoint(rows))
-    if not (recipe := list(filter(_is_recipe, rows))):
+    recipe = list(filter(_is_recipe, rows))
+    if all(row["why"] for row in recipe):
         return header, lines
     benchmarks = len({row["benchmark"] for row in rows})
     heads, first = header[:-benchmarks], header[-benchmarks:]
@@ -291,11 +292,14 @@ def _guessing(rows: Sequence[Row]) -> list[str]:
 
 
 def _legend(rows: Sequence[Row], confidence: float, margin: float) -> str:
+    recipe = list(filter(_is_recipe, rows))
     about = (
         "*this checkpoint*: the first fine-tuned one; intervals hold the noise of items and seeds. *this recipe*: mean "
         "and standard deviation over the fine-tunings; intervals and verdicts are about further ones too (items "
         "crossed with fine-tunings, Student's t with Satterthwaite's degrees of freedom). "
-        if any(map(_is_recipe, rows))
+        if not all(row["why"] for row in recipe)
+        else f"These are gains of the first fine-tuned checkpoint: {recipe[0]['why']} (`--replicates`). "
+        if recipe
         else "These are gains of one fine-tuned checkpoint and say nothing of others (`--replicates`, `fine_tune`). "
     )
     falls = "Where less is better, the gain is the points by which the number fell. "
