@@ -15,7 +15,7 @@ install: $(VENV)/.installed  ## the tested set of versions, into .venv
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==26.3
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
 	touch $@
