@@ -8,11 +8,10 @@ the `<|assistant|>` header is not. `mft_core.data.assistant_tokens` goes on to t
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation, Message
 from mft_core.errors import ConfigError
-from mft_core.sandbox import FAULTS, TimeLimit, UnstableTemplateError, asks_for_code, steady_chat_template
+from mft_core.sandbox import FAULTS, UnstableTemplateError, asks_for_code, check_chat_template, limited
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _RENDERING = threading.Lock()
@@ -53,7 +52,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ConfigError(
             f"tokenizer {name}: a slow tokenizer; valid: a fast one (with a tokenizer.json), for token offsets."
         )
-    steady_chat_template(template)
+    check_chat_template(template)
     return template
 
 
@@ -162,12 +161,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """
     check_tokenizer(tokenizer)
     try:
-        with _RENDERING, TimeLimit("chat template"):
-            prompt = tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not answer_begins,
-                continue_final_message=answer_begins,
+        with _RENDERING:
+            prompt = limited(
+                "chat template",
+                lambda: tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=not answer_begins,
+                    continue_final_message=answer_begins,
+                ),
             )
     except UnstableTemplateError as error:
         raise ConfigError(f"chat template: {error}.") from error
@@ -191,23 +193,21 @@ def rendered(
     """
     template = check_tokenizer(tokenizer)
     found = []
-    with TimeLimit("chat template") as limit:
-        render = _render_marked if _MARKS.search(template) else functools.partial(_render_by_prefix, limit.renew)
-        for conversation, where in zip(batch, wheres, strict=True):
-            limit.renew()
-            try:
-                text, spans = render(tokenizer, template, conversation)
-                _check_shown(tokenizer, template, text, conversation)
-            except UnstableTemplateError as error:
-                raise ConfigError(f"chat template: {error}.") from error
-            except (*FAULTS, _UnfitTemplateError) as error:
-                first = conversation[0].content
-                roles = ", ".join(message.role for message in conversation)
-                raise ConfigError(
-                    f"chat template: cannot encode {where} ({roles}; begins {first!r:.60}): {error}. "
-                    "Use a chat template that accepts these roles in this order and keeps earlier turns as they are."
-                ) from error
-            found.append((text, spans))
+    render = _render_marked if _MARKS.search(template) else _render_by_prefix
+    for conversation, where in zip(batch, wheres, strict=True):
+        try:
+            text, spans = render(tokenizer, template, conversation)
+            _check_shown(tokenizer, template, text, conversation)
+        except UnstableTemplateError as error:
+            raise ConfigError(f"chat template: {error}.") from error
+        except (*FAULTS, _UnfitTemplateError) as error:
+            first = conversation[0].content
+            roles = ", ".join(message.role for message in conversation)
+            raise ConfigError(
+                f"chat template: cannot encode {where} ({roles}; begins {first!r:.60}): {error}. "
+                "Use a chat template that accepts these roles in this order and keeps earlier turns as they are."
+            ) from error
+        found.append((text, spans))
     return found
 
 
@@ -283,10 +283,10 @@ def _render(
     `apply_chat_template` renders with this same function, but hands the marks out as token masks only.
     """
     variables: dict[str, Any] = {**tokenizer.special_tokens_map, **flags}
-    with _RENDERING:
+    with _RENDERING:  # waiting for which is not the template's time
         texts, marks = cast(
             tuple[list[str], list[list[Span]]],  # what it returns; it is annotated as str
-            render_jinja_template([messages], chat_template=template, **variables),
+            limited("chat template", lambda: render_jinja_template([messages], chat_template=template, **variables)),
         )
     return texts[0], marks[0] if marks else []
 
@@ -314,17 +314,12 @@ def _render_marked(
 
 
 def _render_by_prefix(
-    renew: Callable[[], None], tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
+    tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
 ) -> tuple[str, list[Span]]:
-    """Render beginnings of the conversation: a turn is what stands between its generation prompt and its end.
-
-    Args:
-        renew: called before each rendering, of which a long conversation takes thousands: each has its own time.
-    """
+    """Render beginnings of the conversation: a turn is what stands between its generation prompt and its end."""
     messages, tools = _plain(conversation), _tools(conversation)
 
     def render(turns: int, prompt: bool) -> str:
-        renew()
         return _render(tokenizer, template, messages[:turns], add_generation_prompt=prompt, **tools)[0]
 
     text = render(len(messages), False)
