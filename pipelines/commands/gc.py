@@ -46,6 +46,8 @@ class _Root(BaseModel):
 def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str]) -> None:
     """Say beside a page what its result rests on; what other commands have written there stays kept.
 
+    Where that is damaged it is left: what it kept would count as waste.
+
     Args:
         result: key by which MLflow knows it.
         artifacts: `stage/key` each.
@@ -56,8 +58,8 @@ def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str])
     except FileNotFoundError:
         before = {}
     except (OSError, ValueError):
-        before = {}
-        logging.getLogger("mft").warning("%s was damaged: other commands have to write their reports again", path)
+        logging.getLogger("mft").warning("%s is damaged and is left as it is; `mft gc` says what to do", path)
+        return
     unfinished = path.with_suffix(f".{os.getpid()}")
     roots = {**before, command: _Root(result=result, artifacts=sorted(artifacts))}
     text = json.dumps({name: root.model_dump() for name, root in roots.items()}, indent=1)
@@ -152,11 +154,14 @@ def _roots(home: Path) -> list[_Root]:
     for page in sorted((home / "reports").glob("*/report.html")):
         try:
             found += _read_roots(page.with_name(ROOTS)).values()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             text = page.with_suffix(".md").read_text("utf-8", "replace") if page.with_suffix(".md").is_file() else ""
             ran = re.search(r"\bmft run ([^`\n]+)", text)
+            do = "Write it" if isinstance(error, FileNotFoundError) else (
+                f"Its {ROOTS} is damaged: remove that, and write it for each run of this study that you keep"
+            )  # fmt: skip
             raise ConfigError(
-                f"{page.parent}: does not say which artifacts it rests on (no sound {ROOTS}). Write it: mft report "
+                f"{page.parent}: does not say which artifacts it rests on. {do}: mft report "
                 f"{ran[1].strip() if ran else 'STUDY --profile PROFILE'}; or remove the folder if nobody needs it."
             ) from None
     return found

@@ -153,18 +153,25 @@ def test_what_several_commands_have_written_to_one_page_is_all_kept(tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"a": 5}', b'{"a": {"result": 5, "artifacts": 5}}', b"\xff"])
-def test_a_damaged_list_of_roots_stops_gc_and_no_report(
+def test_a_damaged_list_of_roots_stops_gc_and_no_report_and_is_written_over_by_none(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     page = tmp_path / "reports" / "x" / "report.html"
     page.parent.mkdir(parents=True)
     page.touch()
     page.with_name(ROOTS).write_bytes(damage)
-    with pytest.raises(ConfigError, match="does not say which artifacts it rests on"):
+    keep(page, "a", "1", ["evaluate/1"])  # if this were all, what b needs would be waste
+    assert "is damaged and is left as it is" in caplog.text
+    assert page.with_name(ROOTS).read_bytes() == damage
+    with pytest.raises(ConfigError, match=rf"{ROOTS} is damaged: remove that, and write it for each run"):
+        collect(ArtifactStore(tmp_path), 7, delete=True)
+    page.with_name(ROOTS).unlink()
+    with pytest.raises(ConfigError, match=r"which artifacts it rests on\. Write it: mft report"):
         collect(ArtifactStore(tmp_path), 7, delete=True)
     keep(page, "a", "1", ["evaluate/1"])
-    assert "was damaged" in caplog.text
-    assert json.loads(page.with_name(ROOTS).read_text()) == {"a": {"result": "1", "artifacts": ["evaluate/1"]}}
+    keep(page, "b", "2", ["evaluate/2"])
+    assert set(json.loads(page.with_name(ROOTS).read_text())) == {"a", "b"}
+    assert not collect(ArtifactStore(tmp_path), 7, delete=True).paths["artifacts that no kept study reaches"]
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
