@@ -11,6 +11,7 @@ Used by `mft_core.evaluation.code_metrics`; there is no other way in which a mod
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import itertools
@@ -104,23 +105,26 @@ def passes(trial: Trial, said: IO[bytes] | None = None) -> bool:
         said: where to write what bubblewrap says; None: nowhere.
 
     Returns:
-        whether the tests ran to their end; whatever else happens is a failure.
+        whether the tests ran to their end; whatever else happens within is a failure.
+
+    Raises:
+        ConfigError: they could not be started.
     """
-    with _user() as first, _user() as second:
-        ends = socket.socketpair()
-        with ends[0], ends[1]:
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
-            completion = _start("completion", ends[0], first, **streams)
-            tests = _start("tests", ends[1], second, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
-        try:
+    try:
+        with _user() as first, _user() as second, contextlib.ExitStack() as started:
+            ends = socket.socketpair()
+            with ends[0], ends[1]:
+                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+                started.enter_context(_started("completion", ends[0], first, **streams))
+                streams |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+                tests = started.enter_context(_started("tests", ends[1], second, **streams))
             verdict, _ = tests.communicate(json.dumps(trial).encode(), SECONDS)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            for process in (completion, tests):
-                process.kill()
-            for process in (completion, tests):
-                process.communicate()
+    except subprocess.TimeoutExpired:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"no sandbox for code that a model writes can be started: {error.strerror or error}. Set that right."
+        ) from error
     return verdict == b"passed"
 
 
@@ -138,18 +142,26 @@ def _user() -> Iterator[int]:
         with socket.socket(socket.AF_UNIX) as claim:
             try:
                 claim.bind(f"\0mft-sandbox-{user}")
-            except OSError:
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
                 continue
             yield user
             return
     raise ConfigError(f"all {len(_USERS):,} users of sandboxes are taken on this machine: run fewer at a time.")
 
 
-def _start(role: str, channel: socket.socket, user: int, **streams: Any) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _started(role: str, channel: socket.socket, user: int, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
     streams["stderr"] = streams["stderr"] or subprocess.DEVNULL
     inside = [sys.executable, "-sPSc", _inside(), role, str(channel.fileno()), str(user), sysconfig.get_path("purelib")]
     command = [*_sandbox(os.geteuid() == 0), "--", *inside]
-    return subprocess.Popen(command, pass_fds=[channel.fileno()], env={"PYTHONHASHSEED": "0"}, **streams)
+    process = subprocess.Popen(command, pass_fds=[channel.fileno()], env={"PYTHONHASHSEED": "0"}, **streams)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @functools.cache

@@ -308,3 +308,40 @@ assert passes(Trial(forks, "assert forked() == 5"))
 """
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
+
+
+def test_where_files_run_out_that_is_told_and_no_completion_is_left_running():
+    """However far the start comes: with each of the first so many descriptors the last one."""
+    program = """
+import os, resource, socket
+import psutil
+from mft_core.errors import ConfigError
+from mft_core.evaluation.code_sandbox import Trial, passes
+from mft_core.evaluation import code_sandbox
+code_sandbox._inside()
+code_sandbox._sandbox(os.geteuid() == 0)
+most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+last = max(map(int, os.listdir("/proc/self/fd")))
+told = []
+for further in range(12):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (last + further, hard))
+    try:
+        passes(Trial("pass", "pass"))
+    except ConfigError as error:
+        told.append(str(error))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert not psutil.Process().children(), further
+assert len(told) > 5, told
+assert all("Too many open files" in each for each in told), told
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="users are taken by root only")
+def test_where_all_users_are_taken_that_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(code_sandbox, "_USERS", range(61_184, 61_186))
+    with code_sandbox._user() as one, code_sandbox._user() as other:
+        assert {one, other} == {61_184, 61_185}
+        with pytest.raises(ConfigError, match="all 2 users of sandboxes are taken"):
+            passes(Trial(SQUARE, TESTS))
