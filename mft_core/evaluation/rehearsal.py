@@ -6,6 +6,7 @@ What fails here would have failed after the fine-tuning, or, worse, not at all. 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 _COMPARED = 20
 """prompts whose tokens are compared with those of the training"""
-_BATCH, _READ = 1_000, 1_000_000  # prompts tokenised together; characters of one, more than any model has room for
+_BATCH, _READ = 1_000, 1_000_000  # prompts tokenised together; characters of one that are enough for most models
 Chat = tuple[list[dict[str, str]], str]
 
 
@@ -146,12 +147,14 @@ def _check_lengths(
         batch = task.instances[start : start + _BATCH]
         generates = task.OUTPUT_TYPE == "generate_until"
         texts = [request.args[0] if generates else "".join(map(str, request.args)) for request in batch]
-        beginnings = [text[:_READ] for text in texts]
-        encoded = tokenizer(beginnings, add_special_tokens=not recipe.apply_chat_template, verbose=False)["input_ids"]
+        encode = functools.partial(tokenizer, add_special_tokens=not recipe.apply_chat_template, verbose=False)
+        encoded = encode([text[:_READ] for text in texts])["input_ids"]
         for request, text, ids in zip(batch, texts, encoded, strict=True):
             answer = int(normalize_gen_kwargs(request.args[1])["max_gen_toks"]) if generates else 0
+            over = "over " if len(text) > _READ else ""
+            if over and len(ids) + answer <= limit:
+                ids, over = encode(text)["input_ids"], ""
             if len(ids) + answer > limit:
-                over = "over " if len(text) > _READ else ""
                 raise ConfigError(
                     f"task '{name}', item {request.doc_id}: its prompt has {over}{len(ids)} tokens"
                     f"{f' and its answer up to {answer}' if generates else ' with its answer'}, but the model has "

@@ -11,7 +11,7 @@ import pytest
 from mft_core.data.assistant_tokens import encode
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
-from mft_core.evaluation import lm_eval_harness
+from mft_core.evaluation import lm_eval_harness, rehearsal
 from mft_core.evaluation.lm_eval_harness import evaluate
 from mft_core.evaluation.rehearsal import rehearse
 from mft_core.recipes import Evaluate, Runtime
@@ -105,6 +105,14 @@ def test_what_is_right_is_rehearsed_in_silence(model: Path, tmp_path: Path, caps
 def test_what_would_fail_after_the_training_is_refused(model: Path, tmp_path: Path, recipe, items, changes, words: str):
     with pytest.raises(ConfigError, match=words):
         rehearse(Evaluate(task="plus", **recipe), model, plus(tmp_path, *items, **changes))
+
+
+def test_a_prompt_whose_beginning_fits_is_counted_to_its_end(model: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_READ", 100)
+    items = [{"question": "word " * length, "answer": "1"} for length in (90, 500)]
+    rehearse(RECIPE, model, plus(tmp_path / "fits", items[0]))
+    with pytest.raises(ConfigError, match=r"item 1: its prompt has \d+ tokens"):
+        rehearse(RECIPE, model, plus(tmp_path / "not", *items))
 
 
 def test_code_runs_only_where_it_is_allowed(model: Path, tmp_path: Path):
