@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("mft_core", "tasks", "pipelines")
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docker/*.md"), *ROOT.glob("results/**/*.md")]
+
+
+def test_pytest_is_given_every_test_file_once_and_so_takes_them_in_that_order():
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    within = [[path for path in given if file.is_relative_to(ROOT / path)] for file in ROOT.glob("tests/**/test_*.py")]
+    assert all(len(paths) == 1 for paths in within), "pytest takes the wider of two that overlap, in its own order"
 
 
 def in_words(pages: list[Path]) -> list[str]:
