@@ -6,7 +6,6 @@ What fails here would have failed after the fine-tuning, or, worse, not at all. 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -142,18 +141,19 @@ def _check_lengths(
     """Check that prompt and answer fit into the model; lm-eval would cut the prompt's beginning off."""
     from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
 
+    def encode(texts: Any) -> Any:
+        return tokenizer(texts, add_special_tokens=not recipe.apply_chat_template, verbose=False)["input_ids"]
+
     limit = resolve_max_length(read_config(checkpoint), tokenizer)
     for start in range(0, len(task.instances), _BATCH):
         batch = task.instances[start : start + _BATCH]
         generates = task.OUTPUT_TYPE == "generate_until"
         texts = [request.args[0] if generates else "".join(map(str, request.args)) for request in batch]
-        encode = functools.partial(tokenizer, add_special_tokens=not recipe.apply_chat_template, verbose=False)
-        encoded = encode([text[:_READ] for text in texts])["input_ids"]
-        for request, text, ids in zip(batch, texts, encoded, strict=True):
+        for request, text, ids in zip(batch, texts, encode([text[:_READ] for text in texts]), strict=True):
             answer = int(normalize_gen_kwargs(request.args[1])["max_gen_toks"]) if generates else 0
             over = "over " if len(text) > _READ else ""
             if over and len(ids) + answer <= limit:
-                ids, over = encode(text)["input_ids"], ""
+                ids, over = encode(text), ""
             if len(ids) + answer > limit:
                 raise ConfigError(
                     f"task '{name}', item {request.doc_id}: its prompt has {over}{len(ids)} tokens"
