@@ -103,8 +103,11 @@ def plan(
     from pipelines.cost.plan_view import as_dict, show, show_together
     from pipelines.cost.predicted import bills, device_of
     from pipelines.cost.probe import probe
+    from pipelines.plan.preflight import check_weights_named
 
     plans, store = _plans(_asked(study, _sized(profile, budget), overrides, seeds, replicates))
+    for each in plans:
+        check_weights_named(each)
     device = device_of(plans[0].runtime)
     known = {} if on is not None else probe(plans, store, device, lambda text: print(text, file=sys.stderr))
     priced = bills(plans, store, on, known)

@@ -46,7 +46,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     except ValueError as error:
         raise ConfigError(
             f"tokenizer {name}: it has no chat template, so conversations cannot be encoded; valid: a tokenizer with "
-            "one. Take an instruction-tuned model's, or give the shipped mft_core/data/templates/tulu.jinja."
+            "one. Take an instruction-tuned model's, or set model.chat_template: tulu, which is shipped."
         ) from error
     if not tokenizer.is_fast:
         raise ConfigError(

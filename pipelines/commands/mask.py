@@ -52,7 +52,7 @@ def apply(base: Path, directory: Path, out: Path, rewind_to: Path | None = None)
     """
     from mft_core.masks.merge import merge
 
-    check_new(out, base, directory, *([rewind_to] if rewind_to else []))
+    check_new(out, base, directory, *([rewind_to] if rewind_to else []))  # `merge` knows of the mask's own folder alone
     if not (base / "config.json").is_file():
         raise ConfigError(f"BASE = {base}: no checkpoint there; give the directory of the model the mask was made for.")
     mask = merge(base, _mask_directory(directory), out, keep_removed=True, rewind_to=rewind_to)

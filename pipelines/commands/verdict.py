@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 
-from mft_core import data
 from mft_core.data.rows import look
 from mft_core.errors import ConfigError
 from mft_core.evaluation.benchmarks import tasks_in
@@ -41,7 +40,6 @@ _LONGEST = 1_024
 """tokens of a training sequence at most"""
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
 _LEAST_SECONDS, _MOST_SECONDS = 120, 366 * 86400
-_TEMPLATES = Path(data.__file__).parent / "templates"
 _ANSWER, _SHARE = 30.0, 0.04
 """seconds, and share of the budget, that are kept for statistics and report"""
 
@@ -101,7 +99,7 @@ def draft(checkpoint: str, rows: Sequence[Path], benchmarks: Sequence[str], base
     found = resolved_model(ModelSpec(**spec), ModelSpec(**_model(base)) if base else None)
     asked = {}
     if plain := _plain(found):
-        spec["chat_template"], asked = str(plain), {"apply_chat_template": False}
+        spec["chat_template"], asked = plain, {"apply_chat_template": False}
     depth, context = len(found.geometry.layers), found.geometry.context or _LONGEST
     counts = {path.resolve(): look(path).rows for path in rows}
     validation = min(200, sum(counts.values()) // 10)
@@ -142,8 +140,8 @@ def _model(name: str) -> dict[str, str]:
     return {"path": str(given("path", name))}
 
 
-def _plain(model: ResolvedModel) -> Path | None:
-    """Return the template that shows turns as they are, one after another, where the tokenizer has none of its own.
+def _plain(model: ResolvedModel) -> str | None:
+    """Name the shipped template that shows turns as they are, one after another, if the tokenizer has none of its own.
 
     A row then begins as a prompt of evaluation does: with the token that the tokenizer puts there, or with none, since
     one that a model has never seen there ruins what it says.
@@ -156,7 +154,7 @@ def _plain(model: ResolvedModel) -> Path | None:
     if tokenizer.chat_template:
         return None
     begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return _TEMPLATES / ("plain_bos.jinja" if begins else "plain.jinja")
+    return "plain_bos" if begins else "plain"
 
 
 def _groups(depth: int) -> list[str]:

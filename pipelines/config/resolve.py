@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from mft_core import data
 from mft_core.cache_key import digest, digest_files
 from mft_core.checkpoints.gguf import dequantised
 from mft_core.data.overlap import has_runs, question_of
@@ -131,7 +132,7 @@ def resolved_model(spec: ModelSpec, base: ModelSpec | None = None, unpinned: boo
     if (adapted := _adapted(spec, base)) is not None:
         return _with_adapter(spec, resolved_model(adapted, unpinned=unpinned))
     found, tokenizer = _checkpoint(spec, "model", unpinned), _checkpoint(spec, "tokenizer", unpinned)
-    template = local_file(Path(spec.chat_template), "model.chat_template") if spec.chat_template else None
+    template = _template(spec.chat_template) if spec.chat_template else None
     try:
         config = configuration_file(spec)
     except ConfigError:
@@ -176,14 +177,25 @@ def _with_adapter(spec: ModelSpec, base: ResolvedModel) -> ResolvedModel:
     tokens = parts("tokenizer", place)
     weights = sorted(path.name for path in place.glob("adapter_model.*"))
     adapter = local_files(place, [_ADAPTER, *weights, *tokens])
-    template = Path(spec.chat_template) if spec.chat_template else place / "chat_template.jinja"
+    template = spec.chat_template or str(place / "chat_template.jinja")
     return replace(
         base,
         adapter=adapter,
         tokenizer=local_files(place, tokens, "tokenizer") if "tokenizer.json" in tokens else base.tokenizer,
-        template=local_file(template, "model.chat_template") if spec.chat_template or template.is_file() else None,
+        template=_template(template) if spec.chat_template or Path(template).is_file() else None,
         notes=(*base.notes, "The fine-tuned model is an adapter that was merged into its base first."),
     )
+
+
+def _template(name: str) -> Source:
+    """Return a chat template: a Jinja file, or one of ours by its name, which means the same on every machine."""
+    shipped = {path.stem: path for path in Path(data.__file__).with_name("templates").glob("*.jinja")}
+    if name not in shipped and not Path(name).is_absolute():
+        raise ConfigError(
+            f"model.chat_template = {name}: no such file; give a Jinja file, or one that is shipped: "
+            f"{', '.join(sorted(shipped))}."
+        )
+    return local_file(shipped.get(name, Path(name)), "model.chat_template")
 
 
 def _shipped_for(config: Path) -> object:

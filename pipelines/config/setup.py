@@ -67,7 +67,10 @@ class ModelSpec(Recipe):
 
     path: str = Field(description="a local checkpoint directory or a hub name")
     revision: str = Field("main", description="of a hub repository; pinned to its commit when planned")
-    chat_template: str | None = Field(None, description="a Jinja file that replaces the tokenizer's own template")
+    chat_template: str | None = Field(
+        None,
+        description="in place of the tokenizer's own: a Jinja file, or the shipped plain, plain_bos or tulu",
+    )
 
 
 class SourceSpec(Recipe):

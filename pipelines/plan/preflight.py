@@ -95,9 +95,8 @@ def checks(
         for spec in dict.fromkeys(resolved.setup.model for resolved in plan.asked):
             asked = [resolved for resolved in plan.asked if resolved.setup.model == spec]
             yield "tokenizer", partial(_check_tokenizer, asked)
-        for source in dict.fromkeys(node.inputs.get("model") for node in nodes):
-            if isinstance(source, Source):
-                yield "weights", partial(_check_weights, source)
+        for source in _models(nodes):
+            yield "weights", partial(_check_weights, source)
         yield "layers and trainings", partial(_check_models, plan.asked)
     if prepared := [node for node in nodes if node.stage == "prepare-data"]:  # else nothing heavy is imported
         yield "end of turn", partial(_check_end_of_turn, prepared)
@@ -107,6 +106,18 @@ def checks(
     for node in nodes:
         if isinstance(node.recipe, Evaluate):
             yield f"benchmark {node.recipe.task}", partial(_check_benchmark, node, tried)
+
+
+def check_weights_named(plan: Plan) -> None:
+    """Refuse what a run would for lack of files of weights; where neither hub nor cache can say, nothing is."""
+    for source in _models(step.node for step in plan.to_compute):
+        if source.revision is None or resolve.hub_files(source.location, source.revision)[1]:
+            _whole(source)
+
+
+def _models(nodes: Iterable[Node]) -> Iterator[Source]:
+    found = dict.fromkeys(node.inputs.get("model") for node in nodes)
+    return (source for source in found if isinstance(source, Source))
 
 
 def _check_processes(nodes: Iterable[Node], runtime: Runtime) -> None:
@@ -193,21 +204,26 @@ def _check_models(asked: Sequence[Resolved]) -> None:
             chosen = choose_sites(sites[spec], layers, setup.mask.modules)
             if method.observes == "inputs":
                 wanda.check_inputs(chosen)
-            given = (
-                None if setup.fine_tune or resolved.model.adapter else resolved.model
-            )  # no stage has written it anew
+            # weights that a stage writes are as they should be
+            given = None if setup.fine_tune or resolved.model.adapter else resolved.model
             for found in (given, resolved.base if method.needs_base else None):
                 if found and Path(found.source.location).is_absolute():
                     WeightFiles(found.config.parent).check([site.name for site in chosen])
 
 
 def _check_weights(source: Source) -> None:
-    """Refuse a checkpoint whose weights cannot be loaded; of the hub's, those that were fetched before.
+    """Refuse a checkpoint whose weights cannot be loaded; of the hub's, those that were fetched before."""
+    from mft_core.checkpoints.files import check_weights
+
+    if (directory := _whole(source)) is not None:
+        check_weights(directory)
+
+
+def _whole(source: Source) -> Path | None:
+    """Return a checkpoint's directory; None where weights of it are still to be fetched from the hub.
 
     A repository may have nothing but pickled weights; those are read as plain tensors.
     """
-    from mft_core.checkpoints.files import check_weights
-
     directory, names = Path(source.location), None
     if source.revision is not None:
         directory, names = resolve.hub_files(source.location, source.revision)
@@ -220,19 +236,22 @@ def _check_weights(source: Source) -> None:
             f"model.path = {source.location}: no weight files {where} (model*.safetensors with an index if they are "
             "several, or pytorch_model*.bin); give a whole checkpoint."
         )
-    index = f"{taken}.index.json"
-    wanted = files & {taken, index}
-    if (directory / index).is_file():
-        content = json.loads((directory / index).read_text(encoding="utf-8"))  # `read_config` has found it sound
-        wanted |= set(content["weight_map"].values())
-    missing = sorted(name for name in wanted if not (directory / name).is_file())
+    index = directory / f"{taken}.index.json"
+    wanted = files & {taken, index.name}
+    try:
+        if index.is_file():
+            wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in wanted if not (directory / name).is_file())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"model.path = {directory}: {index.name} cannot be read ({error!r}); copy or download the checkpoint again."
+        ) from error
     if missing and names is None:
         raise ConfigError(
             f"model.path = {directory}: {len(missing)} weight files of its index are missing, first {missing[0]}; "
             "copy or download the checkpoint again."
         )
-    if not missing:
-        check_weights(directory)
+    return None if missing else directory
 
 
 def _check_tokenizer(asked: Sequence[Resolved]) -> None:
@@ -247,7 +266,7 @@ def _check_tokenizer(asked: Sequence[Resolved]) -> None:
     if chats and not tokenizer.chat_template:
         raise ConfigError(
             f"model.path = {setups[0].model.path}: its tokenizer has no chat template; set model.chat_template to a "
-            "Jinja file (the tulu format is shipped as mft_core/data/templates/tulu.jinja)."
+            "Jinja file, or to tulu, which is shipped."
         )
 
 

@@ -16,7 +16,9 @@ from mft_core.data.rows import parse_row
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.verdict import asked_for, draft, passes, profile_of, same_question, seconds_of, write
+from pipelines.config import resolve
 from pipelines.config.profile import load_profile
+from pipelines.config.setup import ModelSpec
 from pipelines.config.study import load_study
 from pipelines.cost.budget import cut, fit, next_in_time
 from pipelines.plan.plan import make_plan
@@ -188,7 +190,8 @@ def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(t
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     values = draft(str(tmp_path / "model"), [tmp_path / "data" / "sums.jsonl"], [str(tmp_path / "benchmarks")], None)
-    template = Path(values["defaults"]["model"]["chat_template"])
+    assert values["defaults"]["model"]["chat_template"] == ("plain_bos" if begins else "plain"), "the same elsewhere"
+    template = resolve.resolved_model(ModelSpec(**values["defaults"]["model"])).template.local_path()
     assert [bench["apply_chat_template"] for bench in values["defaults"]["benchmarks"]] == [False]
     rows = [
         parse_row({"prompt": "1 + 1 =", "completion": " 2"}, "a row"),
@@ -199,3 +202,13 @@ def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(t
     assert [text[start:end] for text, [(start, end)] in found] == [" 2</s>", "2</s>"]
     plan = planned(tmp_path, values)
     assert all("chat_template" in step.node.inputs for step in plan.steps if step.node.stage == "prepare-data")
+
+
+def test_a_checkpoint_whose_tokenizer_has_no_end_of_text_is_refused_in_a_sentence(tmp_path):
+    write_profile(tmp_path)
+    tokenizer = make_tokenizer(chat_template=False)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="'eos_token' is undefined"):
+        asked_for(str(tmp_path / "model"), [tmp_path / "data" / "sums.jsonl"], [str(tmp_path / "benchmarks")], None,
+                  "2h", tmp_path / "own.yaml")  # fmt: skip

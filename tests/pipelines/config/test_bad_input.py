@@ -1,6 +1,7 @@
 """Each mistake: one clear message, exit code 2 before any compute, nothing half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -12,9 +13,12 @@ from safetensors.torch import load_file
 
 from mft_core.errors import ConfigError
 from pipelines.cli import main
+from pipelines.config import resolve
 from pipelines.config.profile import load_profile
+from pipelines.config.setup import ModelSpec
 from pipelines.config.study import load_studies
 from tests.support.mini import row, write_profile, write_study
+from tests.support.tiny import TULU
 
 
 @pytest.fixture
@@ -113,6 +117,17 @@ def test_a_tokenizer_without_a_chat_template_is_refused(mft, tmp_path, folder):
     refused(done, tmp_path / "home", "chat template", "model.chat_template")
 
 
+def test_a_shipped_chat_template_is_known_by_its_name_and_an_unknown_one_refused_with_theirs(mft, tmp_path, folder):
+    home = tmp_path / "home"
+    profile = altered(tmp_path / "a", model={"path": "./model", "chat_template": "tula"})
+    refused(planned(mft, profile, folder, home), home, "model.chat_template = tula", "plain, plain_bos, tulu")
+    named, copied = (
+        resolve.resolved_model(ModelSpec(path=str(folder / "model"), chat_template=template)).template
+        for template in ("tulu", str(shutil.copy(TULU, tmp_path / "copied.jinja")))
+    )
+    assert named.digest == copied.digest, "what it says is what counts"
+
+
 def test_a_model_that_is_not_a_decoder_is_refused(mft, tmp_path, folder):
     profile = altered(tmp_path)
     path = tmp_path / "model" / "config.json"
@@ -161,7 +176,12 @@ def test_more_rows_than_a_file_holds_are_refused(mft, tmp_path, folder):
 def test_a_model_without_weights_is_refused(mft, tmp_path, folder):
     profile = altered(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
-    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "no weight files", "model.path")
+    said = []
+    for command in ("plan", "run"):
+        done = mft(command, folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+        refused(done, tmp_path / "home", "no weight files", "model.path")
+        said.append(done.stderr)
+    assert said[0] == said[1], "plan and run look at the same thing"
 
 
 def test_a_base_of_pickled_weights_is_no_model_to_rewind_to_and_refused_before_compute(mft, tmp_path, folder):
@@ -176,12 +196,14 @@ def test_a_base_of_pickled_weights_is_no_model_to_rewind_to_and_refused_before_c
 
 @pytest.mark.parametrize(
     ("index", "words"),
-    [('{"weight_map": {"a": "model-2.safetensors"}}', ["model-2.safetensors", "missing"]), ("[]", ["no index"])],
+    [('{"weight_map": {"a": "model-2.safetensors"}}', ["model-2.safetensors", "missing"]), ("[]", ["index"])],
 )
 def test_a_model_with_a_part_of_its_weights_is_refused(mft, tmp_path, folder, index, words):
     profile = altered(tmp_path)
     (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
-    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", *words)
+    for command in ("plan", "run"):
+        done = mft(command, folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
+        refused(done, tmp_path / "home", *words)
 
 
 @pytest.mark.parametrize("content", ["{broken", "[]"])

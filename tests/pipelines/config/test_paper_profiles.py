@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from mft_core.data.rows import parse_row
 from mft_core.evaluation.benchmarks import TASKS
-from mft_core.store.sources import Source
+from mft_core.store.sources import Source, local_file
 from pipelines.config import resolve
 from pipelines.config.profile import load_profile
 from pipelines.config.setup import BenchmarkSpec
@@ -98,7 +98,7 @@ def test_fine_tuning_and_mask_have_the_papers_optimisation(profile):
         assert (training.seed, training.max_steps) == (42, None)
         assert (setup.mask.sparsity, setup.mask.modules, setup.mask.score_init) == (0.1, "both", "normal")
         assert (setup.data.max_length, setup.data.seed, setup.data.fraction) == (4096, 42, 1)
-        assert Path(setup.model.chat_template).read_bytes() == TULU.read_bytes()
+        assert resolve._template(setup.model.chat_template) == local_file(TULU, "the template")
 
 
 def test_the_two_profiles_differ_in_the_backbone_only():
