@@ -208,7 +208,7 @@ class Cluster:
 
         while True:
             try:
-                return self._ask(client, job, hear)
+                return self._ask(client, job, label, hear)
             except KilledWorker as error:  # perhaps while it only waited for its turn on that worker
                 if len(begun) > RESTARTS:
                     raise given_up() from error
@@ -222,7 +222,7 @@ class Cluster:
                 with store.lock(key, while_ours):  # the stage has stopped, its state is kept
                     raise
 
-    def _ask(self, client: Client, job: Job, hear: Callable[[Any], None]) -> ArtifactRef:
+    def _ask(self, client: Client, job: Job, label: str, hear: Callable[[Any], None]) -> ArtifactRef:
         """Send a job once, and return what comes of it; `hear` is given what its worker tells."""
         from tasks.job import work
 
@@ -230,6 +230,7 @@ class Cluster:
         messages = self._waiting[task] = queue.SimpleQueue()
         if self._ending.is_set():
             messages.put(Progress(0, 0))
+        logging.getLogger("mft").info("%s: waiting for a worker of %s", label, self._runtime.cluster or "this machine")
         future = client.submit(work, job, self._topic, key=task, pure=False, resources=self._resource)
         future.add_done_callback(lambda future: messages.put(None))
         try:

@@ -278,7 +278,8 @@ class ArtifactStore:
         """
         log = log or logging.getLogger("mft")
         key = self.key(stage, recipe, inputs)
-        held = self.shared.lease(key, log, report) if self.shared else contextlib.nullcontext()
+        note = self.home / "locks" / f"{key}.lease"
+        held = self.shared.lease(key, note, log, report) if self.shared else contextlib.nullcontext()
         with self.lock(key, report), held:
             problem = "rerun asked for" if force else self.damage(stage.name, key, inputs, held=True)
             if problem is None:

@@ -123,11 +123,20 @@ class SharedStore:
         manifests.commit(temporary, final, manifest)
 
     @contextlib.contextmanager
-    def lease(self, key: str, log: logging.Logger, report: Callable[[Progress], None]) -> Iterator[None]:
-        """Hold the lease of a key, waiting (and saying so) while another machine does; a dead holder loses it."""
+    def lease(self, key: str, note: Path, log: logging.Logger, report: Callable[[Progress], None]) -> Iterator[None]:
+        """Hold the lease of a key, waiting (and saying so) while another machine does; a dead holder loses it.
+
+        Args:
+            note: file in which whoever holds this machine's own lock of the key keeps the name of his lease: one that
+                is there belongs to a process that was killed, and is not waited for.
+        """
         path = f"{self._root}/locks/{key}"
         mine = f"{socket.gethostname()}, process {os.getpid()}, {uuid.uuid4().hex}"
         self._make_parent(path)
+        if note.exists() and (self._read(path) or b"-").split(b", beat")[0] == note.read_bytes():
+            with contextlib.suppress(FileNotFoundError):  # another machine was faster
+                self._files.rm_file(path)
+        note.write_text(mine)
         self._wait_for(path, mine, key, log, report)
         ended = threading.Event()
         beating = threading.Thread(target=self._beat, args=(path, mine, ended, log), name="lease", daemon=True)
@@ -140,6 +149,7 @@ class SharedStore:
             if (self._read(path) or b"").startswith(mine.encode()):
                 with contextlib.suppress(FileNotFoundError):
                     self._files.rm_file(path)
+            note.unlink(missing_ok=True)
 
     def _wait_for(
         self, path: str, mine: str, key: str, log: logging.Logger, report: Callable[[Progress], None]

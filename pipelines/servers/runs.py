@@ -120,7 +120,11 @@ def told_of(store: ArtifactStore, command: str, log: Path, snapshot: Callable[[]
 
 
 def runs(home: Path) -> list[Entry]:
-    """Return what is known of runs, the latest first; one that has died without a word is `killed`."""
+    """Return what is known of runs, the latest first; one that has died without a word is `killed`.
+
+    A run elsewhere for which a stage is computed here, or one that was killed a moment ago, is known by the lock that
+    its worker holds.
+    """
     found = []
     for path in sorted((home / "runs").glob("*.json"), reverse=True):
         try:
@@ -134,6 +138,14 @@ def runs(home: Path) -> list[Entry]:
         if entry["state"] == "running" and not elsewhere and not _held(path.with_suffix(".lock")):
             entry |= {"state": "killed", "reason": f"its process {entry['pid']} on {entry['host']} is gone: killed?"}
         found.append({"id": path.stem, **entry, "silent": round(silent, 1)})
+    told = {f"{entry['pid']} {entry['host']}" for entry in found if entry["state"] == "running"}
+    for lock in (home / "locks").glob("[0-9a-f]" * 64):
+        if _held(lock) and (holder := lock.read_text()) not in told:
+            pid, _, host = holder.partition(" ")
+            stage = {"label": lock.name, "step": 0, "total": 0, "detail": "", "seconds_left": None}
+            run = {"pid": int(pid or 0), "host": host, "started": lock.stat().st_mtime, "total": 1, "stages": [stage]}
+            command = "(a stage of a run elsewhere, or of one that is gone)"
+            found.append({**_UNKNOWN, **run, "id": lock.name, "command": command, "silent": 0.0})
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ import pytest
 from pipelines.servers.services import free_port, wait_healthy
 from tests.support.dask import Dask
 from tests.support.faults import (
+    KILLS,
     KINDS,
     Study,
     copy,
@@ -29,6 +31,7 @@ from tests.support.faults import (
     fill,
     finished_once,
     flip,
+    manifests,
     processes,
     small_disk,
     wait_until_gone,
@@ -132,16 +135,17 @@ CLUSTER = ("mft", "worker", "Dask scheduler", "Dask nanny", "MLflow server")
 
 
 @contextlib.contextmanager
-def others(folder: Path, home: Path) -> Iterator[dict[str, str]]:
-    """Start a Dask cluster and an MLflow server that work for a home; yields what `mft` is to find of them."""
+def others(folder: Path, place: Path, homes: Sequence[Path | None]) -> Iterator[dict[str, str]]:
+    """Start a Dask cluster and an MLflow server that work for a place; yields what `mft` is to find of them."""
     folder.mkdir()
-    dask, url = Dask(folder / "dask", environment={"MFT_HOME": str(home)}), f"http://127.0.0.1:{free_port(None)}"
+    dask = Dask(folder / "dask", {"MFT_HOME": str(place)}, homes)
+    url = f"http://127.0.0.1:{free_port(None)}"
     words = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--workers", "1"]
     words += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
     with (folder / "mlflow.log").open("w") as log:
         mlflow = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", *words], stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "MFT_HOME": str(home), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, "MFT_HOME": str(place), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )  # fmt: skip
     try:
         wait_healthy([], f"{url}/health")
@@ -154,66 +158,84 @@ def others(folder: Path, home: Path) -> Iterator[dict[str, str]]:
 
 
 def kill_some(
-    study: Study, home: Path, kinds: Sequence[str], dice: random.Random, environment: dict[str, str]
-) -> tuple[Counter[str], int, str]:
-    """Run the study and kill a process of each kind, one after the other at random moments.
+    process: subprocess.Popen[str], place: Path, kinds: Sequence[str], dice: random.Random
+) -> tuple[Counter[str], str]:
+    """Kill a process of each kind while a run goes on, one after the other at random moments.
 
     Returns:
-        how many of each kind were killed, the exit code and stderr.
+        how many of each kind were killed, and what the run wrote to stderr.
     """
-    process, kills = study.start(home, environment), Counter[str]()
+    kills = Counter[str]()
     for kind in kinds:
         moment = time.monotonic() + dice.uniform(0, 8)
         while process.poll() is None:
             time.sleep(0.3)
-            if time.monotonic() > moment and (victims := processes(home, KINDS[kind])):
+            if time.monotonic() > moment and (victims := processes(place, KINDS[kind])):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     dice.choice(victims).kill()
                     kills[kind] += 1
                     break
-    _, err = process.communicate(timeout=900)
-    return kills, process.returncode, err
+    return kills, process.communicate(timeout=900)[1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kinds", [HERE, CLUSTER], ids=["workers of its own", "a cluster of others"])
-def test_twenty_five_killed_processes_change_no_answer_repeat_no_stage_and_leave_no_orphan(
-    kinds: tuple[str, ...], tmp_path: Path
+@pytest.mark.parametrize(
+    ("kinds", "apart"),
+    [(HERE, False), (CLUSTER, False), (CLUSTER, True)],
+    ids=["workers of its own", "a cluster of others", "machines that share a store alone"],
+)
+def test_killed_processes_change_no_answer_repeat_no_stage_and_leave_no_orphan(
+    kinds: tuple[str, ...], apart: bool, tmp_path: Path
 ) -> None:
     settings = [f"runtime.processes={1 + (kinds is HERE)}", "runtime.checkpoint_seconds=0"]
     study = Study(tmp_path, *settings)
     code, expected, err = study.run(tmp_path / "undisturbed", seconds=900)
     assert code == 0, err
-    kills, home = Counter[str](), tmp_path / "home-0"
+    undisturbed = digests(tmp_path / "undisturbed")
+    kills, turns, place = Counter[str](), itertools.count(), tmp_path / "place-0"
     ending = [kind for kind in kinds if kind in ("mft", "Dask scheduler")]
-    for turn in range(25):
-        dice = random.Random(turn)
-        chosen = dice.sample([kind for kind in kinds if kind not in ending], len(kinds) - len(ending))
-        chosen += [dice.choice(ending)] * (turn % 3 < 2)  # which ends the run
-        with contextlib.ExitStack() as stack:
-            environment = {} if kinds is HERE else stack.enter_context(others(tmp_path / f"others-{turn}", home))
-            there = [f"runtime.cluster={environment.pop('cluster')}"] if environment else []
-            killed, code, err = kill_some(Study(tmp_path, *settings, *there), home, chosen, dice, environment)
-        kills += killed
-        print(turn, chosen, dict(killed), code, err.strip().splitlines()[-1:] if code else "", flush=True)
+    finished: dict[str, dict[str, Any]] = {}
+
+    def turn(number: int, environment: dict[str, str], chosen: Sequence[str]) -> None:
+        """Run the study once, disturbed by kills, in a place where some of it may be finished."""
+        nonlocal finished, place
+        home = place / "driver" if apart else place
+        shared = str(place / "store") if apart else None
+        there = [f"runtime.cluster={environment.pop('cluster')}"] if environment else []
+        own = {**environment, **({"MFT_STORE": shared} if shared else {})}
+        before = set(home.glob("logs/*.log"))
+        process, dice = Study(tmp_path, *settings, *there).start(home, own), random.Random(number)
+        killed, err = kill_some(process, place, chosen, dice)
+        kills.update(killed)
+        print(number, dict(killed), process.returncode, err.strip().splitlines()[-1:], flush=True)
         assert "Traceback" not in err, err
-        assert wait_until_gone(home, 30) == []
-        if code == 0:
-            _check_answer(study, home, expected, tmp_path)
-            home = tmp_path / f"home-{turn + 1}"
-        if kills.total() >= 25 and all(kills[kind] for kind in kinds):
-            break
-    if home.exists():
-        _check_answer(study, home, expected, tmp_path)
+        if not any(killed[kind] for kind in ending):
+            assert process.returncode == 0, err
+        if process.returncode == 0:
+            code, rows, err = study.run(home, seconds=900, environment={"MFT_STORE": shared} if shared else {})
+            assert (code, rows) == (0, expected), err
+            assert digests(home, shared) == undisturbed
+        logs = "".join(path.read_text() for path in set(home.glob("logs/*.log")) - before)
+        begun = {line.split("computing ")[1] for line in logs.splitlines() if "computing " in line}
+        assert not begun & set(finished)
+        after = manifests(home, shared)
+        assert {name: after[name] for name in finished} == finished, "not even its provenance"
+        finished = after
+        if process.returncode == 0:
+            assert finished_once(home)
+            place, finished = tmp_path / f"place-{number + 1}", {}
+
+    while kills.total() < KILLS or (len(kinds) < KILLS and not all(kills[kind] for kind in kinds)):
+        number, disturbed = next(turns), place
+        dice = random.Random(1000 + number)
+        chosen = dice.sample([kind for kind in kinds if kind not in ending], len(kinds) - len(ending))
+        chosen += [dice.choice(ending)] * (number % 3 < 2)  # which ends the run
+        homes = [place / name if apart else None for name in ("one", "two")]
+        with contextlib.ExitStack() as stack:
+            there = {} if kinds is HERE else stack.enter_context(others(tmp_path / f"others-{number}", place, homes))
+            turn(number, there, chosen)
+        assert wait_until_gone(disturbed, 30) == []
+    if place.exists():
+        turn(next(turns), {}, [])
     print(dict(kills))
-    assert kills.total() >= 25
-    assert all(kills[kind] for kind in kinds)
-
-
-def _check_answer(study: Study, home: Path, expected: list[dict[str, Any]], folder: Path) -> None:
-    """Check that the study ends there as if undisturbed, and that no stage was finished twice."""
-    code, rows, err = study.run(home, seconds=900)
-    assert (code, rows) == (0, expected), err
-    assert digests(home) == digests(folder / "undisturbed")
-    assert finished_once(home)

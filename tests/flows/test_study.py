@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 from mft_core.methods import METHODS
 from mft_core.store import manifests
+from tasks.mlflow import results as recorded
+from tasks.mlflow.fields import is_number
 from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -110,9 +113,22 @@ def test_the_merged_checkpoint_has_the_exact_zeros_and_loads_without_this_projec
         assert (zeros, changed) == (expected, expected), name
 
 
-def test_a_second_run_executes_no_stage_makes_no_cluster_and_gives_the_same_answer(folder, first, monkeypatch):
+def mlflow_runs(folder):
+    """Return all runs of the mini study in MLflow, parents and nested ones."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'home' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mini-study")
+    return client.search_runs([experiment.experiment_id], max_results=200)
+
+
+def test_a_second_run_executes_no_stage_makes_no_cluster_and_no_run_in_mlflow_and_gives_the_same_answer(
+    folder, first, monkeypatch
+):
+    before = [item.info.run_id for item in mlflow_runs(folder)]
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     rows, err = run(folder)
+    assert [item.info.run_id for item in mlflow_runs(folder)] == before
     assert computed(err) == []
     imported = {line.split("|")[-1].strip() for line in err.splitlines() if line.startswith("import time:")}
     assert "pipelines.flows" in imported
@@ -177,9 +193,7 @@ def test_references_that_other_code_kept_or_that_name_another_result_are_found_a
 def test_mlflow_has_a_run_per_variant_with_numbers_and_curves(folder, first):
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{folder / 'home' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("mini-study")
-    runs = client.search_runs([experiment.experiment_id], max_results=200)
+    client, runs = MlflowClient(f"sqlite:///{folder / 'home' / 'mlflow.db'}"), mlflow_runs(folder)
     parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     oldest = min(parents, key=lambda r: r.info.start_time)
     children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == oldest.info.run_id}
@@ -193,6 +207,41 @@ def test_mlflow_has_a_run_per_variant_with_numbers_and_curves(folder, first):
     steps = [point.step for point in curve]
     assert steps == sorted(set(steps))
     assert steps[-1] == 14  # (60 - 8) rows, 8 a step, 2 epochs
+
+
+def numbers(text):
+    """Return the numbers in a text as (value, decimals)."""
+    found = re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?", text)
+    return [(float(word.replace(",", "")), len(word.partition(".")[2].partition("e")[0])) for word in found]
+
+
+def test_every_number_in_the_tables_of_a_report_is_in_mlflow_and_no_metric_is_named_by_a_counter(
+    folder, first, monkeypatch
+):
+    monkeypatch.setenv("MFT_HOME", str(folder / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runs, kept = mlflow_runs(folder), set()
+    metrics = {name for item in runs for name in item.data.metrics}
+    assert not [name for name in metrics if re.search(r"(^|[/_.])\d+($|[/_.])", name)]
+    for item in runs:
+        kept |= set(item.data.metrics.values())
+        kept |= {value for text in (*item.data.params.values(), item.data.tags["mlflow.runName"])
+                 for value, _ in numbers(text)}  # fmt: skip
+    for name in recorded.tables("mini-study", "mini"):
+        for line in recorded.records(recorded.table("mini-study", name, "mini")):
+            kept |= {abs(value) for value in line.values() if is_number(value)}
+    kept |= {abs(value) for value in kept}
+    report = (folder / "home" / "reports" / "mini-study-mini" / "report.md").read_text()
+    cells = [cell for line in report.splitlines() if line.startswith("|") for cell in line.split("|")]
+    shown = {pair for cell in cells for pair in numbers(cell)}
+    assert len(shown) > 60
+    units = (1, 100, 1e-3, 1e-6, 1e-9)  # as it is, %, and thousands, millions, billions of bytes
+    unknown = [
+        (value, decimals)
+        for value, decimals in shown
+        if not any(abs(unit * one - value) < 0.51 * 10**-decimals for unit in units for one in kept)
+    ]
+    assert unknown == []
 
 
 def test_report_and_plan_read_what_the_run_made(folder, first):

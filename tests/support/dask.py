@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 class Dask:
     """A scheduler, and workers that each have a working directory of their own."""
 
-    def __init__(self, folder: Path, workers: int = 2, environment: Mapping[str, str] = {}) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] = {}, homes: Sequence[Path | None] = (None, None)):
+        """Start it; each worker takes `$MFT_HOME` from `homes`, or has that of the environment."""
         self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         folder.mkdir()
         file = folder / "scheduler.json"
@@ -35,15 +36,17 @@ class Dask:
             self._start(
                 folder / f"worker-{number}", "dask_worker", self.address, "--nthreads", "1", "--resources", "cpu=1",
                 "--memory-limit", "0", "--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0",
+                home=home,
             )
-            for number in range(workers)
+            for number, home in enumerate(homes)
         ]  # fmt: skip
 
-    def _start(self, folder: Path, module: str, *words: str) -> subprocess.Popen[bytes]:
+    def _start(self, folder: Path, module: str, *words: str, home: Path | None = None) -> subprocess.Popen[bytes]:
         folder.mkdir()
+        environment = {**self._environment, **({"MFT_HOME": str(home)} if home else {})}
         with (folder / "output").open("wb") as output:
             command = [sys.executable, "-m", f"distributed.cli.{module}", *words]
-            return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=self._environment)
+            return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=environment)
 
     def stop(self) -> None:
         """Kill all of it."""

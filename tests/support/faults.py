@@ -22,9 +22,12 @@ from typing import Any
 import psutil
 import pytest
 
+from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactStore
 from tests.support.mini import write_profile, write_study
 
+KILLS = int(os.environ.get("MFT_TEST_KILLS", "25"))
+"""of a slow test that kills at random"""
 VARIANTS = [{"method": "fft"}, {"method": "mft"}, {"method": "magnitude"}]
 KINDS: dict[str, Callable[[list[str]], bool]] = {
     "mft": lambda words: "pipelines.cli" in words,  # which holds the scheduler and the nannies of its own workers
@@ -54,10 +57,15 @@ def files_of(home: Path, kind: str) -> list[Path]:
     return sorted(path for path in found if path.is_file() and path.stat().st_size)
 
 
-def digests(home: Path) -> dict[str, str]:
-    """Return the digest of every artifact of the home, by stage and key."""
-    found = [json.loads(path.read_text()) for path in (home / "artifacts").glob("*/*/manifest.json")]
-    return {f"{manifest['stage']}/{manifest['key']}": manifest["digest"] for manifest in found}
+def manifests(home: Path, shared: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return the manifest of every artifact of the home and of the store that it shares, by stage and key."""
+    store = ArtifactStore(home, shared)
+    return {f"{stage} {found['key']}": found for stage in STAGES for found in store.manifests(stage)}
+
+
+def digests(home: Path, shared: str | None = None) -> dict[str, str]:
+    """Return the digest of every artifact, as `manifests`."""
+    return {name: manifest["digest"] for name, manifest in manifests(home, shared).items()}
 
 
 def damaged(home: Path) -> list[str]:
@@ -70,9 +78,10 @@ def damaged(home: Path) -> list[str]:
 class Study:
     """A study in a folder; each run is a process of its own, in the home that it is given."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
+    def __init__(self, folder: Path, *settings: str, variants: list[dict[str, Any]] | None = VARIANTS) -> None:
+        """Write it; variants None: those of every method."""
         write_profile(folder)
-        write_study(folder, VARIANTS)
+        write_study(folder, variants)
         self.folder = folder
         self.settings = [word for setting in settings for word in ("--set", setting)]
 
@@ -124,12 +133,13 @@ def copy(home: Path, to: Path) -> Path:
 
 
 def processes(home: Path, is_kind: Callable[[list[str]], bool] = lambda words: True) -> list[psutil.Process]:
-    """Return the running processes that work for a home."""
+    """Return the running processes that work for a home, or for one below it."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             alive = process.status() != psutil.STATUS_ZOMBIE
-            if alive and process.environ().get("MFT_HOME") == str(home) and is_kind(process.cmdline()):
+            theirs = process.environ().get("MFT_HOME")
+            if alive and theirs and Path(theirs).is_relative_to(home) and is_kind(process.cmdline()):
                 found.append(process)
     return found
 

@@ -29,6 +29,9 @@ from mft_core.stage import Progress
 from mft_core.stages import get_stage
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
 from mft_core.store.sources import local_checkpoint, local_files
+from pipelines.commands.gc import collect
+from pipelines.commands.status import text
+from pipelines.servers.runs import runs
 from tasks.cluster import Cluster, described, devices
 from tasks.job import Job
 from tests.support.small_training import make_recipe, save_data
@@ -240,14 +243,24 @@ def test_a_worker_whose_parent_is_killed_ends(inputs, tmp_path: Path) -> None:
     assert soon(lambda: all(gone(pid) for pid in workers)), f"workers {workers} of a killed process are still there"
 
 
-def test_a_worker_with_a_home_of_its_own_finishes_in_the_store_that_machines_share(
+def test_a_worker_with_a_home_of_its_own_is_seen_there_and_finishes_in_the_store_that_machines_share(
     inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MFT_HOME", str(tmp_path / "theirs"))
-    shared = f"file://{tmp_path}/shared"
+    theirs, shared, seen = tmp_path / "theirs", f"file://{tmp_path}/shared", list[str]()
+    monkeypatch.setenv("MFT_HOME", str(theirs))
+
+    def look(progress: Progress) -> None:
+        if not seen:
+            seen.append(text(runs(theirs), theirs))
+            with pytest.raises(ConfigError, match=r"a run needs what lies under .*\n.* \(process 1 on here\)"):
+                collect(ArtifactStore(theirs), 0, delete=True)
+
     with closing(Cluster(tmp_path, RUNTIME, print)) as cluster:
-        ref = build(cluster, dataclasses.replace(job(tmp_path / "ours", inputs), shared=shared))
-    assert (tmp_path / "theirs/artifacts/learn-mask" / ref.key).is_dir()
+        ref = build(cluster, dataclasses.replace(job(tmp_path / "ours", inputs, epochs=40), shared=shared), look)
+    assert "process 1 on here" in seen[0]
+    assert ref.key in seen[0]
+    assert runs(theirs) == []
+    assert (theirs / "artifacts/learn-mask" / ref.key).is_dir()
     assert not list((tmp_path / "ours").glob("artifacts/learn-mask/*"))
     assert ArtifactStore(tmp_path / "ours", shared).find("learn-mask", ref.key) == ref
 
@@ -301,7 +314,7 @@ def test_devices_that_cannot_be_shared_so_are_refused(settings: dict[str, Any], 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("told", "message"),
     [
         (None, r"no such file; valid: a scheduler's address \(tcp://host:8786\), or a YAML file"),
         ("kwargs: {n_workers: 2}", "either 'address', or 'class'"),
@@ -311,26 +324,26 @@ def test_devices_that_cannot_be_shared_so_are_refused(settings: dict[str, Any], 
         ("{class: dask_jobqueue.PBSCluster, kwarg: {}}", "unknown key 'kwarg'.* Did you mean 'kwargs'"),
     ],
 )
-def test_a_cluster_that_is_not_described_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_described_is_refused(told: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
-    if text is not None:
-        file.write_text(text)
+    if told is not None:
+        file.write_text(told)
     with pytest.raises(ConfigError, match=message):
         described(Runtime(cluster=str(file)))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("told", "message"),
     [
         ("address: tcp://127.0.0.1:1", "tcp://127.0.0.1:1"),
         ("class: dask_jobqueue.PBSClusters", "PBSClusters"),
     ],
 )
 def test_a_cluster_that_is_not_there_is_told_once(
-    text: str, message: str, inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, message: str, inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.cluster._SECONDS_TO_ANSWER", 0.5)
-    (tmp_path / "cluster.yaml").write_text(text)
+    (tmp_path / "cluster.yaml").write_text(told)
     with closing(Cluster(tmp_path, Runtime(cluster=str(tmp_path / "cluster.yaml")), print)) as cluster:
         for _ in range(2):
             with pytest.raises(ConfigError, match=message):

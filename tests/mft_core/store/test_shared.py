@@ -19,6 +19,7 @@ from mft_core.recipes import Evaluate, Runtime
 from mft_core.store.artifacts import ArtifactStore
 from tests.mft_core.store.test_artifacts import make_stage
 from tests.mft_core.store.test_outdated import OUTDATED
+from tests.support.faults import KILLS
 from tests.support.shared_builder import SECONDS, writes
 
 RUNTIME = Runtime()
@@ -200,6 +201,20 @@ def test_the_lease_of_a_killed_machine_is_taken_over(tmp_path, url):
     assert not any("/locks/" in name for name in files.find(url))
 
 
+def test_a_machine_goes_on_at_once_where_a_process_of_its_own_was_killed(tmp_path, url):
+    runs, told = tmp_path / "runs", []
+    killed = start(tmp_path, url, "first", runs, "a")
+    files = machine(tmp_path, url, "first").shared._files
+    while not any("/locks/" in name for name in files.find(url)):
+        time.sleep(0.02)
+    killed.kill()
+    killed.wait()
+    assert build(machine(tmp_path, url, "first"), runs, report=told.append).computed
+    assert not [progress.doing for progress in told if progress.doing], "nobody is left to be waited for"
+    assert not any("/locks/" in name for name in files.find(url))
+    assert not list(tmp_path.glob("first/locks/*.lease"))
+
+
 def test_a_store_that_is_not_there_is_refused_before_anything_is_computed(tmp_path, url):
     (tmp_path / "file").write_text("x")
     wrong = "s3://no-such-bucket/x" if url.startswith("s3:") else str(tmp_path / "file" / "below")
@@ -215,10 +230,10 @@ def test_a_url_of_no_known_service_is_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_path, url):
+def test_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_path, url):
     runs, draws = tmp_path / "runs", random.Random(7)
     keys = [f"key-{number}" for number in range(12)]
-    for kill in range(20):
+    for kill in range(KILLS):
         process = start(tmp_path, url, f"machine-{kill % 3}", runs, *keys)
         time.sleep(draws.uniform(2.0, 2.5 + 6 * SECONDS))
         process.kill()
@@ -232,6 +247,6 @@ def test_twenty_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_pat
         assert (ref.local_path(whole) / "numbers.txt").read_text() == f"{key}\n" * 20_000
     assert computed(runs) == after  # the reader computed nothing
     assert set(after) == set(keys)
-    assert len(after) - len(keys) <= 20  # a kill between the end of the work and its manifest costs that work once
+    assert len(after) - len(keys) <= KILLS  # a kill between the end of the work and its manifest costs that work once
     assert before  # the kills did not all come too early
     assert not list(tmp_path.glob("reader/artifacts/evaluate/.*"))
