@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import jinja2
 import psutil
+import regex
 from jinja2 import Environment, Template, TemplateError, TemplateRuntimeError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
@@ -326,16 +327,19 @@ def environment(like: Environment | None = None) -> Environment:
     """Return a sandbox for benchmarks' templates, which has lm-eval's rules.
 
     Args:
-        like: lm-eval's own environment, whose filters it takes over; None: those are the ones of lm-eval 0.4.
+        like: lm-eval's own environment, whose filters it takes over; None: jinja's.
     """
     sandbox = _Sandbox(loader=jinja2.BaseLoader(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    sandbox.filters |= like.filters if like else {"regex_replace": _regex_replace}
+    sandbox.filters |= {**(like.filters if like else {}), "regex_replace": _regex_replace}
     sandbox.from_string = functools.lru_cache(maxsize=512)(sandbox.from_string)  # type: ignore[method-assign]
     return sandbox
 
 
 def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
-    return re.sub(pattern, repl, string, count=count)
+    try:  # `re` means the same, and holds all threads for as long as it takes, which may be for ever
+        return str(regex.sub(pattern, repl, string, count=count, timeout=SECONDS / 2))
+    except TimeoutError:
+        raise TemplateRuntimeError(f"regex_replace({pattern!r:.80}) takes longer than {SECONDS / 2:g} s") from None
 
 
 def render(sandbox: Environment, template: str, variables: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -186,6 +186,17 @@ def little_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_regular_expression_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.6)
+    lm_evals = Environment()
+    lm_evals.filters["regex_replace"] = lambda text, *_: text
+    endless = "{{ ('a' * 60 ~ 'b') | regex_replace('(a|aa)+$', '') }}"
+    for like in (None, lm_evals):
+        with pytest.raises(TemplateError, match="takes longer than"):
+            render(environment(like), endless, {})
+    assert render(environment(), "{{ 'Ab  c' | regex_replace('(?i)(B)\\\\s+', '<\\\\1>', count=1) }}", {}) == "A<b>c"
 
 
 def test_a_template_that_gathers_too_much_is_stopped(monkeypatch: pytest.MonkeyPatch):
