@@ -338,6 +338,11 @@ def _render_by_prefix(
         content = spoken.find(message.content.strip())
         if content < 0:
             raise _UnfitTemplateError(f"it does not show the content of messages[{turn}] as it is")
+        if spoken[:content].strip() and before == render(turn, False) and not message.more:
+            raise _UnfitTemplateError(
+                f"it writes {spoken[:content].strip()!r:.40} where the assistant's turn begins, but not in a prompt "
+                "(add_generation_prompt), so that answers would begin with it"
+            )
         least = content + len(message.content if message.content in spoken else message.content.strip())
         # White space after the end-of-turn token separates turns; it is never generated.
         spans.append((len(before), len(before) + max(least, len(spoken.rstrip()))))

@@ -289,6 +289,10 @@ STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('must start with
         (HIDING, r"row 0 .*messages\[1\]"),
         (MISPLACED, "row 0 .*generation"),
         (STRICT, "row 1 .*assistant; begins 'hello'.*must start with user"),
+        (
+            "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}",
+            r"row 0 .*it writes '<\|assistant\|>' where the assistant's turn begins, but not in a prompt",
+        ),
         ("{{ messages[0].content + 1 }}", "row 0 .*must be str|row 0 .*concatenate"),
         ("{{ 1 // (messages | length - 2) }}{{ messages[0].content }}", "row 0 .*zero"),
     ],
