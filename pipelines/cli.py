@@ -62,6 +62,11 @@ def main() -> None:
     except (StageError, OSError) as error:  # of the system: a full disk, a folder that may not be read
         print(f"failed: {_told(error)}", file=sys.stderr)
         code = 1
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":  # a tokenizer's own, which is no Exception
+            raise
+        print(f"error: the tokenizer gives up on a text ({_told(error)}); give a sound one.", file=sys.stderr)
+        code = 2
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # `| head -1` has seen enough; typer ends with 1 where it notices earlier

@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -113,21 +114,32 @@ def check_weights(directory: Path) -> None:
         ConfigError: whatever `load_model` would raise; or a weight that is not finite.
     """
     _load(directory, read_config(directory), None, device_map="meta")
-    for path in sorted(directory.glob("*.safetensors")):
+    for path, name, weight in _tensors(directory):
+        if weight.is_floating_point() and weight.itemsize > 1:
+            if not bool(weight.isfinite().all()):
+                raise ConfigError(
+                    f"model = {directory}: {name} in {path.name} has numbers that are not finite (NaN or "
+                    "infinite); give a sound checkpoint."
+                )
+        elif weight.is_floating_point() or name.endswith(".weight"):  # whole numbers may be positions, or a pattern
+            raise ConfigError(
+                f"model = {directory}: {name} in {path.name} is {weight.dtype}, so quantised; give the plain "
+                "checkpoint that it was made from."
+            )
+
+
+def _tensors(directory: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """Yield each tensor of a checkpoint, that of a pickled one where it has no other weights."""
+    files = sorted(directory.glob("*.safetensors"))
+    for path in files:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (it is no mapping)
-                weight = handle.get_tensor(name)
-                if weight.dtype in DTYPES.values() or weight.dtype == torch.float16:
-                    if not bool(weight.isfinite().all()):
-                        raise ConfigError(
-                            f"model = {directory}: {name} in {path.name} has numbers that are not finite (NaN or "
-                            "infinite); give a sound checkpoint."
-                        )
-                elif weight.dtype.is_floating_point and weight.itemsize == 1:
-                    raise ConfigError(
-                        f"model = {directory}: {name} in {path.name} is {weight.dtype}, so quantised; give the plain "
-                        "checkpoint that it was made from."
-                    )
+                yield path, name, handle.get_tensor(name)
+    for path in () if files else sorted(directory.glob("pytorch_model*.bin")):
+        in_place = zipfile.is_zipfile(path)
+        for name, value in torch.load(path, map_location="cpu", weights_only=True, mmap=in_place).items():
+            if isinstance(value, torch.Tensor):
+                yield path, name, value
 
 
 def _load(directory: Path, config: Any, dtype: torch.dtype | None, **where: Any) -> Any:
@@ -180,8 +192,9 @@ def _unreadable(directory: Path, error: Exception) -> ConfigError:
                     f"model = {directory}: {path.name} is damaged or not whole ({damage}); download it again."
                 )
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    hint = " Pickled weights (*.bin) are read as plain tensors only." if isinstance(error, UnpicklingError) else ""
-    return ConfigError(f"model = {directory}: its weights cannot be loaded ({reason:.200}).{hint} Download it again.")
+    if isinstance(error, UnpicklingError):
+        reason = "pickled ones (*.bin) are read as plain tensors only, and these are more, or damaged"
+    return ConfigError(f"model = {directory}: its weights cannot be loaded ({reason:.200}). Download it again.")
 
 
 def check_dropout(config: Any, dropout: float) -> None:

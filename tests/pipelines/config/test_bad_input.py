@@ -17,7 +17,7 @@ from pipelines.config import resolve
 from pipelines.config.profile import load_profile
 from pipelines.config.setup import ModelSpec
 from pipelines.config.study import load_studies
-from tests.support.mini import row, write_profile, write_study
+from tests.support.mini import row, write_profile, write_rows, write_study
 from tests.support.tiny import TULU
 
 
@@ -115,6 +115,15 @@ def test_a_tokenizer_without_a_chat_template_is_refused(mft, tmp_path, folder):
     (tmp_path / "model" / "chat_template.jinja").unlink()
     done = mft("run", folder / "mini-study.yaml", "--profile", profile, home=tmp_path / "home")
     refused(done, tmp_path / "home", "chat template", "model.chat_template")
+
+
+def test_a_tokenizer_that_panics_at_a_text_is_told_in_a_sentence(mft, tmp_path, folder):
+    profile = altered(tmp_path)
+    path = tmp_path / "model" / "tokenizer.json"
+    normalizer = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": normalizer}))
+    write_rows(tmp_path / "data" / "sums.jsonl", [row("a" * 60 + "!", "b")] * 20)
+    refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", "the tokenizer gives up on a text")
 
 
 def test_a_shipped_chat_template_is_known_by_its_name_and_an_unknown_one_refused_with_theirs(mft, tmp_path, folder):
