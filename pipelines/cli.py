@@ -105,12 +105,18 @@ def plan(
     on: Annotated[str | None, typer.Option(help="another device to tell the times of: cpu, h100, a100, …")] = None,
 ) -> None:
     """Show what a study would run: runs, stages, what is cached, time, memory and disk. Computes nothing."""
+    from mft_core.store.artifacts import ArtifactStore
+    from pipelines.config.profile import load_profile
+    from pipelines.config.study import load_studies
     from pipelines.cost.plan_view import as_dict, show, show_together
     from pipelines.cost.predicted import bills, device_of
     from pipelines.cost.probe import probe
+    from pipelines.plan.plan import make_plans
     from pipelines.plan.preflight import check_weights_named
 
-    plans, store = _plans(_asked(study, _sized(profile, budget), overrides, seeds, replicates))
+    asked, store = _asked(study, profile, budget, overrides, seeds, replicates), ArtifactStore.from_environment()
+    settings = asked.overrides, asked.seeds, asked.replicates, asked.looks
+    plans = make_plans(load_studies(study), load_profile(asked.profile), store, *settings, unpinned=True)
     for each in plans:
         check_weights_named(each)
     device = device_of(plans[0].runtime)
@@ -138,7 +144,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a study (only what is not cached) and print its answer."""
-    asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
+    asked = _asked(study, profile, budget, overrides, seeds, replicates)
     if until is None:
         rows, table, page = _run_study(asked, rerun)
     else:
@@ -224,7 +230,7 @@ def stage(
     from mft_core.stages import get_stage
 
     get_stage(name)
-    asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
+    asked = _asked(study, profile, budget, overrides, seeds, replicates)
     plans, store = _checked_plans(asked, rerun)
     given = name, plans, store, asked, rerun or []
 
@@ -260,7 +266,7 @@ def report(
     """
     from pipelines.report.command import write, write_last_look
 
-    asked = _asked(study, _sized(profile, budget), overrides, seeds, replicates)
+    asked = _asked(study, profile, budget, overrides, seeds, replicates)
     reports, page = (write if until is None else write_last_look)(asked, out, sync)
     if as_json:
         print(json.dumps([row for found in reports for row in (*found.rows, *found.contrasts)], indent=2))
@@ -363,28 +369,15 @@ def doctor(profile: ProfileName = "tiny", as_json: AsJson = False) -> None:
         sys.exit(1)
 
 
-def _sized(profile: str, budget: str | None) -> str:
-    """Return the profile of that size: `full` is the profile itself, another one stands beside it as PROFILE-BUDGET."""
-    suffix = Path(profile).suffix if profile.endswith((".yaml", ".yml")) else ""
-    return profile if budget in (None, "full") else f"{profile.removesuffix(suffix)}-{budget}{suffix}"
-
-
-def _asked(study: str, profile: str, overrides: list[str] | None, seeds: str | None, replicates: int | None) -> Asked:
+def _asked(
+    study: str, profile: str, budget: str | None, overrides: list[str] | None, seeds: str | None, replicates: int | None
+) -> Asked:
+    """Return what is asked: of the profile itself where the budget is `full`, else of PROFILE-BUDGET beside it."""
     from pipelines.report.asked import Asked
 
-    return Asked(study, profile, overrides or [], _seeds(seeds), replicates)
-
-
-def _plans(asked: Asked) -> tuple[list[Plan], ArtifactStore]:
-    """Plan to be looked at, not to be run."""
-    from mft_core.store.artifacts import ArtifactStore
-    from pipelines.config.profile import load_profile
-    from pipelines.config.study import load_studies
-    from pipelines.plan.plan import make_plans
-
-    store, studies = ArtifactStore.from_environment(), load_studies(asked.study)
-    settings = asked.overrides, asked.seeds, asked.replicates, asked.looks
-    return make_plans(studies, load_profile(asked.profile), store, *settings, unpinned=True), store
+    suffix = Path(profile).suffix if profile.endswith((".yaml", ".yml")) else ""
+    sized = profile if budget in (None, "full") else f"{profile.removesuffix(suffix)}-{budget}{suffix}"
+    return Asked(study, sized, overrides or [], _seeds(seeds), replicates)
 
 
 def _checked_plans(asked: Asked, rerun: list[str] | None) -> tuple[list[Plan], ArtifactStore]:

@@ -49,6 +49,8 @@ TURN, OUTPUT = "MFT_TURN", "MFT_OUTPUT"
 _SECONDS_TO_ANSWER = 20
 """for a scheduler that an address names"""
 
+log = logging.getLogger("mft")
+
 
 class ClusterFile(BaseModel):
     """What a file says that `runtime.cluster` names: a running scheduler, or how Dask makes a cluster."""
@@ -163,9 +165,7 @@ class Cluster:
             self._client = self._client or self._connector.submit(self._connect)
             return self._client
 
-    def build(
-        self, job: Job, label: str, key: str, report: Callable[[Progress], None], log: logging.Logger
-    ) -> ArtifactRef:
+    def build(self, job: Job, label: str, key: str, report: Callable[[Progress], None]) -> ArtifactRef:
         """Have a worker build the artifact of that key and return it; blocks until then.
 
         Raises:
@@ -230,7 +230,7 @@ class Cluster:
         messages = self._waiting[task] = queue.SimpleQueue()
         if self._ending.is_set():
             messages.put(Progress(0, 0))
-        logging.getLogger("mft").info("%s: waiting for a worker of %s", label, self._runtime.cluster or "this machine")
+        log.info("%s: waiting for a worker of %s", label, self._runtime.cluster or "this machine")
         future = client.submit(work, job, self._topic, key=task, pure=False, resources=self._resource)
         future.add_done_callback(lambda future: messages.put(None))
         try:
@@ -246,14 +246,14 @@ class Cluster:
         import distributed  # gives its logger a handler that prints
 
         theirs = logging.getLogger(distributed.__name__)
-        theirs.handlers, theirs.propagate = logging.getLogger("mft").handlers, False
+        theirs.handlers, theirs.propagate = log.handlers, False
         theirs.setLevel(logging.WARNING)
         client = self._stack.enter_context(self._client_of(described(self._runtime)))
         client.subscribe_topic(self._topic, self._deliver)
         if not (workers := client.scheduler_info(n_workers=-1)["workers"]):
             text = f"waiting for the first worker of {self._runtime.cluster}"
             self._say(text)
-            logging.getLogger("mft").info("%s", text)
+            log.info("%s", text)
         while not (workers := workers or client.scheduler_info(n_workers=-1)["workers"]):
             if self._ending.wait(0.2):
                 raise StageError(f"no worker of {self._runtime.cluster} has come")
@@ -289,7 +289,7 @@ class Cluster:
             except RuntimeError as error:
                 lost = f"a worker was lost while it started (killed? out of memory?): {error}"
                 text = f"{lost} They are started again ({restarts} of {RESTARTS})"
-                logging.getLogger("mft").warning("%s", text)
+                log.warning("%s", text)
                 self._say(text)
         return self._stack.enter_context(_local(self._home, self._runtime))
 

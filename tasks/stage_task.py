@@ -123,32 +123,19 @@ def run_stage(label: str, call: StageCall, made: dict[str, Made], place: Workpla
         made: artifacts of other stages by input name.
         place: store, runtime and reporting of the flow run.
     """
-    stage, inputs = get_stage(call.stage), inputs_of(call, made)
-    key = place.store.key(stage, call.recipe, inputs)
-    log = logging.getLogger("mft")
-    if not call.rerun:
-        found = place.store.find(stage.name, key, inputs)
-        if found:
-            return Made(artifact=found.model_dump(), computed=False)
-    ref = _build(call, inputs, key, place, log)
-    return Made(artifact=ref.model_dump(), computed=True)
-
-
-def _build(
-    call: StageCall, inputs: dict[str, Source | ArtifactRef], key: str, place: Workplace, log: logging.Logger
-) -> ArtifactRef:
-    """Compute the artifact: a heavy one on the cluster, a light one here."""
-    stage, runtime = get_stage(call.stage), place.runtime
+    stage, inputs, store = get_stage(call.stage), inputs_of(call, made), place.store
+    key = store.key(stage, call.recipe, inputs)
+    if not call.rerun and (found := store.find(stage.name, key, inputs)):
+        return Made(artifact=found.model_dump(), computed=False)
     notes = {**place.notes, "promised": place.promised.get(call.node)}
-    report = partial(place.report, call)
+    report, given = partial(place.report, call), (call.recipe, inputs, place.runtime)
     if stage.heavy:
         from tasks.job import Job  # imports Dask
 
-        home, holder = place.store.home, place.store.holder
-        url = place.store.shared.url if place.store.shared else None
-        job = Job(home, holder, url, stage.name, call.recipe, inputs, runtime, call.rerun, notes)
-        return place.cluster.build(job, call.label, key, report, log)
-    with _LIGHT:
-        return place.store.build(
-            stage, call.recipe, inputs, runtime, report=report, log=log, force=call.rerun, notes=notes
-        ).ref
+        url = store.shared.url if store.shared else None
+        job = Job(store.home, store.holder, url, stage.name, *given, call.rerun, notes)
+        ref = place.cluster.build(job, call.label, key, report)
+    else:
+        with _LIGHT:
+            ref = store.build(stage, *given, report=report, force=call.rerun, notes=notes).ref
+    return Made(artifact=ref.model_dump(), computed=True)

@@ -195,7 +195,9 @@ class Recorder:
 
     def _send_curve(self, key: str, directory: Path) -> None:
         """Send what has not been seen live of a curve."""
-        self._tracker.log_curve(key, _history(directory), self._sent[key])
+        path = directory / "history.jsonl"  # random and magnitude masks have none
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        self._tracker.log_curve(key, rows, self._sent[key])
 
     def links(self, page: Path) -> str:
         """Return Markdown with the addresses of the report, an HTML page, and of the result in the MLflow UI."""
@@ -251,9 +253,3 @@ def _settings(item: Variant) -> dict[str, Any]:
         others = recipe.model_dump(exclude={"training", *item.columns}, exclude_none=True)
         found |= others
     return found
-
-
-def _history(directory: Path) -> list[dict[str, Any]]:
-    """Read a training's curve; random and magnitude masks have none."""
-    path = directory / "history.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

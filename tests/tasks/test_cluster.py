@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import pickle
 import signal
@@ -37,7 +36,6 @@ from tasks.job import Job
 from tests.support.small_training import make_recipe, save_data
 from tests.support.tiny import save_checkpoint
 
-LOG = logging.getLogger("mft")
 RUNTIME = Runtime(device="cpu", threads=1, heavy_slots=2, checkpoint_seconds=0.0)
 
 
@@ -60,7 +58,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def build(cluster: Cluster, job: Job, report: Callable[[Progress], None] = lambda progress: None) -> ArtifactRef:
     """Build a job's artifact on a cluster; tells of measurements, not of the beginning."""
     key = ArtifactStore(job.home).key(get_stage(job.stage), job.recipe, job.inputs)
-    return cluster.build(job, job.stage, key, lambda progress: progress.total and report(progress), LOG)
+    return cluster.build(job, job.stage, key, lambda progress: progress.total and report(progress))
 
 
 def job(home: Path, inputs: dict[str, Any], layers: str = "1-2", **training: Any) -> Job:

@@ -103,7 +103,7 @@ def until_decided(tmp_path, monkeypatch, capsys):
         read = []
 
         def finished(look, rerun):
-            plans, store = cli._plans(look)
+            plans, store = cli._checked_plans(look, None)
             finish(*plans, store, {"fft": 0.5, "mft": accuracy})
             read.append(look.replicates)
             return [], "", ""
