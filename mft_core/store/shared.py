@@ -49,7 +49,7 @@ class SharedStore:
         self.url = url
         try:
             self._files, self._root = fsspec.url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:  # fsspec says which package it misses
+        except Exception as error:  # of whichever library; fsspec says which package it misses
             raise ConfigError(
                 f"MFT_STORE = {url}: {error}. Valid is any URL of fsspec, e.g. s3://bucket/folder (package s3fs)."
             ) from error
@@ -57,23 +57,30 @@ class SharedStore:
     def check_writable(self) -> None:
         """Raise a ConfigError where nothing can be written, read back or removed."""
         probe = f"{self._root}/.write-test-{uuid.uuid4().hex}"
-        try:
+        with self._reached("written to"):
             self._create(probe, b"x")
             self._files.rm_file(probe)
+
+    @contextlib.contextmanager
+    def _reached(self, what: str) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # of whichever library speaks to that store
             raise ConfigError(
-                f"MFT_STORE = {self.url}: cannot be written to ({error or type(error).__name__}); "
+                f"MFT_STORE = {self.url}: cannot be {what} ({error or type(error).__name__}); "
                 "it must exist, and the usual variables of that service must name somebody who may write there."
             ) from error
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return an artifact's manifest, or None where there is none that holds what its seal says."""
-        entry = self._entry(stage, key)
+        with self._reached("read"):
+            entry = self._entry(stage, key)
         return entry["manifest"] if entry else None
 
     def keys(self, stage: str) -> set[str]:
         """Return the keys of a stage's artifacts."""
-        return {Path(str(path)).stem for path in self._files.glob(f"{self._root}/artifacts/{stage}/*.json")}
+        with self._reached("read"):
+            return {Path(str(path)).stem for path in self._files.glob(f"{self._root}/artifacts/{stage}/*.json")}
 
     def push(self, stage: str, key: str, payload: Path, manifest: Mapping[str, Any], replace: bool) -> bool:
         """Upload a payload, then its manifest; returns whether it is this one that stands.

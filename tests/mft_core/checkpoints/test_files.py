@@ -103,9 +103,7 @@ def test_weights_that_are_not_those_of_the_model_are_refused_with_the_file_or_th
         check_weights(checkpoint)
     assert str(checkpoint) in str(caught.value)
     assert expected in str(caught.value)
-    if not any(
-        word in fault for word in ("not a number", "infinite", "8 bits")
-    ):  # which training notices, or no loss does
+    if not any(word in fault for word in ("not a number", "infinite", "8 bits")):
         with pytest.raises(ConfigError, match=r"^model = "):
             load_model(checkpoint, torch.float32, torch.device("cpu"))
 

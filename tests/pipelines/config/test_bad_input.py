@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
 from mft_core.errors import ConfigError
@@ -254,7 +255,11 @@ def test_a_definition_that_cannot_be_read_or_would_run_code_is_refused(mft, tmp_
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ["no end of turn is trained", "</s>"]),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{{ 'assistant:' if add_generation_prompt }}",
+            ["no end of turn is trained", "</s>"],
+        ),
         ("{{ strftime_now('%d %b %Y') }}{{ messages[-1].content }}</s>", ["today's date", "model.chat_template"]),
         ("{% if messages %}", ["chat template", "cannot be read"]),
     ],
@@ -263,6 +268,16 @@ def test_a_chat_template_that_cannot_be_trained_on_is_refused(mft, tmp_path, fol
     profile = altered(tmp_path)
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
     refused(planned(mft, profile, folder, tmp_path / "home"), tmp_path / "home", *words)
+
+
+@pytest.mark.parametrize("url", ["s3://user:hunter22@bucket/x", "ftp://user:hunter22@nowhere.invalid/x"])
+def test_a_shared_store_that_cannot_be_reached_is_refused_without_its_password(mft, tmp_path, folder, monkeypatch, url):
+    monkeypatch.setenv("MFT_STORE", url)
+    for command in ("plan", "run", "report"):
+        done = mft(command, folder / "mini-study.yaml", "--profile", folder / "mini.yaml", home=tmp_path / "home")
+        refused(done, tmp_path / "home", f"MFT_STORE = {url.replace('hunter22', '***')}")
+        assert "hunter22" not in done.stderr
+    S3FileSystem.clear_instance_cache()  # other tests have credentials
 
 
 def test_an_unwritable_home_is_refused(mft, folder):
