@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity
 
@@ -53,6 +53,13 @@ def read_config(directory: Path) -> Any:
     """
     _check_names(directory)
     _check_adapter(directory)
+    try:
+        if (directory / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # as below
+        raise ConfigError(
+            f"model = {directory}: generation_config.json cannot be read ({error}); copy it again, or leave it out."
+        ) from error
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers raise

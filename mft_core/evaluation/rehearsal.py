@@ -69,7 +69,7 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
             for request in task.instances if recipe.cluster else ():
                 cluster_of(recipe, name, request.doc)
             if task.OUTPUT_TYPE == "generate_until" and task.instances:
-                _check_generation(recipe, name, task, len(loaded))
+                _check_generation(recipe, name, task, tokenizer)
             _check_lengths(recipe, name, task, loaded, tokenizer)
             asked = [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
             if asked:
@@ -98,11 +98,14 @@ def _recording(tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> Callabl
     return prompt
 
 
-def _check_generation(recipe: Evaluate, name: str, task: Task, vocabulary: int) -> None:
-    """Check that the task's `generation_kwargs` are such that answers can be generated: a tiny model is asked."""
+def _check_generation(recipe: Evaluate, name: str, task: Task, checkpoint: Path) -> None:
+    """Check that answers can be generated with the task's `generation_kwargs` and the checkpoint's settings.
+
+    A tiny model is asked.
+    """
     import torch
     from lm_eval.models.utils import normalize_gen_kwargs
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with _told(f"task '{name}': its generation_kwargs will not do"):
         given: dict[str, Any] = dict(normalize_gen_kwargs(task.instances[0].args[1]))
@@ -116,13 +119,17 @@ def _check_generation(recipe: Evaluate, name: str, task: Task, vocabulary: int) 
             given.setdefault("temperature", 0.0)
         else:
             given.pop("temperature", None)
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        with torch.random.fork_rng(devices=[]), _silent():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=vocabulary, **sizes))
-            model.generate(
-                input_ids=torch.zeros(1, 1, dtype=torch.long), attention_mask=torch.ones(1, 1), max_length=2,
-                use_cache=True, stopping_criteria=[], pad_token_id=0, **given,
-            )  # fmt: skip
+    vocabulary = read_config(checkpoint).get_text_config().vocab_size
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    asked = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "attention_mask": torch.ones(1, 1), "max_length": 2}
+    with torch.random.fork_rng(devices=[]), _silent():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=vocabulary, **sizes))
+        if (checkpoint / "generation_config.json").is_file():
+            with _told(f"model = {checkpoint}: its generation_config.json will not do"):
+                model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+                model.generate(**asked, do_sample=False, pad_token_id=0)
+        with _told(f"task '{name}': its generation_kwargs will not do"):
+            model.generate(**asked, use_cache=True, stopping_criteria=[], pad_token_id=0, **given)
 
 
 @contextmanager

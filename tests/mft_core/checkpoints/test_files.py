@@ -158,6 +158,13 @@ def test_a_config_whose_class_is_no_text_is_refused(checkpoint):
         read_config(checkpoint)
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", '{"cache_implementation": "x"}'])
+def test_settings_of_generation_that_cannot_be_read_are_refused(checkpoint, content):
+    (checkpoint / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read"):
+        read_config(checkpoint)
+
+
 def test_code_that_a_known_family_carries_besides_is_not_run_and_not_needed(checkpoint, tmp_path):
     (checkpoint / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     edit(checkpoint, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"})

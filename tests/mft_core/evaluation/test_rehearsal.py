@@ -107,6 +107,16 @@ def test_what_would_fail_after_the_training_is_refused(model: Path, tmp_path: Pa
         rehearse(Evaluate(task="plus", **recipe), model, plus(tmp_path, *items, **changes))
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 0}, {"eos_token_id": "x"}, {"repetition_penalty": -1.0}])
+def test_settings_of_the_model_with_which_nothing_is_generated_are_refused(tmp_path: Path, settings: dict[str, Any]):
+    model = save_checkpoint(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.1}))
+    rehearse(RECIPE, model, plus(tmp_path / "sound"))
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"model = .*: its generation_config\.json will not do"):
+        rehearse(RECIPE, model, plus(tmp_path / "odd"))
+
+
 def test_a_prompt_whose_beginning_fits_is_counted_to_its_end(model: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(rehearsal, "_READ", 100)
     items = [{"question": "word " * length, "answer": "1"} for length in (90, 500)]
