@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from mft_core.statistics.comparison import Grouping
 from mft_core.statistics.effects import Stratum
 
 _NAME = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT.+)\.jsonl")
+_MOST = 1e100
+"""of a score: squares and sums of larger ones are no numbers any more"""
 _HASHES = {"doc_hash": "question", "prompt_hash": "prompt", "target_hash": "target"}
 
 
@@ -162,8 +163,9 @@ def _metrics(path: Path) -> list[str]:
     if "outcome" in row:
         return [str(_summary(path.parent).get("metric", "outcome"))]
     if "id" in row:
-        found = [name for name, value in row.items() if name != "id" and _is_score(value)]
-        return sorted(found, key=lambda name: name != "score")
+        found = [name for name, value in row.items() if name != "id" and isinstance(value, bool | int | float)]
+        if found:
+            return sorted(found, key=lambda name: name != "score")
     raise ConfigError(
         f"{path}: neither a sample log of lm-eval (doc_id, metrics), nor items of this project (item, outcome), nor "
         f"JSONL with id and score; its first line has: {', '.join(row)}."
@@ -209,7 +211,7 @@ def _scores(path: Path, item: str, row: Mapping[str, Any], metric: str) -> tuple
 
 
 def _is_score(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, bool | int | float) and abs(value) <= _MOST
 
 
 def _cluster(path: Path, item: str, row: Mapping[str, Any], field: str) -> str:
