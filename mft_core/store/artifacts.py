@@ -184,8 +184,15 @@ class ArtifactStore:
         return [found for key in sorted(keys) if (found := self.manifest(stage, key))]
 
     def find(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> ArtifactRef | None:
-        """Return the artifact if it is there, whole and not outdated (see `damage`), else None."""
-        return None if self.damage(stage, key, inputs) else self._ref(stage, key)
+        """Return the artifact if it is there, whole and not outdated (see `damage`), else None.
+
+        Its manifest is touched: `mft gc` goes by when somebody last asked for it.
+        """
+        if self.damage(stage, key, inputs):
+            return None
+        with contextlib.suppress(OSError):  # it lies in the shared store alone, or may only be read
+            os.utime(self.directory(stage, key) / MANIFEST)
+        return self._ref(stage, key)
 
     def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}, held: bool = False) -> str | None:
         """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
@@ -313,6 +320,7 @@ class ArtifactStore:
         temporary.mkdir(parents=True)
         work = self.work(key)
         work.mkdir(parents=True, exist_ok=True)
+        os.utime(work)  # `mft gc` takes what nobody has used for long
         log.info("computing %s %s", stage.name, key)
         try:
             with Meter(work) as meter:

@@ -1,9 +1,9 @@
 """What under `MFT_HOME` no kept study reaches, and its removal; called by `mft gc`.
 
 A study is kept as long as its page lies in `reports/`: beside it stands which artifacts its result rests on (`ROOTS`,
-written with the page). Kept are also comparisons, which later ones look back on, and what is younger than some days,
-with its inputs. While a run lives nothing is done, and none begins meanwhile; a store that machines share is not
-touched.
+written with the page). Kept are also comparisons, which later ones look back on, and what was made or asked for in the
+last days, as by a run that was killed, with its inputs. While a run lives nothing is done, and none begins meanwhile; a
+store that machines share is not touched.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def test_every_number_in_the_tables_of_a_report_is_in_mlflow_and_no_metric_is_na
         for line in recorded.records(recorded.table("mini-study", name, "mini")):
             kept |= {abs(value) for value in line.values() if is_number(value)}
     kept |= {abs(value) for value in kept}
-    # the attached page: where something was damaged and computed again meanwhile, the one in `reports` has other seconds
+    # the attached page: where something was computed again since, the one in `reports` has other seconds
     (page,) = (folder / "home" / "mlartifacts").rglob("report/report.md")
     cells = [cell for line in page.read_text().splitlines() if line.startswith("|") for cell in line.split("|")]
     shown = {pair for cell in cells for pair in numbers(cell)}

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import ROOTS, collect, keep
 from pipelines.servers.runs import LOCK, runs, told_of
 from tests.pipelines.commands.test_status import FAR
-from tests.support.faults import Study, digests
+from tests.support.faults import Study, digests, finished_once, wait_until_gone
 
 DAY = 86400.0
 STATES = "states of unfinished work"
@@ -112,6 +113,29 @@ def test_a_kept_study_loses_nothing_and_one_without_a_page_all_but_its_compariso
     assert count(home / "mlflow.db", "runs") == 0
     assert {name.split()[0] for name in digests(home)} == {"compare"}
     assert len(list((home / "prefect" / "results").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_a_killed_run_has_found_from_long_ago_is_kept_for_it(tmp_path: Path) -> None:
+    study, home = Study(tmp_path, "runtime.checkpoint_seconds=0", "fine_tune.epochs=40"), tmp_path / "home"
+    study.stop_in_training(home)
+    make_old(home, 30)
+    assert {Path(path).parent.name for path in gc(home)["paths"]["artifacts that no kept study reaches"]} == {
+        "prepare-data"}  # fmt: skip
+    (state,) = (home / "work").iterdir()
+    process = study.start(home)
+    while len([log for log in (home / "logs").glob("*.log") if "computing fine-tune" in log.read_text()]) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until_gone(home, 60)
+    assert not any(gc(home, "--delete")["paths"][kind] for kind in (STATES, "artifacts that no kept study reaches"))
+    assert list(state.iterdir())
+    code, _, err = study.run(home)
+    assert code == 0, err
+    assert finished_once(home)
 
 
 def test_nothing_goes_while_a_run_lives(tmp_path: Path) -> None:
