@@ -10,9 +10,11 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+Model = TypeVar("Model", bound=BaseModel)
 _LINES, _SHOWN = 20, 200
 """problems that are told of one file, and characters of a value that is wrong"""
 
@@ -47,6 +49,18 @@ def unknown(what: str, value: str, valid: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not one of `valid`."""
     names = sorted(valid)
     return ConfigError(f"unknown {what} '{value}'.{did_you_mean(value, names)} Valid: {', '.join(names)}.")
+
+
+def validated(model: type[Model], values: Any, where: str) -> Model:
+    """Make settings of what was read.
+
+    Raises:
+        ConfigError: it is not valid; names the field, its value and what is valid.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model, where) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> ConfigError:

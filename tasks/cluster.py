@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mft_core.errors import ConfigError, StageError, explain
+from mft_core.errors import ConfigError, StageError, validated
 from mft_core.recipes import Runtime
 from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
@@ -83,10 +83,7 @@ def described(runtime: Runtime) -> ClusterFile | None:
     where = f"runtime.cluster = {told}"
     if not Path(told).is_file():
         raise ConfigError(f"{where}: no such file; valid: a scheduler's address (tcp://host:8786), or a YAML file.")
-    try:
-        file = ClusterFile.model_validate(read_yaml(Path(told)))
-    except ValidationError as error:
-        raise explain(error, ClusterFile, where) from error
+    file = validated(ClusterFile, read_yaml(Path(told)), where)
     if file.made_by and importlib.util.find_spec(file.made_by.partition(".")[0]) is None:
         advice = "there is no such package here; for Slurm and PBS: pip install dask-jobqueue."
         raise ConfigError(f"{where}: class = {file.made_by}: {advice}")

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment
-from pydantic import BaseModel, Field, InstanceOf, ValidationError
+from pydantic import BaseModel, Field, InstanceOf
 
 from mft_core.data.overlap import question_of, read_questions
 from mft_core.data.row_files import read_json_lines
-from mft_core.errors import ConfigError, explain, unknown
+from mft_core.errors import ConfigError, unknown, validated
 from mft_core.names import inside
 from mft_core.sandbox import FAULTS, environment, render
 from mft_core.yaml_files import read_yaml
@@ -81,10 +81,7 @@ class _Shape(BaseModel):
 
 def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a definition whose parts are of the kinds that they have to be."""
-    try:
-        _Shape.model_validate(config)
-    except ValidationError as error:
-        raise explain(error, _Shape, where) from error
+    validated(_Shape, config, where)
     return config
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from mft_core import recipes
-from mft_core.errors import explain
+from mft_core.errors import validated
 from mft_core.evaluation import lm_eval_harness
 from mft_core.evaluation.outcomes import Evaluation
 from mft_core.recipes import Runtime
@@ -45,10 +44,7 @@ def evaluate(
         ConfigError: a setting is not valid, or the task is unknown or cannot be read.
         StageError: the task has no such metric or filter, or the tokenizer no chat template.
     """
-    try:
-        recipe = recipes.Evaluate.model_validate({"task": task, **settings})
-    except ValidationError as error:
-        raise explain(error, recipes.Evaluate, "evaluate") from None
+    recipe = validated(recipes.Evaluate, {"task": task, **settings}, "evaluate")
     benchmark = None if folder is None else Path(folder)
     lm_eval_harness.check_task(recipe, benchmark)
     return lm_eval_harness.evaluate(recipe, Path(checkpoint), benchmark, runtime)

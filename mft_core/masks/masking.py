@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mft_core.checkpoints.files import WeightFiles
 from mft_core.draws import seeded_generator
-from mft_core.errors import ConfigError, StageError, explain, unknown
+from mft_core.errors import ConfigError, StageError, unknown, validated
 from mft_core.layers import parse_layers
 from mft_core.masks.mask_file import Mask, make_mask
 from mft_core.masks.selection import Global, GlobalThreshold, Local, Scope
@@ -117,10 +116,8 @@ class MaskTuner:
         seed: int = 42,
     ) -> None:
         asked = {"sparsity": sparsity, "layers": layers, "modules": modules, "scope": scope, "min_kept": min_kept}
-        try:
-            self.settings = MaskSettings.model_validate({**asked, "selector": self.selector, "seed": seed})
-        except ValidationError as error:
-            raise explain(error, MaskSettings, type(self).__name__) from None
+        asked |= {"selector": self.selector, "seed": seed}
+        self.settings = validated(MaskSettings, asked, type(self).__name__)
         if init not in get_args(ScoreInit):
             raise unknown("init", init, get_args(ScoreInit))
         if lr is not None and optimizer is None:

@@ -1,4 +1,4 @@
-"""A profile or study by its name: finds what ships with the package or is the user's own, and validates what was read.
+"""A profile or study by its name: finds what ships with the package or is the user's own.
 
 For `pipelines.config.study` and `pipelines.config.profile`, which say what the settings are.
 """
@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
-from mft_core.errors import ConfigError, explain, unknown
-from mft_core.recipes import Recipe
+from mft_core.errors import ConfigError, unknown
 
 _HERE = Path(__file__).resolve().parents[1]
-Model = TypeVar("Model", bound=Recipe)
 FOLDERS = {"profile": _HERE / "profiles", "study": _HERE / "studies"}
 
 
@@ -38,15 +33,3 @@ def locate(kind: str, name: str) -> Path:
     if name not in names(kind):
         raise unknown(kind, name, names(kind))
     return FOLDERS[kind] / f"{name}.yaml"
-
-
-def validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
-    """Make settings of what was read.
-
-    Raises:
-        ConfigError: it is not valid; names the field, its value and what is valid.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, model, where) from error

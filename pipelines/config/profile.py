@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import Field
 
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, validated
 from mft_core.recipes import Recipe, Runtime
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.yaml_files import read_yaml
-from pipelines.config.by_name import locate, validated
+from pipelines.config.by_name import locate
 from pipelines.config.setup import Label, Layers
 
 _PATH_KEYS = {"path", "chat_template", "existing"}

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, validated
 from mft_core.methods import Contrast, MethodName, TrainedMethodName
 from mft_core.recipes import Recipe
 from mft_core.yaml_files import read_yaml
-from pipelines.config.by_name import locate, validated
+from pipelines.config.by_name import locate
 from pipelines.config.profile import Profile, given
 from pipelines.config.setup import Label
 

@@ -9,9 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
-from mft_core.errors import ConfigError, did_you_mean, explain, unknown
+from mft_core.errors import ConfigError, did_you_mean, unknown, validated
 from mft_core.evaluation import judged
 from mft_core.methods import METHODS, uses
 from mft_core.recipes import Runtime
@@ -66,10 +64,7 @@ def runtime_of(profile: Profile, overrides: Mapping[str, Any]) -> Runtime:
     for key, value in overrides.items():
         if key.startswith("runtime."):
             _put(values, key.removeprefix("runtime."), value, where=f"--set {key}")
-    try:
-        return Runtime.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, Runtime, "runtime") from error
+    return validated(Runtime, values, "runtime")
 
 
 def own_and_searched(
@@ -223,10 +218,7 @@ def _compose(
     if not values.get("judge"):  # `Plan.notes` says which are skipped
         for section in {"benchmarks", "validation", "held_out"} & values.keys():
             values[section] = [bench for bench in _benchmarks(values, section) if bench.get("metric") != judged.METRIC]
-    try:
-        return Setup.model_validate(values), meant
-    except ValidationError as error:
-        raise explain(error, Setup, f"study {study.name} on profile {profile.name}") from error
+    return validated(Setup, values, f"study {study.name} on profile {profile.name}"), meant
 
 
 def _change(values: dict[str, Any], key: str, value: Any, where: str) -> Any:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from pydantic import ValidationError
-
-from mft_core.errors import explain
+from mft_core.errors import validated
 from mft_core.evaluation import judged
 from mft_core.methods import CALIBRATED, METHODS, REFERENCES, TRAINED, uses
 from mft_core.recipes import (
@@ -331,12 +329,8 @@ def _mask(resolved: Resolved, model: Source | Edge, suffix: str) -> Node:
     elif method.starts_from == "base":
         label += " (of the base)"
     label += suffix
-    try:
-        recipe = LearnMask(
-            selector=selector, sparsity=mask.sparsity, layers=mask.layers, modules=mask.modules, **details
-        )
-    except ValidationError as error:
-        raise explain(error, LearnMask, f"mask of {setup.method}") from error
+    details |= {"selector": selector, "sparsity": mask.sparsity, "layers": mask.layers, "modules": mask.modules}
+    recipe = validated(LearnMask, details, f"mask of {setup.method}")
     return Node("learn-mask", recipe, inputs, label)
 
 
