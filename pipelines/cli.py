@@ -285,7 +285,9 @@ def compare(
         ),
     ],
     b: Annotated[Path, typer.Argument(help="the other model's, on the same items")],
-    margin: Annotated[float, typer.Option(help="points below which a gain or a loss is not worth having")] = 1.0,
+    margin: Annotated[
+        float, typer.Option(help="points below which a gain or a loss is not worth having; of scores beyond 1, units")
+    ] = 1.0,
     cluster: Annotated[str | None, typer.Option(help="field that names items which belong together")] = None,
     metric: Annotated[str | None, typer.Option(help="such as exact_match, or exact_match,strict-match")] = None,
     as_json: AsJson = False,

@@ -1,15 +1,17 @@
 """Reads what a model answered, item by item, from files of others and of ours: for `mft compare`.
 
 lm-eval's sample logs (`samples_TASK_TIME.jsonl` of `--log_samples`, one line per item *and filter*), folders of them,
-this project's evaluations (`items.jsonl`), or JSONL with `id` and `score`. Items are paired by id; that both models
-got the same question, prompt and target is checked by the log's hashes, where it has them. Imports neither torch nor
-lm-eval.
+this project's evaluations (`items.jsonl`), or JSONL with `id` and `score`; gzipped or not. Items are paired by id; that
+both models got the same question, prompt and target is checked by the log's hashes, where it has them. Scores beyond 1
+(per cents, ratings) are taken as points. Imports neither torch nor lm-eval.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +20,12 @@ from typing import Any
 import numpy as np
 
 from mft_core.errors import ConfigError, unknown
+from mft_core.evaluation.outcomes import WITHOUT_OUTCOMES
 from mft_core.statistics.comparison import Grouping
 from mft_core.statistics.effects import Stratum
 
-_NAME = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT.+)\.jsonl")
+_NAME = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT.+)\.jsonl(\.gz)?")
+_LINES = "Give the items' outcomes, one JSON object a line; results of whole tasks have none (lm_eval --log_samples)."
 _MOST = 1e100
 """of a score: squares and sums of larger ones are no numbers any more"""
 _HASHES = {"doc_hash": "question", "prompt_hash": "prompt", "target_hash": "target"}
@@ -34,6 +38,9 @@ class Log:
     path: Path
     metric: str
     filter: str | None
+    """the one that was read"""
+    filters: Sequence[str]
+    """all that it has"""
     scores: Mapping[str, tuple[float, ...]]
     """by id; several where a metric has several (the instructions of an IFEval prompt)"""
     hashes: Mapping[str, tuple[Any, ...]]
@@ -88,7 +95,7 @@ def _files(path: Path) -> dict[str, Path]:
     if (path / "items.jsonl").is_file():
         return {str(_summary(path).get("benchmark", path.name)): path / "items.jsonl"}
     found: dict[str, Path] = {}
-    for file in sorted(path.rglob("samples_*.jsonl")):
+    for file in sorted(path.rglob("samples_*.jsonl*")):
         named = _NAME.fullmatch(file.name)
         task = named["task"] if named else file.stem
         if task in found:
@@ -107,21 +114,21 @@ def _summary(folder: Path) -> dict[str, Any]:
 def _rows(path: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file: one a line, or one in the whole of it."""
     try:
-        with path.open("rb") as file:  # splitlines would cut within responses
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:  # splitlines cuts within responses
             for number, line in enumerate([file.read()] if whole else file, start=1):
                 if line.strip():
                     yield _object(line, f"{path}, line {number}")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check its permissions.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: no JSON ({error!s:.80}).") from None
+        raise ConfigError(f"{where}: no JSON ({error!s:.80}). {_LINES}") from None
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: no JSON object, but {line.strip()[:40]!r}.")
+        raise ConfigError(f"{where}: no JSON object, but {line.strip()[:40]!r}. {_LINES}")
     return row
 
 
@@ -133,11 +140,22 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
         raise ConfigError(f"{a} and {b} share no metric: {', '.join(names[0])} against {', '.join(names[1])}.")
     if asked and asked not in shared:
         raise unknown(f"metric of {a} and {b}", asked, shared)
-    first, second = (_read(path, asked or shared[0], asked_filter or None, cluster) for path in (a, b))
+    chosen = asked or next((name for name in shared if name not in WITHOUT_OUTCOMES), shared[0])
+    if chosen in WITHOUT_OUTCOMES:
+        raise ConfigError(
+            f"{a} and {b}: {chosen} is a metric of the whole task; what is logged of an item is no outcome of its own. "
+            f"Name another: --metric. Both have: {', '.join(shared)}."
+        )
+    first, second = (_read(path, chosen, asked_filter or None, cluster) for path in (a, b))
+    if not asked_filter and (both := [name for name in first.filters if name in second.filters]):
+        first, second = (
+            log if log.filter == both[0] else _read(path, chosen, both[0], cluster)
+            for log, path in ((first, a), (second, b))
+        )
     if first.filter != second.filter:
         raise ConfigError(
-            f"{a} and {b}: filter {first.filter} against {second.filter}; name one that both have: "
-            f"--metric {first.metric},FILTER."
+            f"{a} and {b} share no filter: {', '.join(first.filters) or 'none'} against "
+            f"{', '.join(second.filters) or 'none'}. Apply the same filters to both."
         )
     _require_same_items(first, second)
     ids = tuple(f"{name}[{at}]" if len(values) > 1 else name
@@ -145,6 +163,8 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
     owner = [name for name, values in first.scores.items() for _ in values]
     ours = np.array([value for values in first.scores.values() for value in values])
     theirs = np.array([value for name in first.scores for value in second.scores[name]])
+    if max(np.abs(ours).max(), np.abs(theirs).max()) > 1:
+        ours, theirs = ours / 100, theirs / 100
     differences = theirs - ours if first.higher_is_better else ours - theirs
     clusters = [first.clusters[name] for name in owner] if first.clusters else owner
     subjects = tuple(first.subjects[name] for name in owner) if first.subjects else None
@@ -163,7 +183,8 @@ def _metrics(path: Path) -> list[str]:
     if "outcome" in row:
         return [str(_summary(path.parent).get("metric", "outcome"))]
     if "id" in row:
-        found = [name for name, value in row.items() if name != "id" and isinstance(value, bool | int | float)]
+        numbers = (bool, int, float)
+        found = [name for name, value in row.items() if name == "score" or (name != "id" and isinstance(value, numbers))]
         if found:
             return sorted(found, key=lambda name: name != "score")
     raise ConfigError(
@@ -199,7 +220,7 @@ def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None
         raise unknown(f"filter of {path}", asked_filter or "", filters)
     chosen = asked_filter or next(iter(filters), None)
     higher = _higher_is_better(path, metric)
-    return Log(path, metric, chosen, scores, hashes, clusters or None, subjects or None, higher)
+    return Log(path, metric, chosen, tuple(filters), scores, hashes, clusters or None, subjects or None, higher)
 
 
 def _scores(path: Path, item: str, row: Mapping[str, Any], metric: str) -> tuple[float, ...]:

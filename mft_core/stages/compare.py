@@ -449,7 +449,8 @@ def _judged(
     """Write every comparison into its row: as declared, or explored among the others of its family."""
     known: dict[tuple[str, str, str], tuple[Tested, str]] = {}
     for one in declared:
-        if one.against == "fft":
+        several = 1 < one.tested.replicates < LEAST_REPLICATES  # then it is about all of them, and no row is
+        if one.against == "fft" and not several:
             variant = one.treatment[0].first
             cases = {
                 (str(domain), benchmark): (tested, "gated") for (domain, benchmark), tested in one.benchmarks.items()

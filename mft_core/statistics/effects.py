@@ -19,7 +19,8 @@ is pooled with what earlier studies measured (`UnitVariance`, a scaled inverse-Ï
 held the truth in 71 to 75 of 100 studies with 3 units and 3 points of seed noise. `ORDINARY` is the prior then. Where
 units really do not differ the interval is too wide: after such an estimate no width is right for both. Several
 benchmarks, or subjects of one: the unweighted mean. Clusters of items are drawn whole (Liang & Zeger 1986). For
-right/wrong outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012).
+right/wrong outcomes one item won and one lost are added to each benchmark (Bonett & Price 2012); of several trainings
+these two are made as much smaller as averaging makes the squares of the others, or intervals would be too wide.
 
 Every function takes leading axes before (replicates, seeds, items), so simulations are one call. Imports neither pandas
 nor scipy.stats: `mft compare` has to answer at once.
@@ -274,9 +275,11 @@ def _moments(strata: Sequence[Stratum], over: Over, least: int = LEAST_REPLICATE
         item = correction * (totals**2).sum(axis=-1)
         centre = gain
         if _is_binary(stratum.differences):
-            # with an item won and one lost: n + 2 items, the squares grow by the two and by the shift of the mean
-            share = count / (count + 2)
-            item = (item / correction * count**2 + 2 + gain**2 * 2 * share) / (count + 2) ** 2 * correction
+            # with an item won and one lost: n + 2 items, the squares grow by the two and by the shift of the mean; of
+            # several trainings the two shrink as the other items do, whose answers do not all differ together
+            share, single = count / (count + 2), (stratum.differences**2).mean(axis=(-3, -2)).sum(axis=-1)
+            two = 2 * np.divide((of_items**2).sum(axis=-1), single, out=np.ones_like(single), where=single > 0)
+            item = (item / correction * count**2 + two + gain**2 * 2 * share) / (count + 2) ** 2 * correction
             centre = gain * share
         freedom = units.shape[-2] * (units.shape[-1] - 1)
         if freedom:

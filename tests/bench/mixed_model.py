@@ -1,8 +1,8 @@
 """Studies judged again by another implementation: statsmodels' mixed model, from the items of their evaluations.
 
-    MFT_HOME=... python -m tests.bench.mixed_model STUDY [STUDY ...] [--profile tiny] [--replicates N] [--all] [--plain]
+    python -m tests.bench.mixed_model $MFT_HOME/artifacts/compare/KEY [...] [--all]
 
-Reads each item's outcome from the evaluations behind a finished study, and fits, for every row with a gain,
+Reads each item's outcome from the evaluations behind a finished comparison, and fits, for every row with a gain,
 
     difference[unit, item] = gain + unit + item + rest          (units: fine-tunings, or seeds of one of them)
 
@@ -12,7 +12,8 @@ restricted likelihood. Nothing of `mft_core.statistics` is used.
 
 Crossed effects make one group of all observations, too large for MixedLM. Helmert contrasts over the items, which are
 orthogonal, leave the likelihood as it is and break it up: the items' mean, which alone knows gain and units, and the
-contrasts, which are independent groups. Priors of earlier studies, which the report pools, are not known here.
+contrasts, which are independent groups. Priors of earlier studies, which the report pools, are not known here; and
+where MixedLM finds no variance between units, the report does not believe it: such a row has to be no narrower.
 """
 
 from __future__ import annotations
@@ -46,32 +47,28 @@ class Fit:
     low: float
     high: float
     variances: tuple[float, float, float]
-    """of units, items and the rest"""
+    """of units (of one alone: not a number), items and the rest"""
 
 
-def fit(benchmarks: Sequence[Array], plain: bool = False, confidence: float = 0.95) -> Fit:
+def fit(benchmarks: Sequence[Array], confidence: float = 0.95) -> Fit:
     """Fit the model to the differences on each benchmark, (units, items); of several, to their mean.
 
     The mean over benchmarks of equal size is that of their items side by side: which items meet does not matter, as
-    they are independent.
-
-    Args:
-        plain: without the item won and the item lost that the report adds to right and wrong answers.
-        confidence: of the interval.
+    they are independent. Of one unit alone an item won and one lost are added to right and wrong answers.
 
     Raises:
         ValueError: several units on benchmarks of different sizes.
     """
     gain = float(np.mean([values.mean() for values in benchmarks]))
-    parts = [values if plain else _with_two(values) for values in benchmarks]
-    if all((values == values[:1]).all() for values in parts):  # one unit, or units that agree on everything
-        parts = [values[:1] for values in parts]
+    if all((values == values[:1]).all() for values in benchmarks):  # one unit, or units that agree on everything
+        parts = [_with_two(values[:1]) for values in benchmarks]
         squared = np.array([values.var(ddof=1) / values.size for values in parts]) / len(parts) ** 2
         freedom = squared.sum() ** 2 / (squared**2 / [values.size - 1 for values in parts]).sum()
         centre = float(np.mean([values.mean() for values in parts]))
         half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(squared.sum()))
-        return Fit(gain, centre - half, centre + half, (0.0, float(squared.sum()), 0.0))
-    side_by_side = np.mean([np.roll(values, 7 * at, axis=1) for at, values in enumerate(parts)], axis=0)
+        unit = 0.0 if len(benchmarks[0]) > 1 else float("nan")
+        return Fit(gain, centre - half, centre + half, (unit, float(squared.sum()), 0.0))
+    side_by_side = np.mean([np.roll(values, 7 * at, axis=1) for at, values in enumerate(benchmarks)], axis=0)
     return replace(_mixed(side_by_side, confidence), gain=gain)
 
 
@@ -83,25 +80,34 @@ def _with_two(values: Array) -> Array:
 
 
 def _mixed(differences: Array, confidence: float) -> Fit:
-    units, items = differences.shape
-    rotated = linalg.helmert(items, full=True) @ differences.T  # (items, units); the first row is √items × the mean
+    rotated = (
+        linalg.helmert(differences.shape[1], full=True) @ differences.T
+    )  # (items, units); the first row is √items × the mean
+    unit, item, rest = _begin(differences)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            fitted = _fitted(rotated, differences.mean(), item / rest, [unit / rest])
+        except np.linalg.LinAlgError:  # the best variance between units is none
+            fitted = _fitted(rotated, differences.mean(), item / rest, [])
+    item, rest = float(fitted.cov_re[0, 0]), float(fitted.scale)
+    variances = np.array([max([0.0, *fitted.vcomp]), max(item, 0.0), rest])
+    return _interval(rotated, float(fitted.fe_params[0]), variances, confidence)
+
+
+def _fitted(rotated: Array, gain: float, item: float, unit: Sequence[float]) -> Any:
+    """Fit by MixedLM, beginning at variances over that of the rest; `unit`: empty for a model without units."""
+    items, units = rotated.shape
     group = np.repeat(np.arange(items), units)
     exog = np.where(group == 0, np.sqrt(items), 0.0)[:, None]
     of_units = [np.sqrt(items) * np.eye(units) if index == 0 else np.zeros((units, 1)) for index in range(items)]
     names = [[f"u{unit}" for unit in range(part.shape[1])] for part in of_units]
-    model = MixedLM(
-        rotated.ravel(), exog, group, exog_re=np.ones((len(group), 1)), exog_vc=VCSpec(["unit"], [names], [of_units])
-    )
-    unit, item, rest = _begin(differences)
-    parts = (np.array(value) for value in ([differences.mean()], [[item / rest]], [unit / rest]))
+    drawn = VCSpec(["unit"], [names], [of_units]) if unit else None
+    model = MixedLM(rotated.ravel(), exog, group, exog_re=np.ones((len(group), 1)), exog_vc=drawn)
+    parts = (np.array(value) for value in ([gain], [[item]], unit))
     begin = MixedLMParams.from_components(**dict(zip(("fe_params", "cov_re", "vcomp"), parts, strict=True)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        fitted = model.fit(reml=True, start_params=begin, method=["lbfgs"])
-    item, unit, rest = float(fitted.cov_re[0, 0]), float(fitted.vcomp[0]), float(fitted.scale)
-    variances = np.array([max(unit, 0.0), max(item, 0.0), rest])
-    return _interval(rotated, float(fitted.fe_params[0]), variances, confidence)
+    return model.fit(reml=True, start_params=begin, method=["lbfgs"])
 
 
 def _begin(differences: Array) -> tuple[float, float, float]:
@@ -117,17 +123,18 @@ def _begin(differences: Array) -> tuple[float, float, float]:
 def _interval(rotated: Array, gain: float, variances: Array, confidence: float) -> Fit:
     """Return the interval by Satterthwaite: the variance of the gain against the uncertainty of its parts."""
     items, units = rotated.shape
-    free = variances > 1e-5 * variances.sum()  # what lies on the border of what is possible is not estimated
+    parts = np.array([1 / units, 1 / items, 1 / (units * items)]) * variances
+    variance = float(parts.sum())
+    free = parts > 1e-3 * variance  # what lies on the border of what is possible is not estimated
+    variances = np.where(free, variances, 0.0)
 
-    def likelihood(some: Array) -> float:
-        parts = variances.copy()
-        parts[free] = some
-        return _restricted(rotated, *parts)
+    def likelihood(multiples: Array) -> float:
+        tried = variances.copy()
+        tried[free] *= multiples  # as the steps of the numerical Hessian are those of numbers near one
+        return _restricted(rotated, *tried)
 
-    weights = np.array([1 / units, 1 / items, 1 / (units * items)])
-    variance = float(weights @ variances)
-    covariance = np.linalg.inv(-approx_hess(variances[free], likelihood))
-    spread = float(weights[free] @ covariance @ weights[free])
+    covariance = np.linalg.inv(-approx_hess(np.ones(free.sum()), likelihood))
+    spread = float(parts[free] @ covariance @ parts[free])
     freedom = max(1.0, 2 * variance**2 / spread)
     half = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance)
     return Fit(gain, gain - half, gain + half, (variances[0], variances[1], variances[2]))
@@ -144,26 +151,17 @@ def _restricted(rotated: Array, unit: float, item: float, rest: float) -> float:
     return float(value - (units - 1) / 2 * np.log(whole) - (around[0] ** 2).sum() / (2 * whole))
 
 
-def of_study(study: str, profile: str, replicates: int | None) -> tuple[list[Row], list[tuple[Row, Path]]]:
-    """Return the rows of a finished study, and for each of its evaluations what describes it and where it lies."""
-    from mft_core.store.artifacts import ArtifactStore
-    from pipelines.config.profile import load_profile
-    from pipelines.config.study import load_study
-    from pipelines.graph.nodes import Edge
-    from pipelines.plan.plan import comparison_node, make_plan
-    from pipelines.report.report import find_report
-
-    store = ArtifactStore.from_environment()
-    report = find_report(make_plan(load_study(study), load_profile(profile), store, replicates=replicates), store)
-    node = comparison_node(report.plan)
-    described = json.loads((report.directory / "manifest.json").read_text())["recipe"]["variants"]
-    evaluations = []
-    for index, row in enumerate(described):
-        given = node.inputs[f"eval-{index}"]
-        assert isinstance(given, Edge)
-        manifest = report.manifests[given.node.id]
-        evaluations.append((row, store.directory(manifest["stage"], manifest["key"])))
-    return report.rows, evaluations
+def of_study(comparison: Path) -> tuple[str, list[Row], list[tuple[Row, Path]]]:
+    """Return a study's question, its rows, and for each of its evaluations what describes it and where it lies."""
+    made = json.loads((comparison / "manifest.json").read_text(encoding="utf-8"))
+    there = {
+        json.loads(manifest.read_text(encoding="utf-8"))["digest"]: manifest.parent
+        for manifest in comparison.parent.parent.glob("evaluate/*/manifest.json")
+    }
+    evaluations = [
+        (row, there[made["inputs"][f"eval-{index}"]]) for index, row in enumerate(made["recipe"]["variants"])
+    ]
+    return made["recipe"]["question"], json.loads((comparison / "rows.json").read_text(encoding="utf-8")), evaluations
 
 
 def differences(evaluations: Sequence[tuple[Row, Path]]) -> dict[tuple[str, str, str], Array]:
@@ -190,8 +188,8 @@ def _variant(name: str) -> str:
 
 
 def judged(
-    rows: Sequence[Row], found: dict[tuple[str, str, str], Array], every: bool, plain: bool
-) -> Iterator[tuple[Row, Fit | None]]:
+    rows: Sequence[Row], found: dict[tuple[str, str, str], Array], every: bool = True
+) -> Iterator[tuple[Row, Fit]]:
     """Yield the report's rows over several trainings, or of the only one, with what the mixed model says of each."""
     several = any(row["benchmark"] == MEAN for row in rows)
     for row in rows:
@@ -202,15 +200,9 @@ def judged(
         key = _variant(row["variant"]), str(row["domain"])
         parts = [values for name, values in found.items() if name[:2] == key and row["benchmark"] in (name[2], MEAN)]
         if row["replicate"] == "all":
-            judged_by = [part.mean(axis=1) for part in parts]
+            yield row, fit([part.mean(axis=1) for part in parts])
         elif row["seed"] == "all" or parts[0].shape[1] == 1:
-            judged_by = [part[0] for part in parts]
-        else:
-            continue
-        try:
-            yield row, fit(judged_by, plain)
-        except np.linalg.LinAlgError:
-            yield row, None
+            yield row, fit([part[0] for part in parts])
 
 
 def _text(gain: float, low: float, high: float) -> str:
@@ -223,37 +215,37 @@ def apart(row: Row, other: Fit) -> float:
     return max(abs(row["gain_low"] - other.low), abs(row["gain_high"] - other.high)) / width if width else 0.0
 
 
-def main() -> None:
-    """Judge studies again and print a line a row; exit 1 where a gain differs, or an end by more than a tenth.
+def agrees(row: Row, other: Fit) -> bool:
+    """Whether gain and ends are the same; where no variance between units is found, the report may be wider."""
+    low, high = row["gain_low"] - other.low, other.high - row["gain_high"]
+    close = apart(row, other) <= WITHIN
+    if other.variances[0] == 0:
+        close = max(low, high) <= 0.01 * (row["gain_high"] - row["gain_low"])
+    return bool(abs(row["gain"] - other.gain) < 1e-6 and close)
 
-    Where a variance is estimated as nothing, statsmodels may find no fit; the line says so, and the row is not counted.
-    """
+
+def main() -> None:
+    """Judge studies again and print a line a row; exit 1 where one does not agree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", metavar="STUDY")
-    parser.add_argument("--profile", default="tiny")
-    parser.add_argument("--replicates", type=int)
+    parser.add_argument("comparisons", nargs="+", type=Path, metavar="COMPARISON", help="an artifact of `compare`")
     parser.add_argument("--all", action="store_true", help="each benchmark too, and not only their mean")
-    parser.add_argument("--plain", action="store_true", help="without an item won and one lost that the report adds")
     asked = parser.parse_args()
     wrong = 0
-    for study in asked.studies:
-        rows, evaluations = of_study(study, asked.profile, asked.replicates)
-        far_apart = []
-        for row, other in judged(rows, differences(evaluations), asked.all, asked.plain):
-            named = f"{study} {row['variant']} on {row['benchmark']}"
-            if other is None:
-                print(f"{named:80} {_text(row['gain'], row['gain_low'], row['gain_high'])}  MixedLM finds no fit")
-                continue
-            far = apart(row, other)
-            far_apart.append(far)
-            same = abs(row["gain"] - other.gain) < 1e-6 and far <= WITHIN
-            wrong += not same
-            ours, theirs = (
-                _text(row["gain"], row["gain_low"], row["gain_high"]),
-                _text(other.gain, other.low, other.high),
-            )
-            print(f"{named:80} {ours}  MixedLM {theirs}  {far:4.0%}{'' if same else ' APART'}", flush=True)
-        print(f"{study}: {len(far_apart)} rows, ends at most {max(far_apart, default=0):.1%} of the width apart")
+    for comparison in asked.comparisons:
+        question, rows, evaluations = of_study(comparison)
+        print(question)
+        ends, wider = [0.0], 0
+        for row, other in judged(rows, differences(evaluations), asked.all):
+            far, same = apart(row, other), agrees(row, other)
+            luck = other.variances[0] == 0
+            wrong, wider = wrong + (not same), wider + luck
+            ends += [] if luck else [far]
+            told = " no variance between units" if luck else ""
+            ours = _text(row["gain"], row["gain_low"], row["gain_high"])
+            theirs = _text(other.gain, other.low, other.high)
+            named = f"{row['variant']} on {row['benchmark']}"
+            print(f"{named:70} {ours}  MixedLM {theirs}  {far:5.1%}{told}{'' if same else ' APART'}", flush=True)
+        print(f"{len(ends) - 1} rows, ends at most {max(ends):.1%} of the width apart; {wider} without variance\n")
     raise SystemExit(1 if wrong else 0)
 
 

@@ -9,8 +9,11 @@ import pandas as pd
 import pytest
 from statsmodels.regression.mixed_linear_model import MixedLM
 
+from mft_core.recipes import Compare, Runtime
+from mft_core.stage import StageContext
+from mft_core.stages import get_stage
 from mft_core.statistics.effects import Stratum, estimate
-from tests.bench.mixed_model import apart, differences, fit
+from tests.bench.mixed_model import agrees, apart, differences, fit, judged
 
 
 def crossed(units: int, items: int, unit: float, item: float, rest: float, seed: int = 0) -> np.ndarray:
@@ -45,6 +48,76 @@ def test_right_and_wrong_answers_of_fine_tunings_are_judged_as_the_report_judges
     row = {"gain_low": ours.low, "gain_high": ours.high}
     assert found.gain == pytest.approx(ours.gain)
     assert apart(row, found) < 0.1
+
+
+@pytest.mark.parametrize("unit", [0.004, 0.01])
+def test_a_small_variance_between_fine_tunings_has_the_degrees_of_freedom_of_a_large_one(unit: float):
+    """Steps of the numerical Hessian that were larger than the variance itself made intervals three times as wide."""
+    values = crossed(5, 1_000, 0.0, 0.05, 0.1)
+    values += unit * np.array([-1.2, -0.6, 0.0, 0.6, 1.2])[:, None] - values.mean(axis=1, keepdims=True)
+    found = fit([values])
+    ours = estimate([Stratum.of(values[:, None])], "recipe")
+    assert found.variances[0] > 0
+    assert apart({"gain_low": ours.low, "gain_high": ours.high}, found) < 0.01
+
+
+@pytest.mark.parametrize("units", [3, 5, 10])
+def test_where_no_variance_between_fine_tunings_is_estimated_our_interval_is_never_narrower(units: int):
+    none = 0
+    for seed in range(8):
+        values = crossed(units, 60, 0.0, 0.2, 0.3, seed)
+        values = np.sign(np.round(1.4 * values)) if seed % 2 else values
+        found = fit([values])
+        if found.variances[0] == 0:
+            none += 1
+            ours = estimate([Stratum.of(values[:, None])], "recipe")
+            slack = 0.005 * (ours.high - ours.low)
+            assert ours.low <= found.low + slack
+            assert ours.high >= found.high - slack
+    assert none >= 2
+
+
+def test_every_row_of_a_study_with_fine_tunings_mask_seeds_and_two_benchmarks_is_judged_alike(tmp_path: Path):
+    """A simulated study in the layout of a real one: made-up outcomes, the real stage, every row that it claims."""
+    rng = np.random.default_rng(3)
+    variants: list[dict] = []
+    evaluations = []
+
+    def add(right: np.ndarray, **described: object) -> int:
+        folder = tmp_path / f"eval-{len(variants)}"
+        folder.mkdir()
+        (folder / "items.jsonl").write_text(
+            "".join(json.dumps({"item": f"{at}", "outcome": int(one)}) + "\n" for at, one in enumerate(right))
+        )
+        (folder / "summary.json").write_text(json.dumps({"metric": "exact_match", "commonest_target_share": 0.1}))
+        empty = dict.fromkeys(("layers", "modules", "sparsity", "seed", "baseline", "replicate"))
+        variants.append({**empty, "domain": "maths", **described})
+        evaluations.append((variants[-1], folder))
+        return len(variants) - 1
+
+    for benchmark in ("sums", "gcd"):
+        items = rng.normal(size=150)
+        for replicate in range(4):
+            own = items + 0.3 * rng.normal(size=150)
+            told = {"benchmark": benchmark, "replicate": replicate}
+            named = f" replicate={replicate}" if replicate else ""
+            fft = add(own < 0.3, variant=f"fft{named}", method="fft", **told)
+            for share, shift in ((0.1, 0.05), (0.4, -0.3)):
+                of_fine_tuning = shift + 0.06 * rng.normal()
+                for seed in (0, 1):
+                    moved = own - of_fine_tuning - 0.06 * rng.normal() + 0.4 * rng.normal(size=150)
+                    name = f"mft sparsity={share} seed={seed}{named}"
+                    add(moved < 0.3, variant=name, method="mft", sparsity=share, seed=seed, baseline=fft, **told)
+    out = tmp_path / "out"
+    out.mkdir()
+    recipe = Compare(question="Does it help?", variants=tuple(variants))
+    inputs = {f"eval-{at}": folder for at, (_, folder) in enumerate(evaluations)}
+    get_stage("compare").run(recipe, inputs, out, StageContext(Runtime(), out))
+    rows = json.loads((out / "rows.json").read_text())
+    both = list(judged(rows, differences(evaluations), every=False))
+    assert len(both) == 2 * 2, "shares, this checkpoint and this recipe"
+    assert [row["variant"] for row, other in both if not agrees(row, other)] == []
+    assert sum(other.variances[0] > 0 for _, other in both) >= 3
 
 
 def test_differences_are_read_from_the_items_of_each_replicate_and_its_own_baseline(tmp_path: Path):

@@ -209,6 +209,18 @@ def test_a_contrast_of_replicates_is_about_the_recipe_and_pairs_within_them(tmp_
     assert row["detectable"] == pytest.approx(found.detectable)
 
 
+def test_of_two_replicates_a_contrast_is_about_both_and_the_row_of_the_first_shows_its_own_gain(tmp_path: Path):
+    study = Study(tmp_path / "in")
+    differences = replicated(study, 2)
+    rows = study.compare(tmp_path / "out", contrasts=("mft - fft",))
+    (contrast,) = [row for row in study.contrasts if row["family"] == "primary"]
+    assert contrast["gain"] == pytest.approx(differences.mean())
+    first = next(row for row in rows if row["method"] == "mft" and row["replicate"] == 0)
+    assert first["gain"] == pytest.approx(differences[0].mean())
+    assert first["gain"] == pytest.approx(first["accuracy"] - first["baseline"])
+    assert first["family"] == "exploratory"
+
+
 def test_what_trainings_differ_by_is_kept_and_pooled_with_what_earlier_studies_measured(tmp_path: Path):
     study = Study(tmp_path / "in")
     differences = replicated(study, 5)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 
 from mft_core.statistics.effects import Estimate, Stratum, UnitVariance, estimate, unit_variance
 from mft_core.statistics.verdicts import LOOKS, false_discovery, holm, judge_primaries, spent
@@ -131,6 +131,51 @@ def test_the_interval_of_right_and_wrong_answers_of_one_training_holds_the_truth
                for share in (accuracy, accuracy + gain)]  # fmt: skip
     found = estimate([Stratum((answers[1].astype(float) - answers[0])[:, None, None])])
     assert 0.93 <= np.mean((found.low <= gain) & (found.high >= gain)) <= 0.98
+
+
+def answers(
+    rng: np.random.Generator, replicates: int, seeds: int, checkpoint: float, seed: float, accuracy: float, studies: int
+) -> tuple[np.ndarray, float]:
+    """Draw differences of right and wrong answers, and return them with their true mean.
+
+    Fine-tunings vary by 2 points, masks within them by `checkpoint` and `seed`, a shift of what they solve.
+    """
+    able, density = ndtri(accuracy), np.exp(-(ndtri(accuracy) ** 2) / 2) / np.sqrt(2 * np.pi)
+    tuned, drawn, trained = 0.02 / density, checkpoint / density, seed / density
+    difficulty = np.sqrt(0.9) * rng.normal(size=(studies, 1, 1, ITEMS)) + tuned * rng.normal(
+        size=(studies, replicates, 1, 1)
+    )
+    moved = drawn * rng.normal(size=(studies, replicates, 1, 1)) + trained * rng.normal(
+        size=(studies, replicates, seeds, 1)
+    )
+    noise = (np.sqrt(0.1) * rng.normal(size=(studies, replicates, many, ITEMS)) for many in (1, seeds))
+    before, after = difficulty + next(noise) < able, difficulty + moved + next(noise) < able
+    spread = 1 + tuned**2
+    truth = ndtr(able / np.sqrt(spread + drawn**2 + trained**2)) - ndtr(able / np.sqrt(spread))
+    return after.astype(float) - before, float(truth)
+
+
+@pytest.mark.parametrize(
+    ("replicates", "seeds", "checkpoint", "seed", "accuracy"),
+    [
+        (10, 1, 0.0, 0.003, 0.6),
+        *(pytest.param(*case, share, marks=pytest.mark.slow) for case in GRID for share in (0.6, 0.9)),
+    ],
+)
+def test_the_recipes_interval_of_right_and_wrong_answers_holds_the_truth_and_is_not_too_wide(
+    replicates: int, seeds: int, checkpoint: float, seed: float, accuracy: float
+):
+    rng = np.random.default_rng(9)
+    hits = []
+    for _ in range(STUDIES // 50):
+        earlier, _ = answers(rng, EARLIER, seeds, checkpoint, seed, accuracy, 25)
+        values, truth = answers(rng, replicates, seeds, checkpoint, seed, accuracy, 25)
+        for before, now in zip(earlier, values, strict=True):
+            measured = unit_variance([Stratum(before)], "recipe")
+            assert measured is not None
+            found = estimate([Stratum(now)], "recipe", prior=UnitVariance.pooled([measured]))
+            hits.append(found.low <= truth <= found.high)
+    assert 0.93 <= np.mean(hits) <= 0.98
 
 
 def primaries(rng: np.random.Generator, gains: tuple[float, ...], replicates: int = 5) -> list[Estimate]:

@@ -1,5 +1,6 @@
 """`mft compare`: files that lm-eval writes, ours, and JSONL; verdict, flips, exit codes, and mistakes in a sentence."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -132,6 +133,49 @@ def test_one_filter_is_compared_and_named(tmp_path: Path, capsys: pytest.Capture
     assert (flexible["tasks"], flexible["n"], flexible["gain"]) == ({"sums": "exact_match,flexible"}, 20, 0)
 
 
+def test_the_filter_that_both_have_is_compared_whatever_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = samples(tmp_path / "a", [0.0] * 20), samples(tmp_path / "b", [1.0] * 20)
+    lines = b.read_text().splitlines(keepends=True)
+    b.write_text("".join(lines[1::2] + lines[::2]))
+    assert told(capsys, a, b)[1]["tasks"] == {"sums": "exact_match,strict"}
+    b.write_text("".join(lines[1::2]))
+    found = told(capsys, a, b)[1]
+    assert (found["tasks"], found["gain"]) == ({"sums": "exact_match,flexible"}, 0)
+
+
+def test_gzipped_logs_are_read_in_files_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = samples(tmp_path / "a", [0.0] * 20), samples(tmp_path / "b", [1.0] * 20)
+    plain = told(capsys, a, b)[1]
+    for path in (a, b):
+        (path.parent / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    for given in ((a.parent, b.parent), (a.parent / f"{a.name}.gz", b.parent / f"{b.name}.gz")):
+        assert told(capsys, *given)[1] | {"a": "", "b": ""} == plain | {"a": "", "b": ""}
+    broken = b.parent / f"{b.name}.gz"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        compare(a.parent, b.parent, 1.0, None, None, False)
+
+
+@pytest.mark.parametrize("metric", ["f1", "word_perplexity"])
+def test_pairs_that_a_metric_of_the_whole_task_is_made_of_are_no_outcomes(metric: str, tmp_path: Path):
+    a, b = samples(tmp_path / "a", [[1, 0]] * 20, metric), samples(tmp_path / "b", [[1, 1]] * 20, metric)
+    with pytest.raises(ConfigError, match=f"{metric} is a metric of the whole task"):
+        compare(a, b, 1.0, None, None, False)
+
+
+def test_per_cents_are_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    right = [at % 3 > 0 for at in range(300)]
+    shares = [scores(tmp_path / f"{name}.jsonl", of) for name, of in (("a", right), ("b", [True] * 100 + right[100:]))]
+    cents = [
+        scores(tmp_path / f"{name}.jsonl", [100 * one for one in of])
+        for name, of in (("c", right), ("d", [True] * 100 + right[100:]))
+    ]
+    assert told(capsys, *cents)[1] | {"a": "", "b": "", "tasks": ""} == told(capsys, *shares)[1] | {
+        "a": "", "b": "", "tasks": ""
+    }  # fmt: skip
+
+
 def test_items_of_one_cluster_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     a = samples(tmp_path / "a", [0.0] * 80)
     b = samples(tmp_path / "b", [float(at // 4 % 2) for at in range(80)])
@@ -179,6 +223,8 @@ def test_evaluations_of_this_project_are_read(tmp_path: Path, capsys: pytest.Cap
         (['{"id": 1, "score": "1"}', '{"id": 2, "score": "1"}'], "neither a sample log of lm-eval"),
         (['{"id": 1, "score": 1}', '{"id": 2, "score": 1e308}'], r"score of item 2 is 1e\+308"),
         (['{"id": 1, "score": 1}', '{"id": 2}'], "score of item 2 is None"),
+        (['{"id": 1, "score": "1.0"}', '{"id": 2, "score": "0.0"}'], "score of item 1 is '1.0'; valid: a number"),
+        (["{", '"results": {"gsm8k": {"acc,none": 0.5}}', "}"], "line 1: no JSON .*results of whole tasks have none"),
         (['{"id": 1, "other": 1}', '{"id": 2, "other": 1}'], "share no metric: score against other"),
         (['{"id": 1, "score": 1}', "{"], "line 2: no JSON"),
         (["[1]"], "no JSON object"),
@@ -186,7 +232,10 @@ def test_evaluations_of_this_project_are_read(tmp_path: Path, capsys: pytest.Cap
         ([], "the file has no lines"),
         (["\x00\x01"], "line 1: no JSON"),
         (['{"doc_id": 1, "metrics": 5}'], "neither a sample log of lm-eval"),
-        (['{"id": 1, "score": 1, "filter": ["x"]}', '{"id": 2, "score": 1, "filter": ["x"]}'], "filter None against"),
+        (
+            ['{"id": 1, "score": 1, "filter": ["x"]}', '{"id": 2, "score": 1, "filter": ["x"]}'],
+            "share no filter: none against",
+        ),
         (['{"id": 1, "score": 1}', '{"id": 2, "score": 1' + "0" * 400 + "}"], "score of item 2 is 1000"),
     ],
 )
