@@ -29,14 +29,14 @@ def finish(
     store: ArtifactStore,
     accuracy: Mapping[str, float],
     usage: Mapping[str, Any] = {},
-    validation: Mapping[str, float] = {},
+    validation: Mapping[str, Any] = {},
 ) -> None:
     """Put every artifact of the study into the store.
 
     Args:
         accuracy: by method, share of the items that its models answer rightly (the first ones).
         usage: further provenance of every stage.
-        validation: likewise of single evaluations, by node id.
+        validation: likewise of single evaluations, by node id; or the outcomes of their items.
     """
     shares = {
         node.id: accuracy.get(item.setup.method, 0.0) for item in plan.variants for node in item.evaluations.values()
@@ -69,7 +69,7 @@ def _commit(
     store: ArtifactStore,
     node: Node,
     inputs: Mapping[str, Any],
-    accuracy: float,
+    accuracy: Any,
     usage: Mapping[str, Any],
     loss: float = 0.5,
 ) -> ArtifactRef:
@@ -89,8 +89,7 @@ def _commit(
             "train": {"examples": 46}, "validation": {"examples": 8},
         }  # fmt: skip
     if node.stage == "evaluate":
-        _write_answers(folder, accuracy)
-        summary["accuracy"] = accuracy
+        summary["accuracy"] = _write_answers(folder, accuracy)
     elif getattr(node.recipe, "training", None):
         summary |= {"tokens": 4000, "steps": 20, "kept_step": 10, "validation_losses": {"10": loss, "20": loss + 0.25}}
         curve = [{"step": 10, "loss": 0.5, "validation_loss": 0.5}, {"step": 20, "loss": 0.25, "validation_loss": 0.75}]
@@ -112,8 +111,9 @@ def _commit(
     return ref
 
 
-def _write_answers(folder: Path, accuracy: float) -> None:
-    outcomes = np.arange(ITEMS) < round(accuracy * ITEMS)
+def _write_answers(folder: Path, accuracy: Any) -> float:
+    outcomes = np.arange(ITEMS) < round(accuracy * ITEMS) if np.ndim(accuracy) == 0 else np.asarray(accuracy)
     lines = [json.dumps({"item": f"sums/{index}", "outcome": int(right)}) for index, right in enumerate(outcomes)]
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text(json.dumps({"metric": "exact_match", "commonest_target_share": 0.1}))
+    return accuracy if np.ndim(accuracy) == 0 else float(outcomes.mean())
