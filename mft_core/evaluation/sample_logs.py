@@ -183,10 +183,9 @@ def _metrics(path: Path) -> list[str]:
     if "outcome" in row:
         return [str(_summary(path.parent).get("metric", "outcome"))]
     if "id" in row:
-        numbers = (bool, int, float)
-        found = [name for name, value in row.items() if name == "score" or (name != "id" and isinstance(value, numbers))]
-        if found:
-            return sorted(found, key=lambda name: name != "score")
+        found = [name for name, value in row.items() if name != "id" and isinstance(value, bool | int | float)]
+        if found := ["score"] * ("score" in row) + [name for name in found if name != "score"]:
+            return found
     raise ConfigError(
         f"{path}: neither a sample log of lm-eval (doc_id, metrics), nor items of this project (item, outcome), nor "
         f"JSONL with id and score; its first line has: {', '.join(row)}."
