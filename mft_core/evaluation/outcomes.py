@@ -23,9 +23,6 @@ from mft_core.recipes import Evaluate
 from mft_core.statistics.comparison import Grouping
 from mft_core.statistics.effects import Array, Stratum
 
-WITHOUT_OUTCOMES = ("f1", "mcc", "brier_score", "word_perplexity", "byte_perplexity", "bits_per_byte")
-"""lm-eval's metrics of a whole task: what it logs of an item is a pair that these are made of, and no outcome"""
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -128,11 +125,6 @@ def outcomes_of(recipe: Evaluate, metrics: Mapping[str, Any]) -> list[int | floa
     if recipe.metric not in metrics:
         raise StageError(str(unknown(f"metric of task '{recipe.task}'", recipe.metric, metrics)))
     value = metrics[recipe.metric]
-    if recipe.metric in WITHOUT_OUTCOMES:
-        raise StageError(
-            f"metric '{recipe.metric}' of task '{recipe.task}' is one of the whole task: an item has no outcome of its "
-            "own. Choose another metric."
-        )
     return [_share(recipe, one) for one in (value if isinstance(value, list) and value else [value])]
 
 

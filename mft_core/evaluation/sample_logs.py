@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from mft_core.errors import ConfigError, unknown
-from mft_core.evaluation.outcomes import WITHOUT_OUTCOMES
 from mft_core.statistics.comparison import Grouping
 from mft_core.statistics.effects import Stratum
 
@@ -28,6 +27,8 @@ _NAME = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d\d-\d\dT.+)\.jsonl(\.
 _LINES = "Give the items' outcomes, one JSON object a line; results of whole tasks have none (lm_eval --log_samples)."
 _MOST = 1e100
 """of a score: squares and sums of larger ones are no numbers any more"""
+_PAIRS = ("f1", "mcc", "brier_score", "word_perplexity", "byte_perplexity", "bits_per_byte")
+"""lm-eval's metrics of a whole task: what it logs of an item is a pair that these are made of, and no outcome"""
 _HASHES = {"doc_hash": "question", "prompt_hash": "prompt", "target_hash": "target"}
 
 
@@ -140,8 +141,8 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
         raise ConfigError(f"{a} and {b} share no metric: {', '.join(names[0])} against {', '.join(names[1])}.")
     if asked and asked not in shared:
         raise unknown(f"metric of {a} and {b}", asked, shared)
-    chosen = asked or next((name for name in shared if name not in WITHOUT_OUTCOMES), shared[0])
-    if chosen in WITHOUT_OUTCOMES:
+    chosen = asked or next((name for name in shared if name not in _PAIRS), shared[0])
+    if chosen in _PAIRS:
         raise ConfigError(
             f"{a} and {b}: {chosen} is a metric of the whole task; what is logged of an item is no outcome of its own. "
             f"Name another: --metric. Both have: {', '.join(shared)}."

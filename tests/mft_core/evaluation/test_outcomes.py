@@ -103,8 +103,3 @@ def test_comparisons_draw_prompts_whole_and_average_over_subjects(tmp_path: Path
     for first, (benchmark, one) in zip((0, 2), expected.items(), strict=True):  # and `mft compare` says the same
         (paired,) = read_pairs(tmp_path / f"eval-{first}", tmp_path / f"eval-{first + 1}")
         assert estimate([paired.stratum]) == one, benchmark
-
-
-def test_a_metric_of_the_whole_task_is_refused_as_its_pairs_are_no_outcomes():
-    with pytest.raises(StageError, match="'f1' of task 'cola' is one of the whole task"):
-        per_item(Evaluate(task="cola", metric="f1"), {"cola": [sample(at, "f1", [1, at % 2]) for at in range(4)]})
