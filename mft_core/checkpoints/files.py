@@ -137,7 +137,7 @@ def check_weights(directory: Path) -> None:
 
 def _tensors(directory: Path) -> Iterator[tuple[Path, str, torch.Tensor]]:
     """Yield each tensor of a checkpoint, that of a pickled one where it has no other weights."""
-    files = sorted(directory.glob("*.safetensors"))
+    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith("adapter_")]
     for path in files:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (it is no mapping)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation, Message
 from mft_core.errors import ConfigError
-from mft_core.sandbox import FAULTS, UnstableTemplateError, asks_for_code, check_chat_template, limited
+from mft_core.sandbox import FAULTS, UnstableTemplateError, asks_for_code, check_chat_template, limited, next_rendering
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_RENDERING = threading.Lock()
-"""transformers keeps one compiled template a process, and the template the marks of the conversation it is at"""
 _QUESTION, _ANSWER = "What is it?", "Qzx"
 """a turn whose words stand in no template"""
 
@@ -150,7 +147,7 @@ def stop_tokens(given: int | list[int] | None, end: int) -> int | list[int]:
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer_begins: bool = False) -> str:
-    """Return the prompt that asks for an answer.
+    """Return the prompt that asks for an answer; whoever cannot trust the template yet does so within `limited`.
 
     Args:
         messages: turns with role and content.
@@ -161,16 +158,13 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     """
     check_tokenizer(tokenizer)
     try:
-        with _RENDERING:
-            prompt = limited(
-                "chat template",
-                lambda: tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=not answer_begins,
-                    continue_final_message=answer_begins,
-                ),
-            )
+        next_rendering()
+        prompt = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not answer_begins,
+            continue_final_message=answer_begins,
+        )
     except UnstableTemplateError as error:
         raise ConfigError(f"chat template: {error}.") from error
     except FAULTS as error:
@@ -191,7 +185,14 @@ def rendered(
         ConfigError: see `check_tokenizer`; the template cannot render a conversation, leaves out what it says, or
             rewrites earlier turns.
     """
-    template = check_tokenizer(tokenizer)
+    template, batch = check_tokenizer(tokenizer), list(batch)
+    found = limited("chat template", lambda: _rendered(batch, wheres, tokenizer, template))
+    return [(text, [(start, end) for start, end in spans]) for text, spans in found]
+
+
+def _rendered(
+    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[tuple[str, list[Span]]]:
     found = []
     render = _render_marked if _MARKS.search(template) else _render_by_prefix
     for conversation, where in zip(batch, wheres, strict=True):
@@ -283,11 +284,11 @@ def _render(
     `apply_chat_template` renders with this same function, but hands the marks out as token masks only.
     """
     variables: dict[str, Any] = {**tokenizer.special_tokens_map, **flags}
-    with _RENDERING:  # waiting for which is not the template's time
-        texts, marks = cast(
-            tuple[list[str], list[list[Span]]],  # what it returns; it is annotated as str
-            limited("chat template", lambda: render_jinja_template([messages], chat_template=template, **variables)),
-        )
+    next_rendering()
+    texts, marks = cast(
+        tuple[list[str], list[list[Span]]],  # what it returns; it is annotated as str
+        render_jinja_template([messages], chat_template=template, **variables),
+    )
     return texts[0], marks[0] if marks else []
 
 

@@ -88,6 +88,10 @@ def as_turns(row: Any, where: str) -> tuple[str, list[Turn]]:
         turns.insert(0, Turn({"role": "system", "content": row[said[0]]}, said[0], ""))
     if len(shape) == 2 and isinstance(row[shape[0]], str):
         taken.update(("history", *(_GIVEN if shape[0] == "instruction" else ())))
+    if shape == ("problem", "solution"):
+        taken.add("answer")  # the result alone, as sets of mathematics have it
+    if shape[0] == "instruction" and isinstance(row[shape[0]], str) and row[shape[0]] in str(row.get("prompt", "")):
+        taken.add("prompt")  # the row once more, written out
     beside = _BESIDE_MESSAGES if shape == ("messages",) else _COLUMNS
     for name in filter(beside.__contains__, row):
         value = row[name]
@@ -139,16 +143,16 @@ def _spoken(turn: Any, place: str, where: str) -> Turn:
     """Return a turn that has `from` and `value`, or role and content."""
     if not isinstance(turn, dict) or turn.get("from") is None:
         return Turn(turn, place, ".content")
-    twice = [name for name in ("role", "content") if turn.get(name) is not None]
+    if not (isinstance(turn["from"], str) and turn["from"] in _ROLES):
+        raise ConfigError(f"{where}: {place}.from = {turn['from']!r:.60}: unknown. Valid: {', '.join(_ROLES)}.")
+    said = {"role": _ROLES[turn["from"]], "content": turn.get("value")}
+    twice = [name for name in said if turn.get(name) not in (None, said[name])]
     if twice:
         raise ConfigError(
             f"{where}: {place} has from and {' and '.join(twice)}: which of them is the turn? Give role and content, "
             "or from and value."
         )
-    if not (isinstance(turn["from"], str) and turn["from"] in _ROLES):
-        raise ConfigError(f"{where}: {place}.from = {turn['from']!r:.60}: unknown. Valid: {', '.join(_ROLES)}.")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    said = {"role": _ROLES[turn["from"]], "content": turn.get("value")}
     return Turn({**said, **{key: value for key, value in rest.items() if value is not None}}, place, ".value")
 
 

@@ -28,7 +28,7 @@ from mft_core.data.overlap import question_of, read_questions
 from mft_core.data.row_files import read_json_lines
 from mft_core.errors import ConfigError, unknown, validated
 from mft_core.names import inside
-from mft_core.sandbox import FAULTS, environment, render
+from mft_core.sandbox import FAULTS, environment, limited, render
 from mft_core.yaml_files import read_yaml
 
 TASKS = Path(__file__).parent / "tasks"
@@ -173,6 +173,9 @@ class Definition:
         Raises:
             ConfigError: naming file and line of the first that has not.
         """
+        limited(f"task '{self.task}'", self._check_items)
+
+    def _check_items(self) -> None:
         fewshot = self.config.get("fewshot_split")
         for split in dict.fromkeys([self.split, *([fewshot] if fewshot in self.data_files else [])]):
             items, sandbox = self.items(split), environment()
@@ -199,6 +202,9 @@ class Definition:
         Raises:
             ConfigError: an item that the template cannot show, or one that shows no question at all.
         """
+        return limited(f"task '{self.task}'", self._prompts)
+
+    def _prompts(self) -> list[str]:
         template, items, sandbox = self.config.get("doc_to_text"), self.items(self.split), environment()
         fields = dict.fromkeys(key for item in items for key in item.row)
         found = []

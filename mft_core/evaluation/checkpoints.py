@@ -14,6 +14,7 @@ from mft_core import recipes
 from mft_core.errors import validated
 from mft_core.evaluation import lm_eval_harness
 from mft_core.evaluation.outcomes import Evaluation
+from mft_core.evaluation.rehearsal import rehearse
 from mft_core.recipes import Runtime
 from mft_core.statistics import comparison
 from mft_core.statistics.comparison import Comparison, Grouping, Outcomes
@@ -46,7 +47,7 @@ def evaluate(
     """
     recipe = validated(recipes.Evaluate, {"task": task, **settings}, "evaluate")
     benchmark = None if folder is None else Path(folder)
-    lm_eval_harness.check_task(recipe, benchmark)
+    rehearse(recipe, Path(checkpoint), benchmark)
     return lm_eval_harness.evaluate(recipe, Path(checkpoint), benchmark, runtime)
 
 

@@ -6,6 +6,7 @@ What fails here would have failed after the fine-tuning, or, worse, not at all. 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
 from mft_core.evaluation.outcomes import cluster_of, outcomes_of
 from mft_core.recipes import Evaluate, Runtime
+from mft_core.sandbox import limited
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -59,15 +61,8 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
                 ) from error
         for name, task in tasks.items():
             chats: list[Chat] = []
-            with _told(f"task '{name}': its prompts cannot be made"):
-                task.build_all_requests(
-                    limit=recipe.limit,
-                    apply_chat_template=recipe.apply_chat_template,
-                    fewshot_as_multiturn=recipe.apply_chat_template,
-                    chat_template=_recording(loaded, chats) if recipe.apply_chat_template else None,
-                )
-            for request in task.instances if recipe.cluster else ():
-                cluster_of(recipe, name, request.doc)
+            limited(f"task '{name}'", functools.partial(_build, recipe, name, task, loaded, []))
+            _build(recipe, name, task, loaded, chats)
             if task.OUTPUT_TYPE == "generate_until" and task.instances:
                 _check_generation(recipe, name, task, tokenizer)
             _check_lengths(recipe, name, task, loaded, tokenizer)
@@ -76,6 +71,19 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
                 check_same_tokens(loaded, asked)
             if benchmark is not None and not recipe.judge:  # lm-eval's own may execute code, or fetch it
                 _check_scores(recipe, name, task)
+
+
+def _build(recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> None:
+    """Make the prompts of a task, and have the chats that they are made of."""
+    with _told(f"task '{name}': its prompts cannot be made"):
+        task.build_all_requests(
+            limit=recipe.limit,
+            apply_chat_template=recipe.apply_chat_template,
+            fewshot_as_multiturn=recipe.apply_chat_template,
+            chat_template=_recording(tokenizer, chats) if recipe.apply_chat_template else None,
+        )
+    for request in task.instances if recipe.cluster else ():
+        cluster_of(recipe, name, request.doc)
 
 
 @contextmanager

@@ -142,8 +142,10 @@ def runs(home: Path) -> list[Entry]:
     for lock in (home / "locks").glob("[0-9a-f]" * 64):
         if _held(lock) and (holder := lock.read_text()) not in told:
             pid, _, host = holder.partition(" ")
+            if not pid.isdecimal():  # its holder is about to write who it is
+                continue
             stage = {"label": lock.name, "step": 0, "total": 0, "detail": "", "seconds_left": None}
-            run = {"pid": int(pid or 0), "host": host, "started": lock.stat().st_mtime, "total": 1, "stages": [stage]}
+            run = {"pid": int(pid), "host": host, "started": lock.stat().st_mtime, "total": 1, "stages": [stage]}
             command = "(a stage of a run elsewhere, or of one that is gone)"
             found.append({**_UNKNOWN, **run, "id": lock.name, "command": command, "silent": 0.0})
     return found

@@ -100,7 +100,26 @@ def test_messages_are_the_row_whatever_else_is_there():
 
 
 SPOKEN = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+
+
+def test_what_says_the_row_once_more_is_a_further_column():
+    spoken = [
+        {**turn, "role": role, "content": turn["value"]}
+        for turn, role in zip(SPOKEN, ("user", "assistant"), strict=True)
+    ]
+    for row in (
+        {"problem": "x", "solution": "y", "answer": "4"},
+        {"instruction": "x", "input": "", "output": "y", "prompt": "Below is an instruction.\n\nx\n\ny"},
+        {"conversations": spoken},
+    ):
+        assert parse_row(row, "a row") == parse_row(messages(("user", "x"), ("assistant", "y")), "a row")
+
+
 NO_ROW = {
+    "another prompt": (
+        {"instruction": "x", "output": "z", "prompt": "Say y."},
+        ["prompt = 'Say y.': beside 'instruction/output'"],
+    ),
     "no shape": ({"text": "x", "prompt": "y"}, ["no field 'messages'", "it has 'text', 'prompt'", "prompt/completion"]),
     "two shapes": (
         {"question": "x", "answer": "y", "prompt": "x", "completion": "y"},

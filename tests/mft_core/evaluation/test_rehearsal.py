@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mft_core import sandbox
 from mft_core.data.assistant_tokens import encode
 from mft_core.data.rows import Message
 from mft_core.errors import ConfigError
@@ -52,6 +53,20 @@ def chatml(tmp_path: Path) -> Path:
     }
     path.write_text(json.dumps(content))
     return checkpoint
+
+
+def test_a_chat_template_that_loops_over_prompts_is_ended(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    template = tmp_path / "loops.jinja"
+    loop = (
+        "{% if add_generation_prompt and messages|length == 1 %}{% for a in range(99999) %}{% for b in range(9999) %}"
+    )
+    written = make_tokenizer().chat_template
+    template.write_text(f"{loop}{{% endfor %}}{{% endfor %}}{{% endif %}}{written}")
+    with pytest.raises(ConfigError, match=r"task 'plus': not done after 1 s|chat template: not done after 1 s"):
+        rehearse(RECIPE, model, plus(tmp_path / "plain"), template)
 
 
 def test_what_is_right_is_rehearsed_in_silence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
