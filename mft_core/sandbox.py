@@ -88,6 +88,12 @@ def next_rendering() -> None:
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
 
 
+def rendered_all() -> None:
+    """Count no more: what follows is ours, and takes as long as it takes."""
+    if _apart:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def _answer(writer: int, what: str, function: Callable[[], Any]) -> NoReturn:
     """Write what the function returns or raises, in the forked process, and end it.
 
@@ -116,7 +122,7 @@ def _answer(writer: int, what: str, function: Callable[[], Any]) -> NoReturn:
             said = json.dumps({"fault": f"{what}: it takes more than {MEMORY / 1e9:g} GB of memory; mend it."})
         except Exception as error:
             said = json.dumps({"fault": f"{what}: {type(error).__name__}: {str(error)[:200]}"})
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        rendered_all()
         with open(writer, "wb") as answer:
             answer.write(said.encode())
         status = 0

@@ -22,7 +22,7 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
 from mft_core.evaluation.outcomes import cluster_of, outcomes_of
 from mft_core.recipes import Evaluate, Runtime
-from mft_core.sandbox import limited
+from mft_core.sandbox import limited, rendered_all
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -60,17 +60,26 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
                     f"Fetch them once, where there is a network: lm_eval --model dummy --tasks {recipe.task} --limit 1"
                 ) from error
         for name, task in tasks.items():
-            chats: list[Chat] = []
-            limited(f"task '{name}'", functools.partial(_build, recipe, name, task, loaded, []))
-            _build(recipe, name, task, loaded, chats)
+            apart = functools.partial(_prompts_fit, recipe, name, task, loaded, tokenizer)
+            asked = limited(f"task '{name}'", apart)
+            _build(recipe.model_copy(update={"limit": 1}), name, task, loaded, [])
             if task.OUTPUT_TYPE == "generate_until" and task.instances:
                 _check_generation(recipe, name, task, tokenizer)
-            _check_lengths(recipe, name, task, loaded, tokenizer)
-            asked = [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
             if asked:
                 check_same_tokens(loaded, asked)
             if benchmark is not None and not recipe.judge:  # lm-eval's own may execute code, or fetch it
                 _check_scores(recipe, name, task)
+
+
+def _prompts_fit(
+    recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, checkpoint: Path
+) -> list[Chat]:
+    """Make all prompts, check their lengths, and return the first chats that ask."""
+    chats: list[Chat] = []
+    _build(recipe, name, task, tokenizer, chats)
+    rendered_all()
+    _check_lengths(recipe, name, task, tokenizer, checkpoint)
+    return [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
 
 
 def _build(recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> None:
