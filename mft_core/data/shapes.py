@@ -88,10 +88,14 @@ def as_turns(row: Any, where: str) -> tuple[str, list[Turn]]:
         turns.insert(0, Turn({"role": "system", "content": row[said[0]]}, said[0], ""))
     if len(shape) == 2 and isinstance(row[shape[0]], str):
         taken.update(("history", *(_GIVEN if shape[0] == "instruction" else ())))
+        if (
+            shape[0] == "instruction"
+            and row["instruction"].strip()
+            and row["instruction"] in str(row.get("prompt", ""))
+        ):
+            taken.add("prompt")  # the row once more, written out
     if shape == ("problem", "solution"):
         taken.add("answer")  # the result alone, as sets of mathematics have it
-    if shape[0] == "instruction" and isinstance(row[shape[0]], str) and row[shape[0]] in str(row.get("prompt", "")):
-        taken.add("prompt")  # the row once more, written out
     beside = _BESIDE_MESSAGES if shape == ("messages",) else _COLUMNS
     for name in filter(beside.__contains__, row):
         value = row[name]

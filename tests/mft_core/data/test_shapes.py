@@ -116,6 +116,10 @@ def test_what_says_the_row_once_more_is_a_further_column():
 
 
 NO_ROW = {
+    "a prompt beside an empty instruction": (
+        {"instruction": "", "output": "z", "prompt": "Say y."},
+        ["prompt = 'Say y.': beside 'instruction/output'"],
+    ),
     "another prompt": (
         {"instruction": "x", "output": "z", "prompt": "Say y."},
         ["prompt = 'Say y.': beside 'instruction/output'"],
