@@ -1,9 +1,9 @@
 """Templates and code from outside, a model's or a benchmark's: they neither act nor hang, and say the same tomorrow.
 
 Benchmarks' templates and chat templates (transformers is given it) are rendered in one immutable sandbox; what differs
-from day to day or from draw to draw is refused. `limited` renders in a process apart, which the system ends when it
-takes too long or too much memory, whatever it is at. All rows are rendered so; of an evaluation the rehearsal is, and
-what it has rendered the evaluation renders again without a limit.
+from day to day or from draw to draw is refused. `Apart` and `limited` render in a process of its own, which the system
+ends when it takes too long or too much memory, whatever it is at. All rows are rendered so; of an evaluation the
+rehearsal is, and what it has rendered the evaluation renders again without a limit.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ import json
 import os
 import re
 import resource
+import select
 import signal
+import socket
+import threading
+import time
+import weakref
 from collections.abc import Callable, Mapping
+from io import BufferedRWPair
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,8 +40,12 @@ MEMORY = 4_000_000_000
 """bytes by which a rendering may make its process grow"""
 FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """what rendering a template of somebody else's raises"""
+_IDLE = 2
+"""seconds after which a process that is asked nothing ends"""
+_PATIENCE = 20
+"""milliseconds that one is given to end by itself when it is asked no more"""
 _apart = False
-"""whether this process is one that `limited` has made"""
+"""whether this process is one that renders for another"""
 T = TypeVar("T")
 
 
@@ -43,43 +53,109 @@ class UnstableTemplateError(TemplateRuntimeError):
     """The template shows what is not the same tomorrow."""
 
 
-def limited(what: str, function: Callable[[], T]) -> T:
-    """Return what a function returns that renders templates, in a forked process: `SECONDS` for each rendering.
+class Apart:
+    """A function that renders templates, called in a forked process, with `SECONDS` for each rendering.
 
-    Args:
-        what: names the templates in errors.
-        function: returns what JSON can hold; nothing else that it does is seen here.
-
-    Raises:
-        ConfigError: raised by the function, or it took too long, too much memory, or failed otherwise.
+    The process is forked at a call and stays for the next ones, since a fork takes as long as hundreds of renderings.
+    It ends by itself when nothing is asked for a moment, as it keeps the memory that this one had, and with this one.
     """
-    if _apart:
-        return function()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        _answer(writer, what, function)
-    os.close(writer)
-    try:
-        with open(reader, "rb") as answer:
-            said = answer.read()
-    except BaseException:
+
+    def __init__(self, what: str, function: Callable[[Any], Any]) -> None:
+        """Take a function.
+
+        Args:
+            what: names the templates in errors.
+            function: takes and returns what JSON can hold; nothing else that it does is seen here.
+        """
+        self._what, self._function = what, function
+        self._lock = threading.Lock()
+        self._end: weakref.finalize[Any, Any] | None = None
+        self._owner = 0
+
+    def __call__(self, question: Any) -> Any:
+        """Return what the function returns; a process that is lost (idle, or killed) is replaced once.
+
+        Raises:
+            ConfigError: raised by the function, or it took too long, too much memory, or failed otherwise.
+        """
+        if _apart:
+            return self._function(question)
+        with self._lock:
+            asked = json.dumps(question).encode() + b"\n"
+            for _ in range(2):
+                said, status = self._ask(asked)
+                if said or status not in (0, -signal.SIGKILL):
+                    break
+        if status == -signal.SIGALRM:
+            raise ConfigError(
+                f"{self._what}: not done after {SECONDS:g} s; it loops on and on. Mend the template, or take it from "
+                "somewhere else."
+            )
+        if not said:
+            raise ConfigError(f"{self._what}: rendering it ended its process (status {status}); take another template.")
+        found = json.loads(said)
+        if "fault" in found:
+            raise ConfigError(found["fault"])
+        return found["value"]
+
+    def close(self) -> int:
+        """End the process, if there is one; returns its status."""
+        end, self._end = self._end, None
+        status: int | None = end() if end else 0
+        return status or 0
+
+    def _ask(self, asked: bytes) -> tuple[bytes, int]:
+        """Return the answer; or nothing, and how the process has ended."""
+        if self._end is None or self._owner != os.getpid():
+            self._fork()
+        try:
+            with contextlib.suppress(ConnectionError):
+                self._channel.write(asked)
+                self._channel.flush()
+                if said := self._channel.readline():
+                    return said, 0
+        except BaseException:
+            self.close()
+            raise
+        return b"", self.close()
+
+    def _fork(self) -> None:
+        ours, theirs = socket.socketpair()
+        child = os.fork()
+        if not child:
+            _answer(theirs.detach(), self._what, self._function)
+        theirs.close()
+        self._owner, self._channel = os.getpid(), ours.makefile("rwb")
+        ours.close()
+        self._end = weakref.finalize(self, _ended, child, self._owner, self._channel)
+
+
+def _ended(child: int, owner: int, channel: BufferedRWPair) -> int:
+    """End a process that was forked by this one; returns its status."""
+    if owner != os.getpid():
+        return 0
+    with contextlib.suppress(OSError):  # what it was not told any more
+        channel.close()
+    waited = 0
+    with contextlib.suppress(ChildProcessError):  # somebody has had it waited for
+        for _ in range(_PATIENCE):
+            waited, status = os.waitpid(child, os.WNOHANG)
+            if waited:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
-        raise
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return 0
+
+
+def limited(what: str, function: Callable[[], T]) -> T:
+    """Return what a function returns that is called once in a process apart; see `Apart`."""
+    apart = Apart(what, lambda _: function())
+    try:
+        value: T = apart(None)
+        return value
     finally:
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == -signal.SIGALRM:
-        raise ConfigError(
-            f"{what}: not done after {SECONDS:g} s; it loops on and on. Mend the template, or take it from somewhere "
-            "else."
-        )
-    if status:
-        raise ConfigError(f"{what}: rendering it ended its process (status {status}); take another template.")
-    found = json.loads(said)
-    if "fault" in found:
-        raise ConfigError(found["fault"])
-    value: T = found["value"]
-    return value
+        apart.close()
 
 
 def next_rendering() -> None:
@@ -94,8 +170,8 @@ def rendered_all() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(writer: int, what: str, function: Callable[[], Any]) -> NoReturn:
-    """Write what the function returns or raises, in the forked process, and end it.
+def _answer(end: int, what: str, function: Callable[[Any], Any]) -> NoReturn:
+    """Write what the function returns or raises for each question, in the forked process, and end it.
 
     It keeps no file of the other's open, so no lock and no connection; and collects no garbage, which is the other's.
     """
@@ -104,30 +180,39 @@ def _answer(writer: int, what: str, function: Callable[[], Any]) -> NoReturn:
     try:
         _apart = True
         gc.disable()
-        os.closerange(3, writer)
-        os.closerange(writer + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        os.closerange(3, end)
+        os.closerange(end + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         for stream in range(3):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other ends it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
         most, hard = psutil.Process().memory_info().vms + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
         with contextlib.suppress(ValueError, OSError):  # a lower limit is there already, or the system has none
             resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
-        next_rendering()
-        try:
-            said = json.dumps({"value": function()})
-        except ConfigError as error:
-            said = json.dumps({"fault": str(error)})
-        except MemoryError:
-            said = json.dumps({"fault": f"{what}: it takes more than {MEMORY / 1e9:g} GB of memory; mend it."})
-        except Exception as error:
-            said = json.dumps({"fault": f"{what}: {type(error).__name__}: {str(error)[:200]}"})
-        rendered_all()
-        with open(writer, "wb") as answer:
-            answer.write(said.encode())
+        asked = select.poll()
+        asked.register(end, select.POLLIN)
+        with open(end, "rb") as questions, open(os.dup(end), "wb") as answers:
+            while asked.poll(1_000 * _IDLE) and (line := questions.readline()):
+                answers.write(_said(what, function, json.loads(line)).encode() + b"\n")
+                answers.flush()
         status = 0
     finally:
         os._exit(status)
+
+
+def _said(what: str, function: Callable[[Any], Any], question: Any) -> str:
+    next_rendering()
+    try:
+        return json.dumps({"value": function(question)})
+    except ConfigError as error:
+        return json.dumps({"fault": str(error)})
+    except MemoryError:
+        return json.dumps({"fault": f"{what}: it takes more than {MEMORY / 1e9:g} GB of memory; mend it."})
+    except Exception as error:
+        return json.dumps({"fault": f"{what}: {type(error).__name__}: {str(error)[:200]}"})
+    finally:
+        rendered_all()
 
 
 @jinja2.pass_context

@@ -8,6 +8,7 @@ the `<|assistant|>` header is not. `mft_core.data.assistant_tokens` goes on to t
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation, Message
 from mft_core.errors import ConfigError
-from mft_core.sandbox import FAULTS, UnstableTemplateError, asks_for_code, check_chat_template, limited, next_rendering
+from mft_core.sandbox import FAULTS, Apart, UnstableTemplateError, asks_for_code, check_chat_template, next_rendering
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _QUESTION, _ANSWER = "What is it?", "Qzx"
@@ -185,9 +186,20 @@ def rendered(
         ConfigError: see `check_tokenizer`; the template cannot render a conversation, leaves out what it says, or
             rewrites earlier turns.
     """
-    template, batch = check_tokenizer(tokenizer), list(batch)
-    found = limited("chat template", lambda: _rendered(batch, wheres, tokenizer, template))
-    return [(text, [(start, end) for start, end in spans]) for text, spans in found]
+    template = check_tokenizer(tokenizer)
+    apart = _renderer(tokenizer, template, json.dumps(tokenizer.special_tokens_map, default=str))
+    return [(text, [(start, end) for start, end in spans]) for text, spans in apart([list(batch), list(wheres)])]
+
+
+@functools.lru_cache(maxsize=4)
+def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, tokens: str) -> Apart:
+    """Return what renders by a template; some stay, so that batches of the same rows share a process."""
+
+    def render(question: tuple[list[list[Any]], list[str]]) -> list[tuple[str, list[Span]]]:
+        batch, wheres = question
+        return _rendered([tuple(Message(*turn) for turn in row) for row in batch], wheres, tokenizer, template)
+
+    return Apart("chat template", render)
 
 
 def _rendered(

@@ -13,6 +13,7 @@ Both speak of the stage only if no other one ran in this process meanwhile: `alo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -203,12 +204,13 @@ def _give_back_free_memory() -> None:
 
 
 def _resident() -> int:
-    """Return the resident memory of this process and its children in bytes."""
-    total = 0
+    """Return the resident memory of this process and its children in bytes; what they share counts once."""
     own = psutil.Process()
-    for process in (own, *own.children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # gone in the meantime
-            continue
+    if not (children := own.children(recursive=True)):
+        return int(own.memory_info().rss)
+    total = 0
+    for process in (own, *children):
+        with contextlib.suppress(psutil.Error):  # gone in the meantime
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)  # (not every system tells what is shared)
     return total

@@ -104,6 +104,22 @@ def test_each_rendering_has_its_time_and_the_one_that_takes_longer_is_ended(monk
         limited("a template", lambda: renderings(0.7))
 
 
+def test_a_process_apart_answers_again_and_again_and_is_replaced_when_it_is_lost(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sandbox, "_IDLE", 0.3)
+    apart = sandbox.Apart("a template", lambda question: [os.getpid(), question])
+    (first, one), (second, two) = apart(1), apart(2)
+    assert (first, one, two) == (second, 1, 2)
+    os.kill(first, signal.SIGKILL)
+    third, _ = apart(3)
+    assert third not in (first, os.getpid())
+    psutil.wait_procs([psutil.Process(third)], timeout=10)  # nothing is asked
+    fourth, question = apart(4)
+    assert fourth != third
+    assert question == 4
+    del apart
+    assert not psutil.pid_exists(fourth)
+
+
 def test_an_interrupt_ends_the_process_apart_too():
     waiting = (
         "import time; from mft_core.sandbox import limited; print(flush=True); limited('a', lambda: time.sleep(60))"
