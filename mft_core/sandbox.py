@@ -88,11 +88,10 @@ class Apart:
                     break
         if status == -signal.SIGALRM:
             raise ConfigError(
-                f"{self._what}: not done after {SECONDS:g} s; it loops on and on. Mend the template, or take it from "
-                "somewhere else."
+                f"{self._what}: not done after {SECONDS:g} s; it loops on and on. Mend it, or take it from elsewhere."
             )
         if not said:
-            raise ConfigError(f"{self._what}: rendering it ended its process (status {status}); take another template.")
+            raise ConfigError(f"{self._what}: it ended its process (status {status}); take another.")
         found = json.loads(said)
         if "fault" in found:
             raise ConfigError(found["fault"])

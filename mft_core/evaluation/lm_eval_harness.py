@@ -34,7 +34,7 @@ from mft_core.evaluation import code_metrics, code_sandbox, judged, vllm_server
 from mft_core.evaluation.benchmarks import TASKS, Definition, Function, definitions
 from mft_core.evaluation.outcomes import Evaluation, per_item
 from mft_core.recipes import Evaluate, Runtime
-from mft_core.sandbox import environment, render
+from mft_core.sandbox import environment, limited, next_rendering, render
 from mft_core.stage import Progress
 
 if TYPE_CHECKING:
@@ -282,6 +282,7 @@ def load_tasks(
             raise ConfigError(f"num_fewshot = {wanted}: task '{name}' is defined for 0 examples; leave it null or 0.")
         task.set_config(key="num_fewshot", value=(own or 0) if wanted is None else wanted)
         task.set_fewshot_seed(seed=recipe.seed)
+        _bound_scoring(name, task)
         if code_metrics.executes({key: task.get_config(key) for key in ("metric_list", "unsafe_code")}):
             code_metrics.run_ahead(name, task, report)
     return tasks
@@ -320,6 +321,36 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
     if several and one.config.get("filter_list") is None:
         task._filters = [build_filter_ensemble("none", [])]  # lm-eval's own would take the first answer alone
     return task
+
+
+def _bound_scoring(name: str, task: Task) -> None:
+    """Have what the models say filtered and scored in a process apart first: a regular expression can take forever.
+
+    What a program that a model wrote does is held elsewhere (`code_sandbox`), and a judge is not asked twice.
+    """
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    filters = task.apply_filters
+    executes = code_metrics.executes({key: task.get_config(key) for key in ("metric_list", "unsafe_code")})
+    scores = not executes and judged.METRIC not in getattr(task, "_metric_fn_list", ())
+
+    def tried() -> None:
+        for request in task.instances:
+            for one in getattr(task, "_filters", ()):
+                next_rendering()
+                one.apply([request])
+            for answer in request.filtered_resps.values() if scores else ():
+                next_rendering()
+                task.process_results(request.doc, [answer])
+
+    def apply_filters() -> Any:
+        try:
+            limited(f"filters and metrics of task '{name}', on what the model says", tried)
+        except ConfigError as error:
+            raise StageError(str(error)) from None
+        return filters()
+
+    task.apply_filters = apply_filters
 
 
 def _register_metrics(config: Mapping[str, Any]) -> None:

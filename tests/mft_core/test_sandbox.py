@@ -51,7 +51,7 @@ def test_what_is_rendered_apart_comes_back_whole():
         limited("a template", lambda: wrong())
     with pytest.raises(ConfigError, match=r"^a template: OSError: gone$"):
         limited("a template", lambda: gone())
-    with pytest.raises(ConfigError, match=r"^a template: rendering it ended its process \(status 7\)"):
+    with pytest.raises(ConfigError, match=r"^a template: it ended its process \(status 7\)"):
         limited("a template", lambda: os._exit(7))
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from mft_core import sandbox
 from mft_core.errors import ConfigError, StageError
 from mft_core.evaluation import lm_eval_harness as evaluation
 from mft_core.evaluation import prompting
@@ -300,6 +301,31 @@ def test_the_chosen_filter_alone_gives_the_outcomes(model: Path, tmp_path: Path)
     assert (second["filter"], second["n"], second["accuracy"]) == ("nothing", len(QUESTIONS), 1)
     with pytest.raises(StageError, match=r"unknown filter of task 'tiny_sums' 'nothin'.*'nothing'"):
         evaluate(Evaluate(task="tiny_sums", filter="nothin"), model, folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"filter_list": [{"name": "last", "filter": [{"function": "regex", "regex_pattern": "(a|aa|.)+$(?!.)x"}]}]},
+        {"metric_list": [{
+            "metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+            "regexes_to_ignore": ["(a|aa|.)+$(?!.)x"],
+        }]},
+    ],
+    ids=["filter", "metric"],
+)  # fmt: skip
+def test_a_pattern_that_takes_forever_on_what_the_model_says_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
+    folder = write_task(tmp_path / "slow", "slow", ["1"] * len(QUESTIONS), **changes)
+    task = evaluation.load_tasks(Evaluate(task="slow"), folder)["slow"]
+    task.build_all_requests()
+    for request in task.instances:
+        request.resps.append("a" * 64)
+
+    with pytest.raises(StageError, match="metrics of task 'slow', on what the model says: not done after"):
+        task.apply_filters()
 
 
 def test_a_metric_the_task_does_not_have_is_refused_and_the_others_are_listed(model: Path, benchmark: Path):
