@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-# bytecode is made at the first import, of the modules that are imported: a seventh of them
-PIP := $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+# Containers set it; every process of a study or a test would compile some thousand modules anew, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 install: $(VENV)/.installed  ## the tested set of versions, into .venv
 
@@ -18,6 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==26.3
 	$(PIP) torch
 	$(PIP) -e '.[dev]'
+	$(BIN)/python -m compileall -q mft_core tasks pipelines
 	touch $@
 
 # one fine-tuning, so that it takes minutes: the study itself has five, and `mft run sparsity` goes on to them

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def test_pytest_is_given_every_test_file_once_and_so_takes_them_in_that_order():
     given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
     within = [[path for path in given if file.is_relative_to(ROOT / path)] for file in ROOT.glob("tests/**/test_*.py")]
     assert all(len(paths) == 1 for paths in within), "pytest takes the wider of two that overlap, in its own order"
+
+
+@pytest.mark.parametrize("module", ["mlflow", "prefect.server.api.server", "transformers", "pipelines.cli"])
+def test_what_is_installed_is_compiled_so_that_no_process_does_it_again(module: str):
+    source = find_spec(module).origin
+    assert Path(cache_from_source(source)).is_file(), "python -m compileall: what `make install` does"
 
 
 def in_words(pages: list[Path]) -> list[str]:

@@ -101,8 +101,9 @@ def test_volumes_are_declared_and_owned_by_the_images_user() -> None:
             assert name in OTHERS or target in made[1].split()
 
 
-def test_both_image_targets_install_from_the_constraints_and_drop_root() -> None:
+def test_both_image_targets_install_from_the_constraints_compiled_and_drop_root() -> None:
     text = (DOCKER / "Dockerfile").read_text()
+    assert not re.search("NO_COMPILE|--no-compile|DONTWRITEBYTECODE", text), "each start would compile what it imports"
     stages = dict(re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM|\Z)", text, re.M | re.S))
     for name in ("cpu", "cuda"):
         installs = re.findall(r"pip install .*", stages[f"torch-{name}"] + stages[name])
