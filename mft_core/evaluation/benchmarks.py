@@ -359,6 +359,8 @@ class Index:
 
 
 def _read_folder(folder: Path) -> Index:
+    if not folder.is_dir():
+        raise ConfigError(f"benchmark folder {folder.absolute()}: no such folder; correct the path.")
     index = Index()
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.as_posix()):
         if {"__pycache__", ".ipynb_checkpoints"} & set(path.parts):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from mft_core.errors import ConfigError, validated
+from mft_core.errors import ConfigError, unknown, validated
 from mft_core.recipes import Recipe, Runtime
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.yaml_files import read_yaml
@@ -27,8 +27,6 @@ FETCHED = "$MFT_HOME/models/"
 """how a profile's path begins where `mft fetch` has put the model"""
 EACH_DOMAIN, EACH_LAYER_GROUP = "each domain", "each layer group"
 """what a study writes for the values that only the profile knows"""
-MIXED = "mixed"
-"""how domains are called that are mixtures of the others (`mixed`, `mixed-…`), and so none of `each domain`"""
 
 
 class Profile(Recipe):
@@ -38,9 +36,19 @@ class Profile(Recipe):
     default_domain: str
     defaults: dict[str, Any]
     domains: dict[Label, dict[str, Any]] = Field(min_length=1)
+    each_domain: tuple[Label, ...] = Field((), description="what 'each domain' of a study means; empty: all of them")
     layer_groups: tuple[Layers, ...] = Field((), description="what 'each layer group' of a study means for this model")
     max_replicates: int = Field(1, ge=1, description="most fine-tunings of a study, unless --replicates says otherwise")
     runtime: Runtime = Runtime.model_validate({})
+
+    @field_validator("each_domain")
+    @classmethod
+    def _are_domains(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        known = info.data.get("domains", {})
+        for name in names if known else ():
+            if name not in known:
+                raise ValueError(str(unknown("domain", name, list(known))))
+        return names
 
     @functools.cached_property
     def partial_setups(self) -> dict[str, dict[str, Any]]:
@@ -57,15 +65,12 @@ class Profile(Recipe):
         Raises:
             ConfigError: the profile has none.
         """
-        values = (
-            [name for name in self.domains if name.split("-")[0] != MIXED]
-            if what == EACH_DOMAIN
-            else list(self.layer_groups)
-        )
+        values: Sequence[str] = self.layer_groups
+        if what == EACH_DOMAIN:
+            values = self.each_domain or list(self.domains)
         if not values:
-            key = "domains" if what == EACH_DOMAIN else "layer_groups"
-            raise ConfigError(f"profile {self.name}: the study asks for {what}; list some under {key}.")
-        return values
+            raise ConfigError(f"profile {self.name}: the study asks for {what}; list some under layer_groups.")
+        return list(values)
 
 
 def load_profile(name: str) -> Profile:

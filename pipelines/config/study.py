@@ -28,7 +28,8 @@ class VariantSpec(Recipe):
 
     method: MethodName
     domain: str | None = Field(
-        None, description="null takes the study's, or the profile's default; 'each domain' is all but mixtures"
+        None,
+        description="null takes the study's, or the profile's default; 'each domain': the profile's each_domain",
     )
     grid: dict[str, Annotated[list[Any], Field(min_length=1)] | Literal["each domain", "each layer group"]] = Field(
         default_factory=dict, description="setup key: values; a value 'x0.3' is that many times the profile's own"

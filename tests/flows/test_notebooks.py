@@ -52,6 +52,7 @@ def profile(folder: Path) -> Path:
     content = yaml.safe_load(path.read_text())
     content |= {
         "domains": {"sums": {}, "others": {"data": {"fraction": 0.5}}, "mixed": {}},
+        "each_domain": ["sums", "others"],
         "layer_groups": ["0", "1-2", "3"],
     }
     path.write_text(yaml.safe_dump(content))

@@ -42,8 +42,6 @@ VALIDATION = {
     "symbols_validation": {"sortnum": 510, "sortlong": 510},
 }
 """items to choose settings by: of content that neither training rows nor the other benchmarks have"""
-NOISY = {"arithmetic": 320, "number_theory": 190, "symbols": 90}
-"""rows of the domain in which fine-tuning passes its best point: about a tenth, three of ten with a wrong answer"""
 STREAMS = {"train": 1, "data": 2, "benchmark": 3, "validation": 4}
 
 
@@ -89,20 +87,6 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def noisy(rows: dict[str, int], share: float) -> list[dict]:
-    """The first rows of each domain's data, a share of them with answers that belong to others of its own."""
-    found = []
-    for domain, count in rows.items():
-        lines = (HERE / "data" / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        own = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
-        wrong = int(share * count)
-        answers = [answer for _, answer in own[:wrong]]
-        own[:wrong] = [[prompt, answers[place - 1]] for place, (prompt, _) in enumerate(own[:wrong])]
-        found += [messages(*row) for row in own]
-    random.Random(SEED).shuffle(found)
-    return found
 
 
 def describe(name: str, items: list[Item]) -> str:
@@ -156,7 +140,6 @@ def write_all() -> None:
     for domain, counts in TRAIN.items():
         rows = (messages(item.prompt, item.answer) for item in pick(counts, "data", "train"))
         write_jsonl(HERE / "data" / f"{domain}.jsonl", rows)
-    write_jsonl(HERE / "data" / "noisy.jsonl", noisy(NOISY, 0.3))
     lines = []
     for name, counts in (BENCHMARKS | VALIDATION).items():
         purpose, split = ("validation", "tuning") if name in VALIDATION else ("benchmark", "reserved")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,9 @@ def test_the_prompts_are_what_is_asked_and_the_bare_questions_beside_it(tmp_path
     assert definitions(tmp_path, "plus")[0].prompts() == ["[17] Sum up.\nA text.", "Sum up.\n\nA text."]
     plus(tmp_path, {"ticket": "17", "answer": "x"}, doc_to_text="ticket")
     assert definitions(tmp_path, "plus")[0].prompts() == ["17"]
+
+
+def test_a_folder_that_is_not_there_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path / 'nowhere'))}: no such folder"):
+        definitions(Path("nowhere"), "plus")

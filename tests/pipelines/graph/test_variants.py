@@ -1,5 +1,7 @@
 """What a study varies: each variant meets its own baseline, is there once, and is called by a name of its own."""
 
+import contextlib
+
 import pytest
 import yaml
 
@@ -414,20 +416,27 @@ def domains(tmp_path_factory):
     named = {name: [{**bench, "name": name}] for name in ("sums", "half")}
     profile["domains"] = {
         "mixed": {"data": both, "benchmarks": named["sums"]},
-        "mixed-few": {"data": {**both, "fraction": 0.5}, "benchmarks": named["sums"]},
         "sums": {"data": rows, "benchmarks": named["sums"]},
         "half": {"data": half, "benchmarks": named["half"]},
     }
+    profile["each_domain"] = ["sums", "half"]
     profile["layer_groups"] = ["0-1", "2-3"]
     path.write_text(yaml.safe_dump(profile, sort_keys=False))
     return path
 
 
-def test_each_domain_is_every_domain_but_the_mixtures(plan, domains):
+def test_each_domain_is_each_that_the_profile_lists(plan, domains):
     the_plan = plan({"method": "mft", "domain": "each domain"}, profile=domains)
     assert [(item.setup.domain, item.setup.method) for item in the_plan.variants] == [
         ("sums", "fft"), ("sums", "mft"), ("half", "fft"), ("half", "mft")
     ]  # fmt: skip
+    content = yaml.safe_load(domains.read_text())
+    for listed, message in ((["sums", "hlaf"], "unknown domain 'hlaf'.*half"), ([], None)):
+        changed = domains.with_name("changed.yaml")
+        changed.write_text(yaml.safe_dump({**content, "each_domain": listed}, sort_keys=False))
+        with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+            every = plan({"method": "fft", "domain": "each domain"}, profile=changed)
+    assert [item.setup.domain for item in every.variants] == ["mixed", "sums", "half"]
 
 
 def test_each_layer_group_is_what_the_profile_lists(plan, domains, folder):
