@@ -77,6 +77,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> Confi
             lines.append(f"{where}: '{field}' is missing; it has no default.")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
             if problem["type"] == "literal_error":
                 valid = re.findall("'([^']*)'", problem["ctx"]["expected"])
                 message += f".{did_you_mean(str(problem['input']), valid)}"

@@ -90,6 +90,11 @@ class Apart:
             raise ConfigError(
                 f"{self._what}: not done after {SECONDS:g} s; it loops on and on. Mend it, or take it from elsewhere."
             )
+        if status == -signal.SIGKILL:
+            raise ConfigError(
+                f"{self._what}: the system ended its process twice, most likely for want of memory; free some, or take "
+                "another."
+            )
         if not said:
             raise ConfigError(f"{self._what}: it ended its process (status {status}); take another.")
         found = json.loads(said)
@@ -111,7 +116,7 @@ class Apart:
             with contextlib.suppress(ConnectionError):
                 self._channel.write(asked)
                 self._channel.flush()
-                if said := self._channel.readline():
+                if (said := self._channel.readline()).endswith(b"\n"):
                     return said, 0
         except BaseException:
             self.close()
@@ -160,6 +165,7 @@ def limited(what: str, function: Callable[[], T]) -> T:
 def next_rendering() -> None:
     """Begin to count the seconds of one more rendering."""
     if _apart:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # what was rendered may have set another
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
 
 
@@ -172,13 +178,14 @@ def rendered_all() -> None:
 def _answer(end: int, what: str, function: Callable[[Any], Any]) -> NoReturn:
     """Write what the function returns or raises for each question, in the forked process, and end it.
 
-    It keeps no file of the other's open, so no lock and no connection; and collects no garbage, which is the other's.
+    It keeps no file of the other's open, so no lock and no connection; and collects no garbage of the other's.
     """
     global _apart
     status = 1
     try:
         _apart = True
-        gc.disable()
+        gc.freeze()
+        gc.enable()
         os.closerange(3, end)
         os.closerange(end + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         for stream in range(3):

@@ -324,19 +324,21 @@ def _local_task(one: Definition, allow_code: bool) -> Task:
 
 
 def _bound_scoring(name: str, task: Task) -> None:
-    """Have what the models say filtered and scored in a process apart first: a regular expression can take forever.
+    """Have what the models say filtered and matched in a process apart first: a regular expression can take forever.
 
-    What a program that a model wrote does is held elsewhere (`code_sandbox`), and a judge is not asked twice.
+    A task's own functions are not called there: they may ask servers or models, which a fork cannot hold.
     """
+    from lm_eval.filters.custom import CustomFilter
+
     if task.OUTPUT_TYPE != "generate_until":
         return
     filters = task.apply_filters
-    executes = code_metrics.executes({key: task.get_config(key) for key in ("metric_list", "unsafe_code")})
-    scores = not executes and judged.METRIC not in getattr(task, "_metric_fn_list", ())
+    known = [one for one in getattr(task, "_filters", ()) if not any(each.func is CustomFilter for each in one.filters)]
+    scores = set(getattr(task, "_metric_fn_list", ())) == {"exact_match"} and not task.get_config("process_results")
 
     def tried() -> None:
         for request in task.instances:
-            for one in getattr(task, "_filters", ()):
+            for one in known:
                 next_rendering()
                 one.apply([request])
             for answer in request.filtered_resps.values() if scores else ():

@@ -204,13 +204,13 @@ def _give_back_free_memory() -> None:
 
 
 def _resident() -> int:
-    """Return the resident memory of this process and its children in bytes; what they share counts once."""
+    """Return the resident memory of this process and its children in bytes.
+
+    Those that are its forks, with its own command line, are left out: they hold what it holds.
+    """
     own = psutil.Process()
-    if not (children := own.children(recursive=True)):
-        return int(own.memory_info().rss)
-    total = 0
-    for process in (own, *children):
+    total, command = int(own.memory_info().rss), own.cmdline()
+    for process in own.children(recursive=True):
         with contextlib.suppress(psutil.Error):  # gone in the meantime
-            info = process.memory_full_info()
-            total += getattr(info, "pss", info.rss)  # (not every system tells what is shared)
+            total += 0 if process.cmdline() == command else int(process.memory_info().rss)
     return total

@@ -48,7 +48,7 @@ class Profile(Recipe):
         for name in names if known else ():
             if name not in known:
                 raise ValueError(str(unknown("domain", name, list(known))))
-        return names
+        return tuple(dict.fromkeys(names))
 
     @functools.cached_property
     def partial_setups(self) -> dict[str, dict[str, Any]]:

@@ -120,6 +120,42 @@ def test_a_process_apart_answers_again_and_again_and_is_replaced_when_it_is_lost
     assert not psutil.pid_exists(fourth)
 
 
+def test_a_process_apart_that_the_system_ends_each_time_is_told_from_a_template_that_is_wrong():
+    with pytest.raises(ConfigError, match=r"^a template: the system ended its process twice, most likely for want of"):
+        limited("a template", lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_half_an_answer_is_none(tmp_path: Path):
+    marker = tmp_path / "was there"
+
+    def answer(_: None) -> str:
+        if not marker.exists():
+            marker.touch()
+            for end in range(3, 20):
+                try:
+                    os.write(end, b'{"value": "ha')
+                except OSError:
+                    continue
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "whole"
+
+    assert sandbox.Apart("a template", answer)(None) == "whole"
+
+
+def test_what_a_template_leaves_behind_is_collected():
+    """A macro leaves cycles behind."""
+    template = environment().from_string("{% macro m(x) %}{{ x }}{% endmacro %}{{ m(text) }}")
+
+    def grown(text: str) -> int:
+        template.render(text=text)
+        return int(psutil.Process().memory_info().rss)
+
+    apart, text = sandbox.Apart("a template", grown), "x" * 100_000
+    first = [apart(text) for _ in range(200)][-1]
+    last = [apart(text) for _ in range(1_000)][-1]
+    assert last - first < 30_000_000
+
+
 def test_an_interrupt_ends_the_process_apart_too():
     waiting = (
         "import time; from mft_core.sandbox import limited; print(flush=True); limited('a', lambda: time.sleep(60))"

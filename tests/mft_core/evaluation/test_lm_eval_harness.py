@@ -328,6 +328,25 @@ def test_a_pattern_that_takes_forever_on_what_the_model_says_is_ended(
         task.apply_filters()
 
 
+def test_a_tasks_own_function_scores_an_answer_once(tmp_path: Path):
+    folder = write_task(tmp_path / "own", "own", ["1"] * len(QUESTIONS))
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n\ndef score(doc, answers):\n"
+        "    with (Path(__file__).parent / 'asked.txt').open('a') as file:\n        file.write('x')\n"
+        "    return {'exact_match': 1.0}\n"
+    )
+    with (folder / "own.yaml").open("a") as file:
+        file.write("process_results: !function own.score\n")
+    task = evaluation.load_tasks(Evaluate(task="own", allow_code=True), folder)["own"]
+    task.build_all_requests()
+    for request in task.instances:
+        request.resps.append("1")
+    task.apply_filters()
+    assert not (folder / "asked.txt").exists()
+    assert task.process_results(task.instances[0].doc, ["1"]) == {"exact_match": 1.0}
+    assert (folder / "asked.txt").read_text() == "x"
+
+
 def test_a_metric_the_task_does_not_have_is_refused_and_the_others_are_listed(model: Path, benchmark: Path):
     recipe = Evaluate(task="tiny_sums", metric="exact_mach")
     with pytest.raises(ConfigError, match=r"'exact_mach'.*Did you mean 'exact_match'"):

@@ -1,10 +1,13 @@
 """What a stage is said to have used: its growth in memory, all of its attempts, energy over the counter's wraps."""
 
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from mft_core.sandbox import limited
 from mft_core.store import usage
 from mft_core.store.kept import keep
 from mft_core.store.usage import KEPT, Meter
@@ -20,6 +23,18 @@ def test_memory_is_what_was_added_while_the_work_ran(tmp_path, monkeypatch):
     assert 70e6 < used["peak_memory_bytes"] < 200e6
     assert used["alone"]
     assert "cores" in used["device"]
+
+
+def test_a_fork_holds_what_this_process_holds_and_a_program_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(usage, "SAMPLE_SECONDS", 0.01)
+    held = bytearray(b"1") * 80_000_000
+    with Meter(tmp_path) as meter:
+        limited("a template", lambda: time.sleep(0.3))
+    assert meter.used["peak_memory_bytes"] < 40e6 < len(held)
+    program = "import time; held = bytearray(b'1') * 80_000_000; time.sleep(0.3)"
+    with Meter(tmp_path / "other") as meter:
+        subprocess.run([sys.executable, "-c", program], check=True)
+    assert meter.used["peak_memory_bytes"] > 70e6
 
 
 def test_an_attempt_that_failed_counts_too(tmp_path):
