@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mft_core import recipes
-from mft_core.errors import validated
+from mft_core.errors import ConfigError, validated
 from mft_core.evaluation import lm_eval_harness
 from mft_core.evaluation.outcomes import Evaluation
 from mft_core.evaluation.rehearsal import rehearse
@@ -47,6 +47,8 @@ def evaluate(
     """
     recipe = validated(recipes.Evaluate, {"task": task, **settings}, "evaluate")
     benchmark = None if folder is None else Path(folder)
+    if not Path(checkpoint).is_dir():
+        raise ConfigError(f"checkpoint {checkpoint}: no such directory; give a downloaded or saved checkpoint's.")
     rehearse(recipe, Path(checkpoint), benchmark)
     return lm_eval_harness.evaluate(recipe, Path(checkpoint), benchmark, runtime)
 

@@ -29,6 +29,10 @@ _MOST = 1e100
 """of a score: squares and sums of larger ones are no numbers any more"""
 _PAIRS = ("f1", "mcc", "brier_score", "word_perplexity", "byte_perplexity", "bits_per_byte")
 """lm-eval's metrics of a whole task: what it logs of an item is a pair that these are made of, and no outcome"""
+_LESS = {"loss", "nll", "perplexity", "ppl", "ter", "wer", "cer", "mse", "rmse", "mae", "error", *_PAIRS[2:]}
+"""metrics that are better where they are less, unless lm-eval's results beside a log say otherwise"""
+_OTHER_SCALE = 10
+"""times by which scores of one model exceed those of the other, which stay within 1, if one of them has per cents"""
 _HASHES = {"doc_hash": "question", "prompt_hash": "prompt", "target_hash": "target"}
 
 
@@ -59,6 +63,7 @@ class Paired:
     task: str
     metric: str
     """with the filter, as lm-eval writes it: exact_match,strict-match"""
+    higher_is_better: bool
     baseline: float
     treatment: float
     stratum: Stratum
@@ -100,7 +105,7 @@ def _files(path: Path) -> dict[str, Path]:
         named = _NAME.fullmatch(file.name)
         task = named["task"] if named else file.stem
         if task in found:
-            raise ConfigError(f"{path}: two logs of task {task}: {found[task].name} and {file.name}; give one file.")
+            raise ConfigError(f"{path}: two logs of task {task}: {found[task]} and {file}; give one file.")
         found[task] = file
     if not found:
         raise ConfigError(f"{path}: no samples_*.jsonl and no items.jsonl there; run lm_eval with --log_samples.")
@@ -164,14 +169,20 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
     owner = [name for name, values in first.scores.items() for _ in values]
     ours = np.array([value for values in first.scores.values() for value in values])
     theirs = np.array([value for name in first.scores for value in second.scores[name]])
-    if max(np.abs(ours).max(), np.abs(theirs).max()) > 1:
+    least, most = sorted(float(np.abs(scores).max()) for scores in (ours, theirs))
+    if 0 < least <= 1 and most >= _OTHER_SCALE * least:
+        raise ConfigError(
+            f"{a} and {b}: {chosen} goes up to {np.abs(ours).max():g} in the one and to {np.abs(theirs).max():g} in "
+            "the other; give both on one scale, shares or per cents."
+        )
+    if most > 1:
         ours, theirs = ours / 100, theirs / 100
     differences = theirs - ours if first.higher_is_better else ours - theirs
     clusters = [first.clusters[name] for name in owner] if first.clusters else owner
     subjects = tuple(first.subjects[name] for name in owner) if first.subjects else None
     grouping, stratum = Grouping(subjects=subjects), Stratum.of(differences, clusters, subjects)
     shown = f"{first.metric},{first.filter}" if first.filter else first.metric
-    return Paired(task, shown, grouping.mean(ours), grouping.mean(theirs), stratum, ids)
+    return Paired(task, shown, first.higher_is_better, grouping.mean(ours), grouping.mean(theirs), stratum, ids)
 
 
 def _metrics(path: Path) -> list[str]:
@@ -250,11 +261,11 @@ def _higher_is_better(path: Path, metric: str) -> bool:
     named = _NAME.fullmatch(path.name)
     results = path.with_name(f"results_{named['time']}.json") if named else None
     if named is None or results is None or not results.is_file():
-        return True
+        return metric not in _LESS
     told: Any = next(_rows(results, whole=True), {})
     for key in ("higher_is_better", named["task"], metric):
         told = told.get(key) if isinstance(told, dict) else None
-    return told is not False
+    return told is not False if isinstance(told, bool) else metric not in _LESS
 
 
 def _require_same_items(a: Log, b: Log) -> None:

@@ -235,7 +235,10 @@ def estimate(
         and _is_binary(strata[0].differences)
     ):
         p_value = _mcnemar(strata[0].differences)
-    values = found.gain, found.centre - half, found.centre + half, p_value, error, freedom, found.centre
+    low, high = found.centre - half, found.centre + half
+    if all(_is_binary(stratum.differences) for stratum in strata):
+        low, high = np.maximum(low, -1.0), np.minimum(high, 1.0)
+    values = found.gain, low, high, p_value, error, freedom, found.centre
     gain, low, high, p_value, error, freedom, centre = (np.asarray(value)[()] for value in values)
     return Estimate(gain, low, high, p_value, error, freedom, centre, confidence)
 

@@ -29,7 +29,9 @@ def compare(a: Path, b: Path, margin: float, metric: str | None, cluster: str | 
         ConfigError: the two cannot be paired, or the margin is none.
     """
     if not 0 < margin < 100:
-        raise ConfigError(f"--margin {margin}: give percentage points above 0, such as 1.0.")
+        raise ConfigError(
+            f"--margin {margin}: give percentage points above 0 and below 100, such as 1.0 (of scores beyond 1: units)."
+        )
     pairs = read_pairs(a, b, metric, cluster)
     found = estimate([pair.stratum for pair in pairs])
     word = verdict(found, margin / 100)
@@ -57,7 +59,9 @@ def compare(a: Path, b: Path, margin: float, metric: str | None, cluster: str | 
         print(json.dumps(told, indent=2))
         return _EXIT_CODES[word]
     gain, low, high = (100 * share for share in (found.gain, found.low, found.high))
-    tasks = "; ".join(f"{pair.task} ({pair.metric})" for pair in pairs)
+    tasks = "; ".join(
+        f"{pair.task} ({pair.metric}{'' if pair.higher_is_better else ', less is better'})" for pair in pairs
+    )
     lines = [
         f"A: {a}: {100 * told['accuracy_a']:.1f}",
         f"B: {b}: {100 * told['accuracy_b']:.1f}",

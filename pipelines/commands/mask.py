@@ -54,7 +54,10 @@ def apply(base: Path, directory: Path, out: Path, rewind_to: Path | None = None)
 
     check_new(out, base, directory, *([rewind_to] if rewind_to else []))  # `merge` knows of the mask's own folder alone
     if not (base / "config.json").is_file():
-        raise ConfigError(f"BASE = {base}: no checkpoint there; give the directory of the model the mask was made for.")
+        inner = f" (it is in {base / 'model'})" if (base / "model" / "config.json").is_file() else ""
+        raise ConfigError(
+            f"BASE = {base}: no checkpoint there{inner}; give the directory of the model the mask was made for."
+        )
     mask = merge(base, _mask_directory(directory), out, keep_removed=True, rewind_to=rewind_to)
     done = f"set back to those of {rewind_to}" if rewind_to else "set to zero"
     print(f"{mask.zeros:,} weights {done}; checkpoint written to {out} (`mft mask undo` takes the mask out again)")

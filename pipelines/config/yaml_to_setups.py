@@ -171,7 +171,8 @@ def _compose(
     point: Mapping[str, Any],
 ) -> tuple[Setup, dict[str, Any]]:
     """Return one variant's setup (any seed's), and its point of the grid with the values that are meant."""
-    domain = _domain(profile, spec.domain or study.domain, "domain")
+    asked = "domain" if not (spec.domain or study.domain) else f"domain, which study {study.name} asks for,"
+    domain = _domain(profile, spec.domain or study.domain, asked)
     values = copy.deepcopy(profile.partial_setups[domain])
     meant: dict[str, Any] = {}
     if study.checkpoints:
@@ -260,7 +261,9 @@ def _scaled(values: Mapping[str, Any], key: str, value: Any, where: str) -> Any:
     for name in key.split("."):
         base = base.get(name) if isinstance(base, Mapping) else None
     if not isinstance(base, int | float):
-        raise ConfigError(f"{where}: {key} = {value} is relative, and the profile has no number there; give a number.")
+        raise ConfigError(
+            f"{where}: {key} = {value} is so many times the profile's own, and it has no {key}; add it to the profile."
+        )
     return float(f"{base * float(found[1]):.6g}")
 
 

@@ -22,6 +22,7 @@ from statistics import fmean
 import psutil
 
 from mft_core.cache_key import digest
+from mft_core.errors import ConfigError
 from mft_core.geometry import MOST_ROWS
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Recipe
 from mft_core.stage import Facts
@@ -45,6 +46,9 @@ def probe(plans: Sequence[Plan], store: ArtifactStore, device: Device, say: Call
     Args:
         plans: of one profile; kinds of which they have nothing to compute are left out.
         say: is told what is measured, or why it is not.
+
+    Raises:
+        ConfigError: a setting that does not fit the model.
     """
     known: dict[str, float] = {}
     missing: dict[str, tuple[Path, str, Recipe, Facts]] = {}
@@ -68,6 +72,9 @@ def probe(plans: Sequence[Plan], store: ArtifactStore, device: Device, say: Call
         measured = _measure(work, plans[0].runtime.at_once if work[0][1].cpu else 1)
     except (subprocess.SubprocessError, OSError) as error:
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().rpartition("\n")[2]
+        kind, _, fault = told.partition(": ")
+        if kind == f"{ConfigError.__module__}.{ConfigError.__name__}":
+            raise ConfigError(fault) from None  # the study would end so too
         say(f"it could not be measured, times are those of the table: {told or error}")
         return known
     for (kind, (path, stage, recipe, facts)), seconds in zip(missing.items(), measured, strict=True):
@@ -114,7 +121,14 @@ def _small(recipe: Recipe, facts: Facts) -> tuple[Recipe, Facts] | None:
         if training is None:
             answer = min(facts.answer, _ANSWER)
             return recipe, replace(known, items=rows, prompt=facts.prompt * answer / facts.answer, answer=answer)
-        steps = {"batch_size": rows, "max_steps": _STEPS, "epochs": 1.0, "validations": 0, "keep": "last"}
+        steps = {
+            "batch_size": rows,
+            "max_steps": _STEPS,
+            "epochs": 1.0,
+            "validations": 0,
+            "keep": "last",
+            "learning_rate": 1e-4,
+        }
         layers_of = {"layers": "all"} if isinstance(recipe, LearnMask) else {}
         changed = {"training": training.model_copy(update=steps), **layers_of}
         return recipe.model_copy(update=changed), replace(known, train=rows * (_STEPS + 1), validation=0)

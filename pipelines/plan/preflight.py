@@ -145,7 +145,15 @@ def _check_data(plan: Plan, nodes: Iterable[Node], looks: Looks) -> None:
         given = {name: source for name, source in node.inputs.items() if isinstance(source, Source)}
         sources = [given[f"source-{index}"] for index in range(len(recipe.mixture))]
         template = given.get("chat_template")
-        same = (*recipe.mixture, *sources, recipe.max_length, given["tokenizer"], template, model.config)
+        same = (
+            *recipe.mixture,
+            *sources,
+            recipe.max_length,
+            recipe.validation_rows,
+            given["tokenizer"],
+            template,
+            model.config,
+        )
         if same in seen or any(source.revision for source in sources):
             continue
         seen.add(same)
@@ -161,6 +169,11 @@ def _check_data(plan: Plan, nodes: Iterable[Node], looks: Looks) -> None:
                 )
             whole = part.rows in (None, found.rows) and len(found.sample) == found.rows
             drawn.append(Drawn(found.sample, part.rows or found.rows, whole))
+        if (rows := sum(part.rows for part in drawn)) <= recipe.validation_rows:
+            raise ConfigError(
+                f"data.validation_rows = {recipe.validation_rows}: there are {rows} rows, and one at least is to be "
+                "trained on; set a smaller number, or add data."
+            )
         limits = Limits.of(read_config(model.config.parent))
         check_fits(drawn, tokenizer, recipe.max_length, plan.runtime.max_dropped, limits)
 

@@ -133,10 +133,12 @@ def find_report(
              for name, node in named.items()}  # fmt: skip
     lacking = [name for name, ref in found.items() if ref is None]
     if missing or lacking:
+        page = store.home / "reports" / f"{plan.study.name}-{plan.profile.name}" / "report.html"
         what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
         raise StageError(
             f"study {plan.study.name} on {plan.profile.name}: {what}. Run it (with the same settings): "
             + (command or f"mft run {plan.study.name} --profile {plan.profile.name}")
+            + (f". Its last run had others: {page}" if page.is_file() else "")
         )
     comparison, *others = [ref for ref in found.values() if ref is not None]
     directories = {name: ref.local_path(store) for name, ref in zip(analyses or {}, others, strict=True)}

@@ -151,8 +151,8 @@ class Display:
         seconds = time.monotonic() - self._started
         self.console.print(f"[{seconds:5.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def finished(self, label: str, outcome: str) -> None:
-        """Show that a stage has ended: 'computed', 'cached', 'failed', 'stopped' or 'not run'."""
+    def finished(self, label: str, outcome: str, why: str = "") -> None:
+        """Show that a stage has ended: 'computed', 'cached', 'failed' (and why), 'stopped' or 'not run'."""
         with self._lock:
             self._done += 1
             self._cached += outcome == "cached"
@@ -161,7 +161,7 @@ class Display:
             if known is not None:
                 self._progress.remove_task(known.bar)
             if outcome not in ("cached", "not run"):
-                self.say(f"{outcome:<8} {label}")
+                self.say(f"{outcome:<8} {label}" + (f": {why}" if why else ""))
             if self._overall is not None:
                 self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")
 

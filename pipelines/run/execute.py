@@ -118,7 +118,9 @@ def _tell_losses(node: Node, ref: ArtifactRef, store: ArtifactStore, display: Di
 
 def _announce(display: Display, node: Node, future: PrefectFuture[Made]) -> None:
     future.wait()  # it is done: this takes its final state instead of asking the server
-    display.finished(node.label, _word(future))
+    word = _word(future)
+    error: Any = future.result(raise_on_failure=False) if word == "failed" else None
+    display.finished(node.label, word, told(error) if error else "")
 
 
 def _is_cached(future: PrefectFuture[Made]) -> bool:

@@ -176,6 +176,29 @@ def test_per_cents_are_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("a", "b"), [([0, 1], [0, 100]), ([50, 100], [0.5, 0.25])])
+def test_shares_beside_per_cents_are_refused(a: list[float], b: list[float], tmp_path: Path):
+    one, other = scores(tmp_path / "a.jsonl", a * 150), scores(tmp_path / "b.jsonl", b * 150)
+    with pytest.raises(ConfigError, match=r"score goes up to .* in the one and to .* on one scale"):
+        compare(one, other, 1.0, None, None, False)
+    none = scores(tmp_path / "none.jsonl", [0] * 300)
+    assert compare(none, scores(tmp_path / "cents.jsonl", [0, 100] * 150), 1.0, None, None, False) == 0
+
+
+def test_an_interval_of_right_and_wrong_answers_ends_at_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    a, b = scores(tmp_path / "a.jsonl", [1] * 30), scores(tmp_path / "b.jsonl", [0] * 30)
+    assert told(capsys, a, b)[1]["gain_low"] == -1
+
+
+def test_of_a_loss_less_is_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, value in (("a", 0.5), ("b", 0.7)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(f'{{"id": {at}, "loss": {value + (at % 3) * (value - 0.4) / 5}}}\n' for at in range(40))
+        )
+    assert compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl", 1.0, None, None, False) == 1
+    assert "(loss, less is better)" in capsys.readouterr().out
+
+
 def test_items_of_one_cluster_are_drawn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     a = samples(tmp_path / "a", [0.0] * 80)
     b = samples(tmp_path / "b", [float(at // 4 % 2) for at in range(80)])

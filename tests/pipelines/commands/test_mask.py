@@ -154,6 +154,14 @@ def test_what_is_not_there_is_refused(mft, base, mask, tmp_path, missing):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_around_a_checkpoint_is_told_from_it(mft, base, mask, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "model").symlink_to(base)
+    code, _, err = mft("apply", tmp_path / "made", mask, tmp_path / "out")
+    assert code == 2
+    assert f"(it is in {tmp_path / 'made' / 'model'})" in err
+
+
 def test_a_write_that_fails_leaves_no_half_checkpoint(base, mask, tmp_path, monkeypatch):
     import mft_core.masks.merge
 

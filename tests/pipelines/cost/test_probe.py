@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mft_core.errors import ConfigError
 from mft_core.recipes import Evaluate, FineTune, LearnMask, Runtime
 from mft_core.stage import Facts
 from mft_core.store.artifacts import ArtifactStore
@@ -56,6 +57,18 @@ def test_of_a_large_model_a_few_layers_are_measured_on_an_accelerator_and_nothin
     assert 0 < len(few.geometry.layers) <= 4
     assert few.items < 1_000 or few.train < 60_000
     assert _small(recipe, replace(facts, cpu=True)) is None
+
+
+def test_a_setting_that_does_not_fit_the_model_is_refused_and_another_rate_is_the_same_work(tmp_path):
+    profile, study = load_profile(str(write_profile(tmp_path))), load_study(str(write_study(tmp_path)))
+    store, said = ArtifactStore(tmp_path / "home"), []
+    for changes in ([], ["mask.training.learning_rate=0.02"]):
+        plan = make_plan(study, profile, store, ["runtime.device=cpu", *changes])
+        probe([plan], store, device_of(plan.runtime), said.append)
+    assert len(said) == 1
+    plan = make_plan(study, profile, store, ["runtime.device=cpu", "mask.modules=q_prj"])
+    with pytest.raises(ConfigError, match=r"^modules = 'q_prj': no matrix .* Did you mean 'q_proj'"):
+        probe([plan], store, device_of(plan.runtime), said.append)
 
 
 def test_a_probe_that_dies_is_told_with_its_reason_and_the_table_is_taken(tmp_path, monkeypatch):

@@ -499,7 +499,7 @@ def test_a_relative_value_is_that_many_times_the_profiles(plan):
     rates = [item.trained.recipe.training.learning_rate for item in the_plan.variants if item.baseline]
     assert rates == [0.3 * TRAINING["learning_rate"], TRAINING["learning_rate"], 0.5]
     assert [item.columns["mask.training.learning_rate"] for item in the_plan.variants if item.baseline] == rates
-    with pytest.raises(ConfigError, match="is relative, and the profile has no number there"):
+    with pytest.raises(ConfigError, match="is so many times the profile's own, and it has no"):
         plan({"method": "mft", "grid": {"mask.training.max_steps": ["x0.3"]}})
 
 

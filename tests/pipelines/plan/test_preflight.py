@@ -180,6 +180,12 @@ def test_data_of_which_most_rows_are_too_long_are_refused_and_the_share_is_the_u
 NO_VALIDATION = [f"{part}.{key}" for part in ("fine_tune", "mask.training") for key in ("validations=0", "keep=last")]
 
 
+def test_more_validation_rows_than_there_are_rows_are_refused(profile):
+    rows_of(profile, [row(f"{n} + {n} =", str(2 * n)) for n in range(40)])
+    assert "data.validation_rows = 40: there are 40 rows" in refused(profile, "data.validation_rows=40")
+    check(profile, "data.validation_rows=39")
+
+
 def test_the_share_that_may_be_dropped_is_in_no_key(profile):
     ids = [[step.node.id for step in check(profile, *more)[0][0].steps] for more in ([], ["runtime.max_dropped=0.9"])]
     assert ids[0] == ids[1]

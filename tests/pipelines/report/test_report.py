@@ -208,6 +208,11 @@ def test_a_study_that_has_not_been_run_says_what_to_run(tmp_path):
         StageError, match=r"stages are missing, first: evaluate sums of base.*mft run mini-study --profile mini"
     ):
         find_report(plan, store)
+    page = store.home / "reports" / "mini-study-mini" / "report.html"
+    page.parent.mkdir(parents=True)
+    page.touch()
+    with pytest.raises(StageError, match=f"Its last run had others: {page}"):
+        find_report(plan, store)
 
 
 def test_pages_replace_those_of_a_report_and_nobody_elses_files(tmp_path):

@@ -55,6 +55,13 @@ def test_every_running_stage_says_again_and_again_what_it_is_at(tmp_path, monkey
         assert bool(re.search(line, printed.getvalue())) != terminal, "bars say it on a terminal"
 
 
+def test_a_stage_that_fails_says_why_at_once():
+    printed = io.StringIO()
+    with Display(2, Console(file=printed)) as shown:
+        shown.finished("a model", "failed", "no room")
+        assert "failed   a model: no room" in printed.getvalue()
+
+
 def test_a_run_in_which_nothing_runs_says_so(monkeypatch):
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.05)
     printed = io.StringIO()
