@@ -37,7 +37,7 @@ app.add_typer(model_app, name="model")
 StudyName = Annotated[str, typer.Argument(help="name of a shipped study, or a YAML file")]
 ProfileName = Annotated[str, typer.Option("--profile", help="name of a shipped profile, or a YAML file")]
 Budget = Annotated[str | None, typer.Option("--budget", help="the profile's size for less time, e.g. small; else full")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, e.g. mask.sparsity=0.2")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a setting, e.g. mask.training.epochs=2")]
 Seeds = Annotated[str | None, typer.Option(help="comma-separated, instead of the study's own, e.g. 0,1,2")]
 Replicates = Annotated[int | None, typer.Option(min=1, help="fine-tunings, instead of the study's own number")]
 Until = Annotated[
@@ -375,10 +375,17 @@ def _asked(
     study: str, profile: str, budget: str | None, overrides: list[str] | None, seeds: str | None, replicates: int | None
 ) -> Asked:
     """Return what is asked: of the profile itself where the budget is `full`, else of PROFILE-BUDGET beside it."""
+    from pipelines.config.by_name import locate
     from pipelines.report.asked import Asked
 
     suffix = Path(profile).suffix if profile.endswith((".yaml", ".yml")) else ""
     sized = profile if budget in (None, "full") else f"{profile.removesuffix(suffix)}-{budget}{suffix}"
+    if sized != profile:
+        try:
+            locate("profile", sized)
+        except ConfigError as error:
+            locate("profile", profile)
+            raise ConfigError(f"--budget {budget}: {profile} has no such size; leave it out. ({error})") from None
     return Asked(study, sized, overrides or [], _seeds(seeds), replicates)
 
 

@@ -142,3 +142,10 @@ def test_a_run_whose_server_dies_again_and_again_computes_what_it_can_and_ends_w
     assert "failed: Prefect server ended with code -9" in told
     assert list((tmp_path / "artifacts" / "compare").glob("*/manifest.json")), "other stages went on, to the last"
     assert "Traceback" not in told
+
+
+def test_a_size_that_the_profile_has_not_is_named_as_such(study: list[str], tmp_path: Path) -> None:
+    _, err = (process := start(tmp_path, mft("plan", *study, "--budget", "2h"))).communicate()
+    assert process.returncode == 2
+    assert "--budget 2h" in err
+    assert "has no such size" in err
