@@ -34,10 +34,10 @@ from mft_core.masks.sites import Site, choose_sites, find_sites, n_layers
 from mft_core.recipes import PredictLayers
 from mft_core.stage import Progress, StageContext
 from mft_core.statistics.tables import pooled
+from mft_core.statistics.winner import MEAN
 from mft_core.training.loop import TrainingData
 
 Row = dict[str, Any]
-AVERAGE = "average"
 ALIKE, REVERSED, UNCLEAR = (
     "ranks them alike",
     "ranks them the other way round",
@@ -56,7 +56,7 @@ class LayerPrediction:
     scores: Mapping[str, Mapping[CandidateName, float]]
     """by group"""
     gains: Mapping[str, Mapping[str, Row]]
-    """by benchmark, the average last where there are several, and by group: `gain`, `gain_low`, `gain_high`, shares"""
+    """by benchmark, with their mean where there are several, and by group: `gain`, `gain_low`, `gain_high`, shares"""
     matches: list[Row]
     """how each candidate does on each benchmark: the rows of the part `correlation`"""
 
@@ -93,7 +93,7 @@ def examine(
     if len(set(layers.values())) < len(layers):
         raise ConfigError(f"groups = {', '.join(recipe.groups)}: two of them are the same layers.")
     groups = {group: choose_sites(every, own, recipe.modules) for group, own in layers.items()}
-    gains = _with_average(measured_gains(rows, recipe, layers, count))
+    gains = measured_gains(rows, recipe, layers, count)
 
     tokens = TrainingData.load(inputs["data"]).train
     drawn = np.sort(seeded_order(len(tokens), recipe.seed)[: recipe.calibration_rows])
@@ -148,17 +148,6 @@ def measured_gains(
     return gains
 
 
-def _with_average(gains: dict[str, dict[str, Row]]) -> dict[str, dict[str, Row]]:
-    """Add the mean over several benchmarks; it has no interval."""
-    if len(gains) == 1:
-        return gains
-    means = {}
-    for group in next(iter(gains.values())):
-        mean = float(np.mean([own[group]["gain"] for own in gains.values()]))
-        means[group] = {"gain": mean, "gain_low": None, "gain_high": None}
-    return {**gains, AVERAGE: means}
-
-
 def _matches(
     recipe: PredictLayers,
     scores: Mapping[str, Mapping[CandidateName, float]],
@@ -176,9 +165,9 @@ def _matches(
                 where = {"part": "correlation", "candidate": name, "benchmark": benchmark}
                 match: Row = {**correlate([*promise.values()], [*measured.values()], recipe.confidence)}
                 choice = {"pick": pick, "best": best, "regret": measured[best] - measured[pick]}
-                family = "average" if benchmark == AVERAGE else "benchmark"
+                family = MEAN if benchmark == MEAN else "benchmark"
                 found.append({**where, **match, "p_holm": 1.0, "family": family, "verdict": UNCLEAR, **choice})
-    for family in {match["family"] for match in found}:  # the tests on the average, and apart from them the others
+    for family in {match["family"] for match in found}:  # the tests on the mean, and apart from them the others
         together = [match for match in found if match["family"] == family]
         adjusted = multipletests([match["p_value"] for match in together], method="holm")[1]
         for match, p_value in zip(together, adjusted.tolist(), strict=True):

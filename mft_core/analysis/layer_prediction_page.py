@@ -7,12 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mft_core.analysis.layer_prediction import ALIKE, AVERAGE, LayerPrediction, Row
+from mft_core.analysis.layer_prediction import ALIKE, LayerPrediction, Row
 from mft_core.analysis.layer_scores import CANDIDATES
 from mft_core.analysis.rank_correlation import least_p_value
 from mft_core.figures.drawing import panels, save, style
 from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import percent
+from mft_core.statistics.winner import MEAN
 
 
 def section(found: LayerPrediction) -> str:
@@ -40,8 +41,8 @@ def _subject(found: LayerPrediction) -> str:
 
 
 def _main(found: LayerPrediction) -> list[Row]:
-    """Return the matches that answer the question: on the average, or on the only benchmark."""
-    wanted = AVERAGE if AVERAGE in found.gains else next(iter(found.gains))
+    """Return the matches that answer the question: on the mean, or on the only benchmark."""
+    wanted = MEAN if MEAN in found.gains else next(iter(found.gains))
     return [match for match in found.matches if match["benchmark"] == wanted]
 
 
@@ -49,7 +50,7 @@ def _answer(found: LayerPrediction) -> str:
     main = _main(found)
     if not main:
         return "**All groups gain the same: there is no ranking to predict.**"
-    where = "on average over the benchmarks" if main[0]["benchmark"] == AVERAGE else f"on {main[0]['benchmark']}"
+    where = "on average over the benchmarks" if main[0]["benchmark"] == MEAN else f"on {main[0]['benchmark']}"
     alike = [CANDIDATES[match["candidate"]].label for match in main if match["verdict"] == ALIKE]
     if alike:
         verb = "rank" if len(alike) > 1 else "ranks"
@@ -69,7 +70,7 @@ def _correlations(found: LayerPrediction) -> str:
         [match["benchmark"], CANDIDATES[match["candidate"]].label, *_match(match)] for match in [*_main(found), *others]
     ]
     header = ["gain on", "candidate", "Spearman", "Kendall", "p", "p (Holm)", "says", "would pick", "costs"]
-    families = " on the average, and over all others apart from them" if AVERAGE in found.gains else ""
+    families = " on the mean, and over all others apart from them" if MEAN in found.gains else ""
     notes = (
         f"n = {len(found.scores)} groups. The interval ({percent(found.recipe.confidence)}) inverts a test for pairs "
         "drawn from a bivariate normal distribution, p is from the exact permutation test; Holm's adjustment is over "
@@ -103,8 +104,6 @@ def _groups(found: LayerPrediction) -> str:
 
 
 def _gain(gain: Row) -> str:
-    if gain["gain_low"] is None:
-        return signed(100 * gain["gain"], 1)
     return with_interval(100 * gain["gain"], 100 * gain["gain_low"], 100 * gain["gain_high"], 1)
 
 
@@ -126,9 +125,9 @@ def draw(found: LayerPrediction, out: Path) -> None:
 
 
 def _looks(found: LayerPrediction) -> dict[str, tuple[str, str]]:
-    """Return colour and marker by benchmark; the average is black."""
-    looks = {name: style(index) for index, name in enumerate(name for name in found.gains if name != AVERAGE)}
-    return looks | ({AVERAGE: ("#000000", "P")} if AVERAGE in found.gains else {})
+    """Return colour and marker by benchmark; the mean is black."""
+    looks = {name: style(index) for index, name in enumerate(name for name in found.gains if name != MEAN)}
+    return looks | ({MEAN: ("#000000", "P")} if MEAN in found.gains else {})
 
 
 def _score_figure(found: LayerPrediction) -> Figure:
@@ -144,9 +143,8 @@ def _score_figure(found: LayerPrediction) -> Figure:
             shift = (index - (len(found.gains) - 1) / 2) * 0.16
             for place, group in enumerate(groups):
                 gain = gains[group]
-                if gain["gain_low"] is not None:
-                    interval = [100 * gain["gain_low"], 100 * gain["gain_high"]]
-                    one.plot([place + shift] * 2, interval, color=color, linewidth=1.3, zorder=2)
+                interval = [100 * gain["gain_low"], 100 * gain["gain_high"]]
+                one.plot([place + shift] * 2, interval, color=color, linewidth=1.3, zorder=2)
                 label = benchmark if panel == place == 0 else None
                 one.plot(place + shift, 100 * gain["gain"], marker, color=color, markersize=5, zorder=3, label=label)
         one.set_title(candidate.label, fontsize=9.5, fontweight="bold")

@@ -57,7 +57,7 @@ STAGES: dict[str, Stage] = {
         _stage("anatomy", 2, Anatomy, needs.anatomy, heavy=True),
         _stage("landscape", 2, Landscape, needs.landscape, heavy=True),
         _stage("randomisation", 1, Randomisation, needs.randomisation, heavy=True),
-        _stage("predict-layers", 1, PredictLayers, needs.predict_layers, heavy=True),
+        _stage("predict-layers", 2, PredictLayers, needs.predict_layers, heavy=True),
     )
 }
 

@@ -198,7 +198,7 @@ def test_the_payload_is_the_same_again_and_says_when_nothing_is_shown(paths, tmp
     comparison.mkdir()
     gains = [0.01, -0.02, 0.03, 0.0, 0.02, -0.01]
     sweep = [sweep_row(group, name, gain * sign) for group, gain in zip(GROUPS, gains, strict=True)
-             for name, sign in (("sums", 1), ("words", -0.5))]  # fmt: skip
+             for name, sign in (("sums", 1), ("words", -0.5), ("mean", 0.25))]  # fmt: skip
     (comparison / "rows.json").write_text(json.dumps(sweep))
     payloads = []
     for name in ("one", "two"):
@@ -207,6 +207,9 @@ def test_the_payload_is_the_same_again_and_says_when_nothing_is_shown(paths, tmp
         summary = run(RECIPE, {**paths, "comparison": comparison}, out, make_context(tmp_path / "work"))
         payloads.append({path.name: path.read_bytes() for path in out.iterdir()})
     assert payloads[0] == payloads[1]
+    matches = [row for row in json.loads(payloads[0]["rows.json"]) if row["part"] == "correlation"]
+    families = {row["benchmark"]: row["family"] for row in matches}
+    assert families == {"sums": "benchmark", "words": "benchmark", "mean": "mean"}, "the comparison's own mean"
     assert set(payloads[0]) == {"section.md", "rows.json", "scores.png", "correlations.png"}
     assert summary["groups"] == 6
     text = payloads[0]["section.md"].decode()
