@@ -384,7 +384,6 @@ def _asked(
         try:
             locate("profile", sized)
         except ConfigError as error:
-            locate("profile", profile)
             raise ConfigError(f"--budget {budget}: {profile} has no such size; leave it out. ({error})") from None
     return Asked(study, sized, overrides or [], _seeds(seeds), replicates)
 
