@@ -79,6 +79,7 @@ def flip_and_run(study: Study, home: Path, expected: tuple[Path, list[dict[str, 
     return "right"
 
 
+@pytest.mark.slow
 def test_bits_that_flip_in_what_a_study_keeps_change_no_answer(
     study: Study, finished: tuple[Path, list[dict[str, Any]]], stopped: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_bits_that_flip_in_what_a_study_keeps_change_no_answer(
     assert flip_and_run(study, stopped, finished, "state state state", seed=2) == "right"
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_in_a_sentence_and_the_run_goes_on_when_there_is_room(
     study: Study, finished: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
