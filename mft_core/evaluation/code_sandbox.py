@@ -19,6 +19,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -156,11 +157,13 @@ def _started(role: str, channel: socket.socket, user: int, **streams: Any) -> It
     streams["stderr"] = streams["stderr"] or subprocess.DEVNULL
     inside = [sys.executable, "-sPSc", _inside(), role, str(channel.fileno()), str(user), sysconfig.get_path("purelib")]
     command = [*_sandbox(os.geteuid() == 0), "--", *inside]
-    process = subprocess.Popen(command, pass_fds=[channel.fileno()], env={"PYTHONHASHSEED": "0"}, **streams)
+    streams |= {"pass_fds": [channel.fileno()], "env": {"PYTHONHASHSEED": "0"}, "process_group": 0}
+    process = subprocess.Popen(command, **streams)
     try:
         yield process
     finally:
-        process.kill()
+        if process.poll() is None:  # with what it has forked and not yet bound to its own end
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 

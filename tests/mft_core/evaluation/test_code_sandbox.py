@@ -12,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mft_core.errors import ConfigError
@@ -345,3 +346,17 @@ def test_where_all_users_are_taken_that_is_told(monkeypatch: pytest.MonkeyPatch)
         assert {one, other} == {61_184, 61_185}
         with pytest.raises(ConfigError, match="all 2 users of sandboxes are taken"):
             passes(Trial(SQUARE, TESTS))
+
+
+def test_a_sandbox_that_is_ended_while_it_is_made_leaves_nothing():
+    for number in range(40):
+        ours, theirs = socket.socketpair()
+        with ours, theirs, code_sandbox._user() as user:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": None}
+            with code_sandbox._started("completion", ours, user, **streams) as process:
+                time.sleep(number / 4_000)
+    ends = time.monotonic() + 20
+    while left := [one.pid for one in psutil.process_iter(["ppid", "name"])
+                   if (one.info["name"], one.info["ppid"]) == ("bwrap", 1)]:  # fmt: skip
+        assert time.monotonic() < ends, (left, process.pid)
+        time.sleep(0.1)
