@@ -190,7 +190,6 @@ def _answer(end: int, what: str, function: Callable[[Any], Any]) -> NoReturn:
         os.closerange(end + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         for stream in range(3):
             os.dup2(os.open(os.devnull, os.O_RDWR), stream)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other ends it
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
         most, hard = psutil.Process().memory_info().vms + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
