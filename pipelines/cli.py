@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -91,6 +92,23 @@ def _open_closed_streams() -> None:
 def _told(error: BaseException) -> str:
     text = printable(without_secrets(told(error)))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("mft-pipeline"))
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    # no docstring: it would take the place of the app's help
+    pass
 
 
 @app.command()

@@ -42,6 +42,8 @@ LEAST_REPLICATES = 3
 """with two, Student's t has one degree of freedom: its 95% interval is 12.7 standard errors to either side"""
 _MOST_PRIOR_FREEDOM = 20.0
 """so that a study can overrule the earlier ones"""
+_ROUNDING = 1e-12
+"""a standard error of so little of the gain is that of numbers that do not vary"""
 
 
 class TooFewReplicatesError(ValueError):
@@ -146,9 +148,11 @@ class Estimate:
 
     def p_equivalence(self, margin: float) -> Any:
         """Return the p-value of two one-sided tests (Schuirmann 1987) that the gain is within ±`margin`."""
+        within = margin - np.abs(self.centre)
         with np.errstate(divide="ignore", invalid="ignore"):
-            distance = (margin - np.abs(self.centre)) / self.standard_error
-        return np.where(self.standard_error > 0, 1 - scipy.special.stdtr(self.freedom, distance), 1.0)[()]
+            by_t = 1 - scipy.special.stdtr(self.freedom, within / self.standard_error)
+        by_sign = np.where(within > 0, 0.5 ** (self.freedom + 1.0), 1.0)
+        return np.where(self.standard_error > 0, by_t, by_sign)[()]
 
     def at(self, confidence: float) -> Estimate:
         """Return the same estimate with an interval of another confidence."""
@@ -202,6 +206,7 @@ def estimate(
     found = _moments(strata, over)
     items_only = np.maximum(found.items, 0.0)
     error, freedom = np.sqrt(items_only), found.items_freedom
+    error = np.where(error > _ROUNDING * np.abs(found.centre), error, 0.0)
     if found.freedom:
         between, known = found.between, np.asarray(found.freedom, dtype=float)
         expected = prior or ORDINARY
@@ -226,7 +231,9 @@ def estimate(
         error, freedom = np.where(wider, of_units, error), np.where(wider, of_all, freedom)
     half = _quantile((1 + confidence) / 2, freedom) * error
     with np.errstate(divide="ignore", invalid="ignore"):
-        p_value = np.where(error > 0, 2 * scipy.special.stdtr(freedom, -np.abs(found.centre) / error), 1.0)
+        by_t = 2 * scipy.special.stdtr(freedom, -np.abs(found.centre) / error)
+    # numbers that do not vary have no t: that all of them are on one side is left, the sign test (Arbuthnott 1710)
+    p_value = np.where(error > 0, by_t, np.where(found.centre == 0, 1.0, 0.5**freedom))
     if (
         len(strata) == 1
         and not found.freedom

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -149,3 +150,8 @@ def test_a_size_that_the_profile_has_not_is_named_as_such(study: list[str], tmp_
     assert process.returncode == 2
     assert "--budget 2h" in err
     assert "has no such size" in err
+
+
+def test_the_version_is_that_of_the_installed_package(tmp_path: Path) -> None:
+    told, _ = start(tmp_path, mft("--version"), stdout=subprocess.PIPE).communicate(timeout=60)
+    assert told.strip() == importlib.metadata.version("mft-pipeline")

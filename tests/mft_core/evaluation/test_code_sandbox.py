@@ -28,20 +28,9 @@ TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candida
 SQUARE = "def square(n):\n    return n * n\n"
 
 
-def children() -> dict[int, str]:
-    """Return this process's descendants, with how they were started."""
-    parents, commands = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")[:80]
-        except OSError:
-            continue
-
-    def below(process: int) -> bool:
-        return process == os.getpid() or (process in parents and below(parents[process]))
-
-    return {pid: commands[pid] for pid in parents if pid != os.getpid() and below(pid)}
+def children() -> set[int]:
+    """Return this process's descendants."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def sandboxes(mark: str) -> list[int]:
@@ -103,10 +92,10 @@ def test_hostile_completions_are_contained_and_fail_and_the_others_go_on(monkeyp
     assert told[-1] == (len(HOSTILE) + 1,) * 2
     deadline = time.monotonic() + 10  # what was killed is gone when the kernel has had its turn
     assert seen  # what is asserted to be gone below was there
-    while (sandboxes(mark) or children() != before) and time.monotonic() < deadline:
+    while (sandboxes(mark) or children() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert sandboxes(mark) == []
-    assert children() == before
+    assert children() <= before
 
 
 def facts(body: str, test: str) -> bool:

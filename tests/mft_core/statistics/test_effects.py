@@ -192,7 +192,15 @@ def test_outcomes_that_do_not_differ_are_no_result():
     found = estimate([Stratum.of(np.zeros(3))])
     assert (found.gain, found.p_value) == (0, 1)
     assert found.low < 0 < found.high, "that three items are equal does not say that all are"
-    assert estimate([Stratum.of(np.full(3, 0.5))]).p_value == 1, "numbers that do not vary say nothing of their spread"
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_numbers_that_do_not_vary_have_the_sign_test(count: int):
+    gained, same = estimate([Stratum.of(np.full(count, 0.2))]), estimate([Stratum.of(np.zeros(count))])
+    assert gained.p_value == stats.binomtest(count, count).pvalue
+    assert gained.p_equivalence(0.3) == stats.binomtest(count, count, alternative="greater").pvalue
+    assert gained.p_equivalence(0.1) == 1
+    assert same.p_value == 1
 
 
 def test_subjects_count_alike_whatever_their_number_of_items():
