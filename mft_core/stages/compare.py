@@ -261,23 +261,22 @@ def _measured(variants: Sequence[_Variant]) -> dict[str, tuple[float, float]]:
 
 def _rows(recipe: Compare, variant: _Variant) -> Iterator[tuple[Row, Comparison | None]]:
     """Yield the rows of a variant: single trainings, seeds together, all replicates; each benchmark, and their mean."""
-    every = list(variant.benchmarks.items())
-    replicated = len(every[0][1]) > 1
-    enough = len(every[0][1]) >= LEAST_REPLICATES
-    for _, members in every:
-        for group in members:
-            family = "training" if group.replicate else "checkpoint" if enough else "exploratory"
-            several = len(group.seeds) > 1
-            for index in range(len(group.seeds)):
-                yield _row(recipe, [[group]], "training" if several else family, index)
+    every = list(variant.benchmarks.values())
+    enough = len(every[0]) >= LEAST_REPLICATES
+    whole = [every] if len(every) > 1 and MEAN not in variant.benchmarks else []
+    for benchmarks in [*([members] for members in every), *whole]:
+        for groups in zip(*benchmarks, strict=False):
+            if len({(group.replicate, *group.seeds) for group in groups}) > 1:
+                continue  # they are not of the same trainings
+            alone = [[group] for group in groups]
+            family = "training" if groups[0].replicate else "checkpoint" if enough else "exploratory"
+            several = len(groups[0].seeds) > 1
+            for index in range(len(groups[0].seeds)):
+                yield _row(recipe, alone, "training" if several else family, index)
             if several:
-                yield _row(recipe, [[group]], family)
-        if replicated:
-            yield _row(recipe, [members], "exploratory" if enough else None)
-    if len(every) > 1 and MEAN not in variant.benchmarks:
-        yield _row(recipe, [members[:1] for _, members in every], "checkpoint" if enough else "exploratory")
-        if replicated:
-            yield _row(recipe, [members for _, members in every], "exploratory" if enough else None)
+                yield _row(recipe, alone, family)
+        if len(benchmarks[0]) > 1:
+            yield _row(recipe, benchmarks, "exploratory" if enough else None)
 
 
 def _row(

@@ -111,7 +111,7 @@ def by_name(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
 def test_rows_are_those_of_the_report_with_every_number_word_and_gap(recorded: tuple[Path, list[Row]]) -> None:
     frame = results.rows("data-ratio")
     found, expected = by_name(results.records(frame)), by_name(recorded[1])
-    assert len(frame) == len(found) == len(expected) == 2 * (2 * (1 + 1 + 4 + 2) + 4)
+    assert len(frame) == len(found) == len(expected) == 2 * 3 * (1 + 1 + 4 + 2)
     assert set(frame.columns) == {name for row in recorded[1] for name in row} - {"cached"}
     for key, row in found.items():
         assert row == {name: expected[key].get(name) for name in row}, key
@@ -122,7 +122,7 @@ def test_rows_are_those_of_the_report_with_every_number_word_and_gap(recorded: t
 def test_rows_can_be_drawn_and_pooled_as_those_of_the_report(recorded: tuple[Path, list[Row]]) -> None:
     found = results.records(results.rows("data-ratio"))
     assert len(pooled(found)) == len(pooled(recorded[1])) == 2 * (2 + 1) * 4
-    assert len(apart(found)) == len(apart(recorded[1])) == 2 * 2 * 4
+    assert len(apart(found)) == len(apart(recorded[1])) == 2 * 3 * 4
     assert [row["variant"] for row in found] == [row["variant"] for row in recorded[1]], "in the report's order"
 
 

@@ -174,7 +174,7 @@ def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path, tmp_
     import mlflow
 
     rows = compared(tmp_path)
-    assert len(rows) == 2 * (2 * (1 + 4 + 2) + 1 + 2), "each evaluation, the seeds of a mask together, and means"
+    assert len(rows) == 2 * 3 * (1 + 4 + 2), "each evaluation, the seeds of a mask together, and means"
     for row in rows:
         row |= {"study": "sparsity", "profile": "tiny", "seconds": 1.25, "validation_loss": None, "cached": True}
         if row["method"] == "mft" and row["seed"] != "all":
