@@ -27,6 +27,9 @@ GAMED = "df_gamed.csv"
 _JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 """whose prompt and reading of the answer are AlpacaEval 2's"""
 
+_UNREAD = 0.02
+"""share of the items whose judgement may be missing"""
+
 
 def check(recipe: Evaluate, folder: Path | None) -> None:
     """Raise a ConfigError for a judged task without a judge, the package that asks it, or the file of its folder."""
@@ -104,8 +107,12 @@ def _preferences(recipe: Evaluate, texts: list[tuple[str, str, str]], folder: Pa
             raise StageError(
                 f"judge = {recipe.judge}: it does not answer ({type(error).__name__}: {error})."
             ) from error
-        if judged["preference"].isna().all():
-            raise StageError(f"judge = {recipe.judge}: no answer names one of the two outputs, with log-probabilities.")
+        unread = int(judged["preference"].isna().sum())
+        if unread > _UNREAD * len(texts):
+            raise StageError(
+                f"judge = {recipe.judge}: {unread} of {len(texts)} answers name none of the two outputs, with "
+                f"log-probabilities; {_UNREAD:.0%} may. Others would count by their length alone; take another judge."
+            )
         glm_winrate.hf_hub_download = lambda **asked: folder / GAMED  # it would ask the hub for it
         glm_winrate.get_length_controlled_winrate(judged, save_weights_dir=None, is_warn_extreme_changes=False)
     return [float(value) for value in judged["glm_preference"]]

@@ -62,6 +62,8 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict]]:
             chance = 1 / (1 + math.exp(len(second.split('"""')[0]) - len(first.split('"""')[0])))
             tops = [{"token": name, "logprob": math.log(p + 1e-9), "bytes": None}
                     for name, p in (("m", chance), ("M", 1 - chance))]  # fmt: skip
+            if body["model"] == "absent-minded" and len(asked) % 4 == 0:
+                tops = [{"token": "The", "logprob": -0.1, "bytes": None}]
             message = {"role": "assistant", "content": "m"}
             content = [{**tops[0], "top_logprobs": tops}]
             choice = {"index": 0, "finish_reason": "length", "message": message, "logprobs": {"content": content}}
@@ -122,6 +124,11 @@ def test_a_judge_that_does_not_answer_is_named(
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(StageError, match="judge = any-judge: it does not answer"):
         evaluate(RECIPE.model_copy(update={"limit": 2}), model, folder)
+
+
+def test_answers_that_are_no_judgement_are_counted_and_no_result(model: Path, folder: Path, judge: list[dict]):
+    with pytest.raises(StageError, match=r"judge = absent-minded: 10 of 40 answers name none of the two outputs"):
+        evaluate(RECIPE.model_copy(update={"judge": "absent-minded"}), model, folder)
 
 
 def test_what_a_judged_task_lacks_is_said_before_anything_is_answered(model: Path, folder: Path):
