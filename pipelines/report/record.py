@@ -40,8 +40,6 @@ _DESCRIPTION = """{question}
 
 A run is a result of the study on a profile: its description answers the question, its artifacts hold the report with
 all tables and figures. The runs nested in it are the variants, in the colours of the figures."""
-_MOST = 7900
-"""characters of a description; MLflow cuts at 8,000"""
 
 
 class Recorder:
@@ -167,8 +165,6 @@ class Recorder:
         links = "[Gains drawn](view:chart) · [all variants](view:table)"
         text = "\n\n".join([f"**{report.plan.study.question}**", links, answer(report), *shown,
                             report.table.partition("\n\n")[2]])  # fmt: skip
-        if len(text) > _MOST:
-            text = text[:_MOST].rpartition("\n")[0] + "\n\n... the rest: `report/report.html` among the artifacts"
         self._tracker.describe(text)
 
     def _data(self, item: Variant, report: Report) -> list[DataSet]:

@@ -37,6 +37,7 @@ from mft_core.store.artifacts import ArtifactStore
 from tasks.mlflow import client as mlflow_client
 from tasks.mlflow import views
 from tasks.mlflow.fields import (
+    LONGEST,
     cause,
     columns,
     is_dead,
@@ -60,6 +61,7 @@ LIVE_SECONDS = 0.5
 """between the points of a curve that is sent while it grows"""
 _MOST = {"metrics": 800, "params": 100, "tags": 100}
 """of one request; MLflow takes 1,000 in all"""
+_REST = "\n\n... the rest: `report/report.html` among the artifacts"
 _PICTURE = 760
 """pixels that a figure in a description is wide; a wider one pushes what stands beside it out of MLflow's page"""
 ALL_RUNS = 50_000
@@ -366,7 +368,10 @@ class Tracker:
 
     def _note(self, text: str) -> None:
         text = text.replace("](artifact:", f"](get-artifact?run_uuid={self._runs['']}&path=")
-        self._client.set_tag(self._runs[""], NOTE, _linked(text, self._experiment_id))
+        text = _linked(text, self._experiment_id)
+        if len(text) > LONGEST["tag"]:
+            text = text[: LONGEST["tag"] - len(_REST)].rpartition("\n")[0] + _REST
+        self._client.set_tag(self._runs[""], NOTE, text)
 
     def _view(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._client.set_experiment_tag(self._experiment_id, views.TAG, views.saved(rows))

@@ -197,6 +197,19 @@ def test_every_number_of_a_report_is_found_again_by_search_runs(home: Path, tmp_
             assert run[f"tags.verdict/{row['benchmark']}"] == row["verdict"]
 
 
+def test_a_description_is_cut_at_the_end_of_a_line_within_what_mlflow_keeps(home: Path) -> None:
+    lines = "\n".join(f"| line {number:04} |" for number in range(8000 // 14))
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "sparsity on tiny")
+        tracker.describe(f"**q**\n\n![figure](artifact:report/figure.png)\n\n{lines}"[:8000])
+        tracker.finish("FINISHED")
+    [run] = runs_of(home)
+    note = run.data.tags["mlflow.note.content"]
+    assert f"](get-artifact?run_uuid={run.info.run_id}&path=report/figure.png)" in note
+    *shown, blank, rest = note.splitlines()
+    assert (shown[-1][-2:], blank, rest) == (" |", "", "... the rest: `report/report.html` among the artifacts")
+
+
 def test_a_param_that_is_a_number_is_one_in_every_run_that_has_it(home: Path) -> None:
     masks: list[dict[str, Any]] = [{**ROWS[0], "mask.training.max_steps": "None", "mask.fraction": 0.5}]
     masks += [{**ROWS[0], "variant": "mft", "seed": "all", "seeds": 2, "mask.training.max_steps": 30}]
