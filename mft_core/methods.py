@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 Role = Literal["reference", "control", "treatment"]
 _OF_ALL = frozenset({"precision", "engine", "engine_version", "judge", "model", "benchmarks"})
@@ -189,6 +189,16 @@ class Contrast:
         if len(sides) != 2 or not all(sides) or sides[0] == sides[1]:
             raise ValueError(f"contrast '{text}': write treatment - control, such as mft - fft")
         return cls(sides[0], sides[1])
+
+    def pairs(self, treated: Mapping[str, Any], control: Mapping[str, Any]) -> bool:
+        """Whether two variants, given by their columns, are its sides, alike but for the method and what both name."""
+        for side, columns in ((self.treatment, treated), (self.control, control)):
+            if columns["method"] != side[0] or not set(side[1:]) <= set(columns["variant"].split()):
+                return False
+        named = ({word.partition("=")[0] for word in side} for side in (self.treatment, self.control))
+        apart = {"variant", "method", "seed", "replicate"} | set.intersection(*named)
+        shared = [key for key in treated if key in control and not {key, key.split(".")[-1]} & apart]
+        return all(treated[key] == control[key] or None in (treated[key], control[key]) for key in shared)
 
     def __str__(self) -> str:
         return f"{' '.join(self.treatment)} - {' '.join(self.control)}"

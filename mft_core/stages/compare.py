@@ -366,9 +366,8 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
     cases: dict[tuple[str, str, str], list[tuple[_Variant, _Variant]]] = {}
     for text in recipe.contrasts:
         contrast = Contrast.parse(text)
-        found = [(treated, control) for treated in variants if _is(treated, contrast.treatment)
-                 for control in variants
-                 if _is(control, contrast.control) and _alike(treated, control, contrast)]  # fmt: skip
+        found = [(treated, control) for treated in variants if treated.first.method == contrast.treatment[0]
+                 for control in variants if contrast.pairs(treated.columns, control.columns)]  # fmt: skip
         if not found:
             raise StageError(f"contrast '{text}': the study has no such two variants, alike in all that both have.")
         for treated, control in found:
@@ -406,19 +405,6 @@ def _mean(benchmarks: Mapping[Any, Sequence[Pairs]], side: str) -> float:
     return float(
         np.mean([[pairs.grouping.mean(getattr(pairs, side)) for pairs in each] for each in benchmarks.values()])
     )
-
-
-def _is(variant: _Variant, words: Sequence[str]) -> bool:
-    return variant.first.method == words[0] and set(words[1:]) <= set(variant.first.name.split())
-
-
-def _alike(treated: _Variant, control: _Variant, contrast: Contrast) -> bool:
-    """Whether two variants differ in nothing but the method and what the contrast names on both of its sides."""
-    ours, theirs = treated.columns, control.columns
-    named = ({word.partition("=")[0] for word in side} for side in (contrast.treatment, contrast.control))
-    apart = {"variant", "method"} | set.intersection(*named)
-    shared = [key for key in ours if key in theirs and not {key, key.split(".")[-1]} & apart]
-    return all(ours[key] == theirs[key] or None in (ours[key], theirs[key]) for key in shared)
 
 
 def _against(treated: _Variant, control: _Variant, benchmark: str) -> list[Pairs]:

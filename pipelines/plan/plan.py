@@ -21,6 +21,7 @@ from mft_core.evaluation import judged
 from mft_core.methods import METHODS, REFERENCES, Contrast
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Facts, Needs
+from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
 from mft_core.store.sources import Source
@@ -130,8 +131,10 @@ class Plan:
         if self.study.contrasts is not None:
             there = {item.setup.method for item in self.variants}
             asked = ((text, Contrast.parse(text)) for text in self.study.contrasts.primary)
-            declared["contrasts"] = tuple(text for text, one in asked if {one.treatment[0], one.control[0]} <= there)
-            declared["margin"] = self.study.contrasts.margin
+            kept = {text: one for text, one in asked if {one.treatment[0], one.control[0]} <= there}
+            for text, one in kept.items():
+                self._check_contrast(text, one)
+            declared |= {"contrasts": tuple(kept), "margin": self.study.contrasts.margin}
         return Compare(
             question=self.study.question,
             profile=self.profile.name,
@@ -142,6 +145,21 @@ class Plan:
             contest=self.study.contest,
             **declared,
         ), nodes
+
+    def _check_contrast(self, text: str, contrast: Contrast) -> None:
+        """Raise a ConfigError for a contrast of variants that the study has not; a search's are known when it ends."""
+        if self.search and not self.search.finished:
+            return
+        treated, controls = (
+            [item.columns for item in self.variants if item.setup.method == method]
+            for method in (contrast.treatment[0], contrast.control[0])
+        )
+        if not any(contrast.pairs(ours, theirs) for ours in treated for theirs in controls):
+            names = dict.fromkeys(without_seed(str(columns["variant"])) for columns in (*treated, *controls))
+            raise ConfigError(
+                f"study {self.study.name}, contrasts.primary: '{text}': of these variants no two are so and alike in "
+                f"all else that both have: {', '.join(names)}. Name what they have, or give the study such variants."
+            )
 
     def _baseline(self, item: Variant, benchmark: str, node: Node) -> Node | None:
         """Return the evaluation that the variant's evaluation on the benchmark is compared with."""
