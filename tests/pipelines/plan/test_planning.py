@@ -13,7 +13,7 @@ from mft_core.store.sources import local_checkpoint
 from pipelines.config import resolve
 from pipelines.config.by_name import names
 from pipelines.config.profile import load_profile
-from pipelines.config.study import load_study
+from pipelines.config.study import Contrasts, load_study
 from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 
@@ -173,13 +173,25 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_the_list(load, kind):
         load(f"{known}x")
 
 
+def test_a_contrast_of_variants_that_the_study_has_not_is_refused_before_anything_runs(folder):
+    study, profile = load_study(str(folder / "mini-study.yaml")), load_profile(str(folder / "mini.yaml"))
+
+    def contrasts(text):
+        declared = study.model_copy(update={"contrasts": Contrasts(primary=(text,))})
+        return make_plan(declared, profile, ArtifactStore(folder / "home")).comparison()[0].contrasts
+
+    assert contrasts("mft sparsity=0.1 - magnitude sparsity=0.1") == ("mft sparsity=0.1 - magnitude sparsity=0.1",)
+    with pytest.raises(ConfigError, match=r"'mft sparsity=0\.3 - magnitude sparsity=0\.3': of these variants no two"):
+        contrasts("mft sparsity=0.3 - magnitude sparsity=0.3")
+
+
 def test_planning_imports_neither_torch_nor_prefect_nor_mlflow(folder):
     code = (
         "import sys\n"
         "from pathlib import Path\n"
         "import pipelines.cli\n"
         "from mft_core.store.artifacts import ArtifactStore\n"
-        "from pipelines.config.profile import load_profile; from pipelines.config.study import load_study\n"
+        "from pipelines.config.profile import load_profile; from pipelines.config.study import Contrasts, load_study\n"
         "from pipelines.cost.predicted import bills\n"
         "from pipelines.plan.plan import make_plan\n"
         "from pipelines.cost.plan_view import as_dict, show\n"
