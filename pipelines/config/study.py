@@ -131,6 +131,9 @@ class Study(Recipe):
         description="a tuning: by the loss on validation rows, or by the accuracy on the profile's `validation` "
         "benchmarks ('accuracy-or-loss': where it has some); a choice on an edge of its grid is refused",
     )
+    bounded: tuple[str, ...] = Field(
+        (), description="settings whose grids end where they must, e.g. at a budget: there a tuning may choose the edge"
+    )
     analyses: tuple[Analysis, ...] = ()
     figure: Literal["gains", "methods", "matrix", "trajectory"] | None = Field(
         None, description="what the report's main figure shows; null fits it to what varies"
@@ -158,6 +161,15 @@ class Study(Recipe):
                         f"contrasts.primary: '{text}': the study has no variant of method '{side[0]}'; it has: "
                         f"{', '.join(sorted(methods))}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _bounded_are_varied(self) -> Study:
+        varied = sorted({key for spec in self.families for key in spec.grid})
+        if unknown := set(self.bounded) - set(varied):
+            raise ValueError(
+                f"bounded: {', '.join(sorted(unknown))}: no grid varies that; they vary: {', '.join(varied)}"
+            )
         return self
 
     @property

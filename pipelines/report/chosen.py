@@ -8,7 +8,7 @@ the choice, say what it is worth. For the report's tables (`pipelines.report.rep
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ By = Literal["loss", "accuracy"]
 _RESULTS = ("benchmark", "n", "seeds", "accuracy", "gain", "gain_low", "gain_high", "verdict")
 
 
-def chosen(rows: Sequence[Row], by: By = "loss") -> list[Row]:
+def chosen(rows: Sequence[Row], by: By = "loss", bounded: Container[str] = ()) -> list[Row]:
     """Return the rows, seeds pooled, of each method's variant of best validation in each domain.
 
     Methods of which there is one variant have no choice. What is learned on another domain's data has its loss on that
@@ -32,6 +32,7 @@ def chosen(rows: Sequence[Row], by: By = "loss") -> list[Row]:
     Args:
         rows: of a report, with `validation_loss` (nats per token) where a variant was trained, or
             `validation_accuracy` (a share) where it was evaluated on validation items.
+        bounded: settings whose least and greatest values are no edges.
 
     Returns:
         method, domain, variant, how many `variants` there were, the `validation_loss` or `validation_accuracy` of this
@@ -51,7 +52,7 @@ def chosen(rows: Sequence[Row], by: By = "loss") -> list[Row]:
         means = {name: fmean(row[measure] for row in own) for name, own in variants.items()}
         best = min(means, key=lambda name: means[name] if by == "loss" else -means[name])
         described = {"method": method, "domain": domain, "variant": best, "variants": len(variants)}
-        described |= {measure: round(means[best], 6), "edge": _edge(best, variants)}
+        described |= {measure: round(means[best], 6), "edge": _edge(best, variants, bounded)}
         described["settings"] = _as_profile(method, variants[best][0])
         own = [row for row in pooled(rows) if (row["domain"], without_seed(row["variant"])) == (domain, best)]
         found += [described | {name: row[name] for name in _RESULTS} for row in own]
@@ -81,15 +82,15 @@ def for_profile(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(texts)
 
 
-def _edge(best: str, variants: Mapping[str, Sequence[Row]]) -> str | None:
+def _edge(best: str, variants: Mapping[str, Sequence[Row]], bounded: Container[str]) -> str | None:
     """Say which setting of the chosen variant is the least or the greatest that was tried; None: none is."""
     firsts = [own[0] for own in variants.values()]
     for key in ("sparsity", *(key for key in settings(firsts) if not key.endswith("seed"))):  # seeds have no order
         values = {row.get(key) for row in firsts} - {None}
         numbers = sorted(value for value in values if isinstance(value, int | float))
         own = variants[best][0].get(key)
-        if len(numbers) > 1 and own in (numbers[0], numbers[-1]):
-            setting = key if "." in key else f"mask.{key}"
+        setting = key if "." in key else f"mask.{key}"
+        if len(numbers) > 1 and own in (numbers[0], numbers[-1]) and setting not in bounded:
             return f"{setting} = {own:g} (tried: {', '.join(f'{number:g}' for number in numbers)})"
     return None
 

@@ -64,7 +64,7 @@ class Report:
         """Every table of numbers besides `rows`, by name: choices, winners, data, costs, a search, each analysis."""
         by_items = any(item.validations for item in self.plan.variants)
         parts: dict[str, Callable[[], list[Row]]] = {
-            "chosen": lambda: chosen(self.rows, "accuracy" if by_items else "loss"),
+            "chosen": lambda: chosen(self.rows, "accuracy" if by_items else "loss", self.plan.study.bounded),
             "contrasts": lambda: self.contrasts,
             "winners": lambda: _read_rows(self.directory / "winners.json"),
             "data": lambda: _data(self.plan, self.manifests),
