@@ -195,9 +195,11 @@ class Contrast:
         for side, columns in ((self.treatment, treated), (self.control, control)):
             if columns["method"] != side[0] or not set(side[1:]) <= set(columns["variant"].split()):
                 return False
-        named = ({word.partition("=")[0] for word in side} for side in (self.treatment, self.control))
-        apart = {"variant", "method", "seed", "replicate"} | set.intersection(*named)
-        shared = [key for key in treated if key in control and not {key, key.split(".")[-1]} & apart]
+        named = set.intersection(
+            *({word.partition("=")[0] for word in side} for side in (self.treatment, self.control))
+        )
+        apart = {"variant", "method", "seed", "replicate", *named}
+        shared = [key for key in treated if key in control and key not in apart and key.split(".")[-1] not in named]
         return all(treated[key] == control[key] or None in (treated[key], control[key]) for key in shared)
 
     def __str__(self) -> str:

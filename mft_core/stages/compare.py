@@ -369,7 +369,8 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
         found = [(treated, control) for treated in variants if treated.first.method == contrast.treatment[0]
                  for control in variants if contrast.pairs(treated.columns, control.columns)]  # fmt: skip
         if not found:
-            raise StageError(f"contrast '{text}': the study has no such two variants, alike in all that both have.")
+            names = ", ".join(variant.first.name for variant in variants)
+            raise StageError(f"contrast '{text}': no two of these variants are so, and alike in all else: {names}.")
         for treated, control in found:
             cases.setdefault((text, treated.first.name, control.first.name), []).append((treated, control))
     times = Counter(text for text, _, _ in cases)

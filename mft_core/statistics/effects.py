@@ -69,6 +69,11 @@ class Stratum:
         values = values.reshape((1,) * (3 - values.ndim) + values.shape) if values.ndim < 3 else values
         return cls(values, _groups(clusters, values.shape[-1]), _groups(subjects, 1))
 
+    @property
+    def drawn(self) -> int:
+        """How many items, or clusters of them, were drawn."""
+        return self.differences.shape[-1] if self.clusters is None else int(self.clusters.max()) + 1
+
     def first(self, replicates: int) -> Stratum:
         """Return the differences of the first replicates alone."""
         return Stratum(self.differences[..., :replicates, :, :], self.clusters, self.subjects)
@@ -139,6 +144,9 @@ class Estimate:
     centre: Any
     """of the interval: the gain, but for the two items that are added to right/wrong outcomes"""
     confidence: float = 0.95
+    by_sign: float = 1.0
+    """one-sided p-value where the standard error is 0: of all items on one side; 1 where several trainings or
+    benchmarks are in it, of which that would say little"""
 
     @property
     def detectable(self) -> Any:
@@ -151,14 +159,14 @@ class Estimate:
         within = margin - np.abs(self.centre)
         with np.errstate(divide="ignore", invalid="ignore"):
             by_t = 1 - scipy.special.stdtr(self.freedom, within / self.standard_error)
-        by_sign = np.where(within > 0, 0.5 ** (self.freedom + 1.0), 1.0)
+        by_sign = np.where(within > 0, self.by_sign, 1.0)
         return np.where(self.standard_error > 0, by_t, by_sign)[()]
 
     def at(self, confidence: float) -> Estimate:
         """Return the same estimate with an interval of another confidence."""
         half = _quantile(1 - (1 - confidence) / 2, self.freedom) * self.standard_error
         return Estimate(self.gain, self.centre - half, self.centre + half, self.p_value, self.standard_error,
-                        self.freedom, self.centre, confidence)  # fmt: skip
+                        self.freedom, self.centre, confidence, self.by_sign)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,6 @@ def estimate(
     found = _moments(strata, over)
     items_only = np.maximum(found.items, 0.0)
     error, freedom = np.sqrt(items_only), found.items_freedom
-    error = np.where(error > _ROUNDING * np.abs(found.centre), error, 0.0)
     if found.freedom:
         between, known = found.between, np.asarray(found.freedom, dtype=float)
         expected = prior or ORDINARY
@@ -229,25 +236,23 @@ def estimate(
         of_units = np.sqrt(np.maximum(variance, 0.0))
         wider = _quantile(1 - alpha / 2, of_all) * of_units >= _quantile(1 - alpha / 2, freedom) * error
         error, freedom = np.where(wider, of_units, error), np.where(wider, of_all, freedom)
+    largest = np.max([np.abs(stratum.differences).max(axis=(-1, -2, -3)) for stratum in strata], axis=0)
+    error = np.where(error > _ROUNDING * largest, error, 0.0)
     half = _quantile((1 + confidence) / 2, freedom) * error
     with np.errstate(divide="ignore", invalid="ignore"):
         by_t = 2 * scipy.special.stdtr(freedom, -np.abs(found.centre) / error)
     # numbers that do not vary have no t: that all of them are on one side is left, the sign test (Arbuthnott 1710)
-    p_value = np.where(error > 0, by_t, np.where(found.centre == 0, 1.0, 0.5**freedom))
-    if (
-        len(strata) == 1
-        and not found.freedom
-        and strata[0].clusters is None
-        and strata[0].subjects is None
-        and _is_binary(strata[0].differences)
-    ):
+    alone = len(strata) == 1 and found.units == 1 and strata[0].subjects is None
+    by_sign = 0.5 ** strata[0].drawn if alone else 1.0
+    p_value = np.where(error > 0, by_t, np.where(found.centre == 0, 1.0, min(1.0, 2 * by_sign)))
+    if alone and strata[0].clusters is None and _is_binary(strata[0].differences):
         p_value = _mcnemar(strata[0].differences)
     low, high = found.centre - half, found.centre + half
     if all(_is_binary(stratum.differences) for stratum in strata):
         low, high = np.maximum(low, -1.0), np.minimum(high, 1.0)
     values = found.gain, low, high, p_value, error, freedom, found.centre
     gain, low, high, p_value, error, freedom, centre = (np.asarray(value)[()] for value in values)
-    return Estimate(gain, low, high, p_value, error, freedom, centre, confidence)
+    return Estimate(gain, low, high, p_value, error, freedom, centre, confidence, by_sign)
 
 
 def unit_variance(strata: Sequence[Stratum], over: Over) -> UnitVariance | None:
@@ -279,7 +284,7 @@ def _moments(strata: Sequence[Stratum], over: Over, least: int = LEAST_REPLICATE
         units = values.mean(axis=-1)  # (…, groups, units)
         of_items = values.mean(axis=(-3, -2))
         gain = of_items.mean(axis=-1)
-        clusters = count if stratum.clusters is None else int(stratum.clusters.max()) + 1
+        clusters = stratum.drawn
         correction = clusters / max(1, clusters - 1)
         totals = _totals((of_items - gain[..., None]) / count, stratum.clusters)
         item = correction * (totals**2).sum(axis=-1)

@@ -151,11 +151,15 @@ class Plan:
         if self.search and not self.search.finished:
             return
         treated, controls = (
-            [item.columns for item in self.variants if item.setup.method == method]
+            [
+                {**item.columns, "variant": without_seed(item.name)}
+                for item in self.variants
+                if item.setup.method == method
+            ]
             for method in (contrast.treatment[0], contrast.control[0])
         )
         if not any(contrast.pairs(ours, theirs) for ours in treated for theirs in controls):
-            names = dict.fromkeys(without_seed(str(columns["variant"])) for columns in (*treated, *controls))
+            names = dict.fromkeys(str(columns["variant"]) for columns in (*treated, *controls))
             raise ConfigError(
                 f"study {self.study.name}, contrasts.primary: '{text}': of these variants no two are so and alike in "
                 f"all else that both have: {', '.join(names)}. Name what they have, or give the study such variants."

@@ -15,7 +15,7 @@ from mft_core.figures import style
 from mft_core.masks.mask_file import load_mask
 from mft_core.masks.merge import merge, unmerge
 from mft_core.masks.selection import masked_count
-from mft_core.methods import METHODS, SELECTORS, Method, uses
+from mft_core.methods import METHODS, SELECTORS, Contrast, Method, uses
 from mft_core.recipes import LearnMask
 from mft_core.stages import get_stage
 from mft_core.statistics.tables import method_label
@@ -126,3 +126,16 @@ def test_a_method_is_a_choice_in_json_schemas_and_a_search_is_of_those_that_lear
     assert VariantSpec.model_json_schema()["properties"]["method"]["enum"] == list(METHODS)
     searched = SearchSpec.model_json_schema()["properties"]["method"]["enum"]
     assert searched == [row.name for row in METHODS.values() if row.trained]
+
+
+def test_a_contrast_is_of_variants_of_one_fine_tuning():
+    contrast = Contrast.parse("mft - fft")
+    mft, fft = (
+        {"variant": f"{name} seed=0", "method": name, "fine_tune.seed": 42, "seed": None} for name in ("mft", "fft")
+    )
+    assert contrast.pairs(mft | {"seed": 0}, fft)
+    assert not contrast.pairs(mft, fft | {"fine_tune.seed": 43})
+    both = Contrast.parse("mft sparsity=0.1 - magnitude sparsity=0.2")
+    masks = [{"variant": f"{name} sparsity={share}", "method": name, "mask.sparsity": share} for name, share in
+             (("mft", 0.1), ("magnitude", 0.2))]  # fmt: skip
+    assert both.pairs(*masks), "they differ in what the contrast names on both sides"

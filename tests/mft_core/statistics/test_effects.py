@@ -203,6 +203,30 @@ def test_numbers_that_do_not_vary_have_the_sign_test(count: int):
     assert same.p_value == 1
 
 
+@pytest.mark.parametrize(
+    "strata",
+    [
+        [Stratum.of([gain]) for gain in (0.9, -0.1, 0.2, 0.3, -0.15, 0.2)],
+        [Stratum.of([0.9, -0.1, 0.2, 0.3, -0.15, 0.2], subjects=range(6))],
+        [Stratum.of(np.full(10, 0.3)), Stratum.of(np.full(10, -0.1))],
+        [Stratum.of(np.stack([np.full((1, 10), 0.4), np.full((1, 10), -0.2)]))],
+        [Stratum.of(np.full(10, 0.1)), Stratum.of(np.full(10, 0.2)), Stratum.of(np.full(10, -0.3))],
+        [Stratum.of(np.full((1, 3, 10), 0.2))],
+        [Stratum.of(np.full(1, 0.2))],
+        [Stratum.of(np.full(5, 0.2), clusters=["one"] * 5)],
+    ],
+    ids=["benchmarks", "subjects", "two sides", "two fine-tunings", "nothing", "seeds", "one item", "one cluster"],
+)
+def test_without_a_spread_nothing_is_claimed_of_several_benchmarks_or_trainings_or_of_one_item(strata: list[Stratum]):
+    found = estimate(strata)
+    assert (found.standard_error, found.p_value) == (0, 1)
+    assert found.p_equivalence(10.0) >= 0.5
+
+
+def test_trainings_that_are_alike_to_the_last_item_claim_nothing_of_the_recipe():
+    assert estimate([Stratum.of(np.full((3, 1, 10), 0.2))], "recipe").p_value == 1
+
+
 def test_subjects_count_alike_whatever_their_number_of_items():
     rng = np.random.default_rng(3)
     parts = [rng.normal(0.1 * at, 1, size=count) for at, count in enumerate((20, 50, 200))]

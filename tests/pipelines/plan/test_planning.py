@@ -183,6 +183,8 @@ def test_a_contrast_of_variants_that_the_study_has_not_is_refused_before_anythin
     assert contrasts("mft sparsity=0.1 - magnitude sparsity=0.1") == ("mft sparsity=0.1 - magnitude sparsity=0.1",)
     with pytest.raises(ConfigError, match=r"'mft sparsity=0\.3 - magnitude sparsity=0\.3': of these variants no two"):
         contrasts("mft sparsity=0.3 - magnitude sparsity=0.3")
+    with pytest.raises(ConfigError, match=r"'mft seed=0 - fft': of these variants no two"):
+        contrasts("mft seed=0 - fft")
 
 
 def test_planning_imports_neither_torch_nor_prefect_nor_mlflow(folder):
@@ -191,7 +193,7 @@ def test_planning_imports_neither_torch_nor_prefect_nor_mlflow(folder):
         "from pathlib import Path\n"
         "import pipelines.cli\n"
         "from mft_core.store.artifacts import ArtifactStore\n"
-        "from pipelines.config.profile import load_profile; from pipelines.config.study import Contrasts, load_study\n"
+        "from pipelines.config.profile import load_profile; from pipelines.config.study import load_study\n"
         "from pipelines.cost.predicted import bills\n"
         "from pipelines.plan.plan import make_plan\n"
         "from pipelines.cost.plan_view import as_dict, show\n"
