@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mft_core.figures.style import Published, Row
 
 Kind = Literal["gains", "methods", "matrix"]
+_LINES = 8
 
 
 def gains(
@@ -51,13 +52,14 @@ def gains(
 def choose(rows: Sequence[Row]) -> Kind:
     """Return the kind of figure that shows what varies.
 
-    A matrix where several domains share benchmarks and nothing else varies, gains where a setting does, else methods.
+    A matrix where several domains share benchmarks and nothing else varies, gains where a setting does, else methods;
+    methods, too, where so many settings vary that gains would take more than `_LINES` lines of panels.
     """
-    from mft_core.figures import matrix
+    from mft_core.figures import gain_curves, matrix
     from mft_core.figures.style import drawn
 
     shown = drawn(rows)
     varied = quantities(shown)
     if matrix.fits(shown) and all(quantity.name == "domain" for quantity in varied):
         return "matrix"
-    return "gains" if varied else "methods"
+    return "gains" if varied and gain_curves.lines(shown) <= _LINES else "methods"

@@ -82,6 +82,11 @@ def draw(rows: Sequence[Row], question: str, confidence: float, published: Publi
     return figure
 
 
+def lines(rows: Sequence[Row]) -> int:
+    """Return how many lines of panels the rows need, whose benchmarks fit into one each."""
+    return len(_facets(rows, _layout(rows)))
+
+
 @dataclass(frozen=True)
 class _Facet:
     """One row of panels: a domain, and a value of each further quantity."""

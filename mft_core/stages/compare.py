@@ -374,7 +374,7 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
         for treated, control in found:
             cases.setdefault((text, treated.first.name, control.first.name), []).append((treated, control))
     times = Counter(text for text, _, _ in cases)
-    names = [text if times[text] == 1 else f"{treated} - {control}" for text, treated, control in cases]
+    there = [text if times[text] == 1 else f"{treated} - {control}" for text, treated, control in cases]
     pairs = [{(str(treated.columns["domain"]), name): _against(treated, control, name)
               for treated, control in found for name in treated.benchmarks if name in control.benchmarks}
              for found in cases.values()]  # fmt: skip

@@ -76,6 +76,11 @@ def test_the_kind_of_figure_follows_what_varies():
                for name in ("sums", "loops")]  # fmt: skip
     assert figures.choose([*of_one_model, *control]) == "matrix"
     assert figures.choose([row("mft", 0.0, "sums"), row("mft", 0.0, "loops", domain="code")]) == "methods"
+    turned = [row(method, 0.0, sparsity=share, **{MASK_RATE: rate, "mask.training.epochs": epochs})
+              for method in ("mft", "mft-soft") for share in (0.1, 0.2, 0.3) for rate in (1e-4, 1e-3, 1e-2)
+              for epochs in range(1, 5)]  # fmt: skip
+    assert figures.choose(turned[:12]) == "gains"
+    assert figures.choose(turned) == "methods", "nine lines of panels would be higher than any screen"
 
 
 def test_two_settings_of_one_method_are_axis_and_series_and_of_several_methods_axis_and_panels():
