@@ -369,12 +369,12 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
         found = [(treated, control) for treated in variants if treated.first.method == contrast.treatment[0]
                  for control in variants if contrast.pairs(treated.columns, control.columns)]  # fmt: skip
         if not found:
-            names = ", ".join(variant.first.name for variant in variants)
-            raise StageError(f"contrast '{text}': no two of these variants are so, and alike in all else: {names}.")
+            there = ", ".join(variant.first.name for variant in variants)
+            raise StageError(f"contrast '{text}': no two of these variants are so, and alike in all else: {there}.")
         for treated, control in found:
             cases.setdefault((text, treated.first.name, control.first.name), []).append((treated, control))
     times = Counter(text for text, _, _ in cases)
-    there = [text if times[text] == 1 else f"{treated} - {control}" for text, treated, control in cases]
+    names = [text if times[text] == 1 else f"{treated} - {control}" for text, treated, control in cases]
     pairs = [{(str(treated.columns["domain"]), name): _against(treated, control, name)
               for treated, control in found for name in treated.benchmarks if name in control.benchmarks}
              for found in cases.values()]  # fmt: skip
