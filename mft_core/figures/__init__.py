@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["gains", "methods", "matrix"]
 _LINES = 8
+"""of panels, which fit a page or two"""
 
 
 def gains(

@@ -132,7 +132,7 @@ class Study(Recipe):
         "benchmarks ('accuracy-or-loss': where it has some); a choice on an edge of its grid is refused",
     )
     bounded: tuple[str, ...] = Field(
-        (), description="settings whose grids end where they must, e.g. at a budget: there a tuning may choose the edge"
+        (), description="settings that may be no greater than their grids go, e.g. a budget: a tuning may choose that"
     )
     analyses: tuple[Analysis, ...] = ()
     figure: Literal["gains", "methods", "matrix", "trajectory"] | None = Field(

@@ -32,7 +32,7 @@ def chosen(rows: Sequence[Row], by: By = "loss", bounded: Container[str] = ()) -
     Args:
         rows: of a report, with `validation_loss` (nats per token) where a variant was trained, or
             `validation_accuracy` (a share) where it was evaluated on validation items.
-        bounded: settings whose least and greatest values are no edges.
+        bounded: settings whose greatest value is no edge.
 
     Returns:
         method, domain, variant, how many `variants` there were, the `validation_loss` or `validation_accuracy` of this
@@ -90,7 +90,7 @@ def _edge(best: str, variants: Mapping[str, Sequence[Row]], bounded: Container[s
         numbers = sorted(value for value in values if isinstance(value, int | float))
         own = variants[best][0].get(key)
         setting = key if "." in key else f"mask.{key}"
-        if len(numbers) > 1 and own in (numbers[0], numbers[-1]) and setting not in bounded:
+        if len(numbers) > 1 and (own == numbers[0] or (own == numbers[-1] and setting not in bounded)):
             return f"{setting} = {own:g} (tried: {', '.join(f'{number:g}' for number in numbers)})"
     return None
 

@@ -90,6 +90,13 @@ def test_a_choice_on_an_edge_of_its_grid_is_told_and_refused(losses: tuple[float
     assert edge in str(told.value)
 
 
+def test_a_bound_is_an_edge_that_may_be_chosen_at_its_upper_end_alone() -> None:
+    bounded = ["mask.training.learning_rate"]
+    (greatest,), (least,) = (chosen(tuned(*losses), bounded=bounded) for losses in ((0.4, 0.2), (0.2, 0.4)))
+    assert greatest["edge"] is None
+    assert least["edge"] == "mask.training.learning_rate = 0.1 (tried: 0.1, 0.3)"
+
+
 def test_a_setting_with_one_value_or_with_words_has_no_edge() -> None:
     words = [
         row(f"mft {name}", loss, **{"mask.score_init": name}) for name, loss in (("normal", 0.1), ("kaiming", 0.2))
