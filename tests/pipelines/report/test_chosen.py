@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from mft_core.errors import StageError
 from pipelines.config.setup import MaskSpec
+from pipelines.config.study import Study, VariantSpec
 from pipelines.report.chosen import chosen, for_profile, refuse_edges
 
 
@@ -123,3 +125,9 @@ def test_what_was_chosen_is_told_as_a_profile_has_it() -> None:
     assert MaskSpec.model_validate(
         {"layers": "1", **told["mask"], "training": {**told["mask"]["training"], "batch_size": 1}}
     )
+
+
+def test_a_bound_of_what_no_grid_varies_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"bounded: mask\.epochs: no grid varies that; they vary: mask\.sparsity"):
+        Study(name="s", question="?", bounded=("mask.epochs",),
+              variants=(VariantSpec(method="mft", grid={"mask.sparsity": [0.1, 0.2]}),))  # fmt: skip
