@@ -152,7 +152,10 @@ class Display:
         self.console.print(f"[{seconds:5.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
 
     def finished(self, label: str, outcome: str, why: str = "") -> None:
-        """Show that a stage has ended: 'computed', 'cached', 'failed' (and why), 'stopped' or 'not run'."""
+        """Show that a stage has ended: 'computed', 'cached', 'failed' (and why), 'stopped' or 'not run'.
+
+        Of the stages that an interruption stops, those that had not begun are not worth a line each.
+        """
         with self._lock:
             self._done += 1
             self._cached += outcome == "cached"
@@ -160,7 +163,7 @@ class Display:
             known = self._running.pop(label, None)
             if known is not None:
                 self._progress.remove_task(known.bar)
-            if outcome not in ("cached", "not run"):
+            if outcome in ("computed", "failed") or (outcome == "stopped" and known is not None):
                 self.say(f"{outcome:<8} {label}" + (f": {why}" if why else ""))
             if self._overall is not None:
                 self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")

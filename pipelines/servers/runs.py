@@ -106,9 +106,11 @@ def told_of(store: ArtifactStore, command: str, log: Path, snapshot: Callable[[]
         outcome: Entry = {"state": "finished"}
         try:
             yield
+        except KeyboardInterrupt:
+            outcome = {"state": "stopped", "reason": "interrupted; the same command goes on with it"}
+            raise
         except BaseException as error:
-            outcome = {"state": "failed" if isinstance(error, Exception) else "stopped"}
-            outcome["reason"] = without_secrets(told(error)) or type(error).__name__
+            outcome = {"state": "failed", "reason": without_secrets(told(error)) or type(error).__name__}
             raise
         finally:
             ended.set()

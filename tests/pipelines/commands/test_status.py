@@ -82,6 +82,13 @@ def test_a_failed_run_is_told_with_reason_and_log_until_the_same_command_has_end
     assert [run["state"] for run in runs(tmp_path)] == ["finished", "finished"]
 
 
+def test_an_interrupted_run_is_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), told_of(ArtifactStore(tmp_path), "mft run x", tmp_path / "a", lambda: FAR):
+        raise KeyboardInterrupt
+    assert "interrupted; the same command goes on with it" in status(tmp_path)
+    assert "KeyboardInterrupt" not in status(tmp_path)
+
+
 def test_what_a_run_waits_for_is_told_though_the_display_goes_on_saying_that_nothing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,16 @@ def test_a_stage_that_fails_says_why_at_once():
         assert "failed   a model: no room" in printed.getvalue()
 
 
+def test_an_interruption_names_the_stages_that_ran_and_not_the_hundreds_that_waited():
+    printed = io.StringIO()
+    with Display(2, Console(file=printed)) as shown:
+        shown.update("a model", Progress(3, 10))
+        shown.finished("a model", "stopped")
+        shown.finished("another model", "stopped")
+    assert "stopped  a model" in printed.getvalue()
+    assert "another" not in printed.getvalue()
+
+
 def test_a_run_in_which_nothing_runs_says_so(monkeypatch):
     monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.05)
     printed = io.StringIO()
