@@ -167,9 +167,12 @@ def studied(kind: str, home: Path, folder: Path, model: Path, base: Path | None,
 
 
 def one_run(kind: str, home: Path, seed: int) -> dict[str, Any]:
-    """Prepare one run of a kind and run its study; the fine-tuning is shared between the kinds."""
+    """Prepare one run of a kind and run its study, unless it has ended before; all kinds share a fine-tuning."""
     torch.set_num_threads(1)
-    folder = home / f"{kind}-{seed}"
+    folder, result = home / f"{kind}-{seed}", home / f"{kind}-{seed}.json"
+    if result.exists():
+        return dict(json.loads(result.read_text()))
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = base = fine_tuned(home, seed)
     told: dict[str, Any] = {"kind": kind, "run": seed}
@@ -177,12 +180,14 @@ def one_run(kind: str, home: Path, seed: int) -> dict[str, Any]:
         damage, first = (noise, 0.25) if kind == "rewinding" else (outliers, 60.0)
         model, size, lost = damaged(model, folder / "model", damage, first, seed)
         told |= {"size": round(size, 2), "planted": round(lost, 1)}
-    return told | studied(kind, home, folder, model, base if kind == "rewinding" else None, seed)
+    told |= studied(kind, home, folder, model, base if kind == "rewinding" else None, seed)
+    result.write_text(json.dumps(told))
+    return told
 
 
 def found(result: Mapping[str, Any]) -> bool:
     """Whether every contrast of a run says *better*."""
-    verdicts = [told[1] for told in result.values() if isinstance(told, tuple)]
+    verdicts = [told[1] for told in result.values() if isinstance(told, list | tuple)]
     return bool(verdicts) and set(verdicts) == {"better"}
 
 
@@ -206,7 +211,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--home", type=Path, help="where artifacts are kept; default: a temporary directory")
+    parser.add_argument("--home", type=Path, help="keeps what is made: the same command goes on there; default: a temporary directory")
     asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     kinds = asked.kinds.split(",")
