@@ -221,8 +221,8 @@ class PickCheckpoint(Recipe):
     averaged: int = Field(1, gt=0, description="states whose weights are averaged, the last of them at `point`")
 
 
-class Evaluate(Recipe):
-    """Recipe of the stage `evaluate`: one benchmark, greedy unless the task says otherwise."""
+class BenchmarkSettings(Recipe):
+    """What a benchmark asks of a model, in a profile as in a recipe."""
 
     task: str = Field(description="lm-eval task or group, or the name of a local-file task")
     num_fewshot: int | None = Field(None, ge=0, description="null leaves the task's own number")
@@ -236,9 +236,14 @@ class Evaluate(Recipe):
     )
     limit: int | None = Field(None, gt=0, description="items of each (sub)task, for a quick look only")
     apply_chat_template: bool = True
+    allow_code: bool = Field(False, description="run the code that a local-file task names")
+
+
+class Evaluate(BenchmarkSettings):
+    """Recipe of the stage `evaluate`: one benchmark, greedy unless the task says otherwise."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(1234, ge=0, description="of the few-shot draw, and of answers where the task samples them")
-    allow_code: bool = Field(False, description="run the code that a local-file task names")
     engine: Engine = "hf"
     engine_version: str | None = Field(None, description="of vLLM; of a server, what its owner says that it is")
     judge: str | None = Field(None, description="model that says whose answer is better, where the metric needs one")

@@ -18,11 +18,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from mft_core.geometry import Geometry
 from mft_core.methods import METHODS, MethodName, uses
 from mft_core.recipes import (
+    BenchmarkSettings,
     Engine,
     Granularity,
     Lora,
     MixturePart,
     Modules,
+    PrepareData,
     Recipe,
     ScopeName,
     ScoreInit,
@@ -73,14 +75,11 @@ class ModelSpec(Recipe):
     )
 
 
-class SourceSpec(Recipe):
+class SourceSpec(MixturePart):
     """One source of training rows, each with `messages` or in another of the shapes that are taken."""
 
     path: str = Field(description="a local JSONL, JSON (also gzipped) or Parquet file, a folder, or a hub data set")
     revision: str = "main"
-    rows: int | None = Field(None, gt=0, description="rows drawn; null takes all")
-    split: str = Field("train", description="of a hub data set or a folder")
-    config: str | None = Field(None, description="configuration (subset) of a hub data set or a folder; null: its one")
 
     @property
     def part(self) -> MixturePart:
@@ -88,14 +87,10 @@ class SourceSpec(Recipe):
         return MixturePart(rows=self.rows, split=self.split, config=self.config)
 
 
-class DataSpec(Recipe):
+class DataSpec(PrepareData):
     """The training mixture."""
 
     mixture: tuple[SourceSpec, ...] = Field(min_length=1)
-    fraction: float = Field(1.0, gt=0, le=1)
-    max_length: int = Field(gt=1, description="tokens")
-    validation_rows: int = Field(0, ge=0)
-    seed: int = Field(42, ge=0)
     overlap: float = Field(
         0.8,
         ge=0,
@@ -140,20 +135,11 @@ class LoraSpec(Lora):
     training: Training
 
 
-class BenchmarkSpec(Recipe):
+class BenchmarkSpec(BenchmarkSettings):
     """One benchmark: an lm-eval task, or a local-file task in a folder."""
 
     name: Label = Field(description="short name, used in tables and metrics")
-    task: str
     path: str | None = Field(None, description="folder of a local-file task; null for lm-eval's own tasks")
-    num_fewshot: int | None = Field(None, ge=0)
-    metric: str = "exact_match"
-    filter: str | None = None
-    average: Literal["items", "tasks"] = "items"
-    cluster: str | None = None
-    limit: int | None = Field(None, gt=0)
-    apply_chat_template: bool = True
-    allow_code: bool = Field(False, description="run the code that the folder's definition of the task names")
 
 
 class Setup(Recipe):

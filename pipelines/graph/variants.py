@@ -220,14 +220,9 @@ def _mask_words(setup: Setup) -> list[str]:
 
 
 def _data(resolved: Resolved, spec: DataSpec, fraction: float, domain: str) -> Node:
-    recipe = PrepareData(
-        mixture=tuple(source.part for source in spec.mixture),
-        fraction=fraction,
-        max_length=spec.max_length,
-        validation_rows=spec.validation_rows,
-        seed=spec.seed,
-        overlap=spec.overlap if resolved.long_questions else 0.0,
-    )
+    overlap = spec.overlap if resolved.long_questions else 0.0
+    mixture = tuple(source.part for source in spec.mixture)
+    recipe = PrepareData(**{**dict(spec), "mixture": mixture, "fraction": fraction, "overlap": overlap})
     inputs: dict[str, Source | Edge] = {"tokenizer": resolved.model.tokenizer}
     inputs |= _template(resolved.model, resolved.model.source)
     inputs |= {f"source-{i}": resolved.rows[source] for i, source in enumerate(spec.mixture)}
