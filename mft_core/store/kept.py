@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
+
+from mft_core.store.manifests import fsync
 
 
 def keep(path: Path, value: Any) -> None:
     """Write a value, so that a kill at any moment leaves the file of before or the new one."""
     text = json.dumps(value, allow_nan=False).encode()
     unfinished = path.with_suffix(".incomplete")
-    with unfinished.open("wb") as handle:
-        handle.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-        handle.flush()
-        os.fsync(handle.fileno())
+    unfinished.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    fsync(unfinished)
     unfinished.rename(path)
 
 

@@ -69,12 +69,12 @@ def commit(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n"
     (temporary / MANIFEST).write_text(text, encoding="utf-8")
     for path in temporary.rglob("*"):
-        _fsync(path)
-    _fsync(temporary)
+        fsync(path)
+    fsync(temporary)
     if final.exists():
         discard(final)
     temporary.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def discard(directory: Path) -> None:
@@ -92,7 +92,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mft_core.errors import StageError
+from mft_core.store.manifests import fsync
 
 STATE, BEFORE = "state.pt", "state-before.pt"
 _FIELDS = ("identity", "best_step", "content")
@@ -197,14 +198,9 @@ class ResumableState:
             summed = _Summed(handle)
             torch.save(content, cast(BinaryIO, summed))  # all that torch does is write
             summed.seal()
-            handle.flush()
-            os.fsync(handle.fileno())
+        fsync(unfinished)
         return unfinished
 
     def _put(self, unfinished: Path, path: Path) -> None:
         unfinished.rename(path)
-        descriptor = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(self._directory)
