@@ -41,15 +41,18 @@ _LOCK = threading.Lock()
 class Counter:
     """Adds up what a counter counts, over its wraps."""
 
-    def __init__(self, read: Callable[[], float], wraps_at: float = float("inf")) -> None:
-        """Take the function that reads the counter, and the value at which it begins again; both in joules."""
-        self._read, self._wraps_at = read, wraps_at
-        self._last = read()
+    def __init__(self, read: Callable[[], int | str], a_joule: int, wraps_at: float = float("inf")) -> None:
+        """Take the function that reads the counter, how much of it a joule is, and where it begins again, in joules."""
+        self._read, self._a_joule, self._wraps_at = read, a_joule, wraps_at
+        self._last = self._now()
         self.joules = 0.0
+
+    def _now(self) -> float:
+        return int(self._read()) / self._a_joule
 
     def sample(self) -> None:
         """Add what was used since the last sample, at most one wrap ago."""
-        now = self._read()
+        now = self._now()
         self.joules += now - self._last + (self._wraps_at if now < self._last else 0.0)
         self._last = now
 
@@ -62,7 +65,7 @@ def cpu_counters() -> list[Counter]:
             continue
         try:
             wraps_at = int((package / "max_energy_range_uj").read_text()) / 1e6
-            found.append(Counter(functools.partial(_microjoules, package / "energy_uj"), wraps_at))
+            found.append(Counter((package / "energy_uj").read_text, 1_000_000, wraps_at))
         except OSError:  # not for us to read
             continue
     return found
@@ -81,15 +84,7 @@ def gpu_counters() -> list[Counter]:
     used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
     names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in used]
     handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
-    return [Counter(functools.partial(_millijoules, pynvml, handle)) for handle in handles]
-
-
-def _microjoules(path: Path) -> float:
-    return int(path.read_text()) / 1e6
-
-
-def _millijoules(nvml: Any, handle: Any) -> float:
-    return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    return [Counter(functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle), 1_000) for handle in handles]
 
 
 class Meter:
