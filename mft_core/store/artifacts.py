@@ -69,6 +69,11 @@ class ArtifactRef(BaseModel):
     part: str = ""
     """path inside the payload that a consumer is given, e.g. 'model'"""
 
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> ArtifactRef:
+        """Return the reference to the artifact that a manifest describes."""
+        return cls(stage=manifest["stage"], key=manifest["key"], digest=manifest["digest"])
+
     def at(self, part: str) -> ArtifactRef:
         """Return the same artifact, pointing at one part of its payload."""
         return self.model_copy(update={"part": part})
@@ -192,7 +197,8 @@ class ArtifactStore:
             return None
         with contextlib.suppress(OSError):  # it lies in the shared store alone, or may only be read
             os.utime(self.directory(stage, key) / MANIFEST)
-        return self._ref(stage, key)
+        manifest = self.manifest(stage, key)
+        return ArtifactRef.of(manifest) if manifest else None
 
     def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}, held: bool = False) -> str | None:
         """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
@@ -256,10 +262,6 @@ class ArtifactStore:
             self._verified[path] = seen
         return None
 
-    def _ref(self, stage: str, key: str) -> ArtifactRef | None:
-        manifest = self.manifest(stage, key)
-        return ArtifactRef(stage=stage, key=key, digest=manifest["digest"]) if manifest else None
-
     def build(
         self,
         stage: Stage,
@@ -292,14 +294,15 @@ class ArtifactStore:
             if problem is None:
                 manifest = self.manifest(stage.name, key)
                 assert manifest is not None
-                return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), False, manifest)
+                return Built(ArtifactRef.of(manifest), False, manifest)
             if problem != "missing":
                 log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
             if force:
                 self._begin_rerun(key)
             # a sound manifest that the shared store has in spite of the problem is outdated
             replace = force or bool(self.shared and self.shared.manifest(stage.name, key))
-            return self._compute(stage, key, recipe, inputs, runtime, report, log, notes or {}, replace)
+            context = StageContext(runtime, self.work(key), report, log)
+            return self._compute(stage, key, recipe, inputs, context, notes or {}, replace)
 
     def _compute(
         self,
@@ -307,24 +310,22 @@ class ArtifactStore:
         key: str,
         recipe: Recipe,
         inputs: Mapping[str, Input],
-        runtime: Runtime,
-        report: Callable[[Progress], None],
-        log: logging.Logger,
+        context: StageContext,
         notes: Mapping[str, Any],
         replace: bool,
     ) -> Built:
-        report(Progress(0, 0))
+        context.report(Progress(0, 0))
+        work, log = context.work, context.log
         final = self.directory(stage.name, key)
         temporary = final.parent / f".incomplete-{key}"
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed run: the lock is ours
         temporary.mkdir(parents=True)
-        work = self.work(key)
         work.mkdir(parents=True, exist_ok=True)
         os.utime(work)  # `mft gc` takes what nobody has used for long
         log.info("computing %s %s", stage.name, key)
         try:
             with Meter(work) as meter:
-                summary = self._run(stage, recipe, inputs, temporary, StageContext(runtime, work, report, log))
+                summary = self._run(stage, recipe, inputs, temporary, context)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -339,7 +340,7 @@ class ArtifactStore:
             "provenance": {
                 **provenance.describe(),
                 **notes,
-                "runtime": runtime.model_dump(mode="json"),
+                "runtime": context.runtime.model_dump(mode="json"),
                 **meter.used,
             },
         }
@@ -353,7 +354,7 @@ class ArtifactStore:
             manifests.commit(temporary, final, manifest)
         log.info("finished %s %s", stage.name, key)
         shutil.rmtree(work, ignore_errors=True)
-        return Built(ArtifactRef(stage=stage.name, key=key, digest=manifest["digest"]), True, manifest)
+        return Built(ArtifactRef.of(manifest), True, manifest)
 
     def _begin_rerun(self, key: str) -> None:
         """Drop the state of earlier work, unless that work is a rerun which was cut short: then it goes on."""
