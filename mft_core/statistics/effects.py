@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy  # which imports its modules when they are used
@@ -104,8 +104,7 @@ def weights(subjects: Sequence[Any]) -> Array:
     return np.asarray(len(groups) / (len(sizes) * sizes[groups]), dtype=float)
 
 
-@dataclass(frozen=True)
-class UnitVariance:
+class UnitVariance(NamedTuple):
     """How much trainings that differ in the seed alone differ in their gain: a scaled inverse-χ² distribution."""
 
     relative: float
@@ -161,12 +160,6 @@ class Estimate:
             by_t = 1 - scipy.special.stdtr(self.freedom, within / self.standard_error)
         by_sign = np.where(within > 0, self.by_sign, 1.0)
         return np.where(self.standard_error > 0, by_t, by_sign)[()]
-
-    def at(self, confidence: float) -> Estimate:
-        """Return the same estimate with an interval of another confidence."""
-        half = _quantile(1 - (1 - confidence) / 2, self.freedom) * self.standard_error
-        return Estimate(self.gain, self.centre - half, self.centre + half, self.p_value, self.standard_error,
-                        self.freedom, self.centre, confidence, self.by_sign)  # fmt: skip
 
 
 @dataclass(frozen=True)

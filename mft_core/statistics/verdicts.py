@@ -45,7 +45,7 @@ class Tested:
     p_equivalence: float
     """of two one-sided tests, adjusted likewise"""
     margin: float
-    replicates: int
+    replicates: int = 1
     """fine-tunings that the verdict rests on"""
 
 
@@ -161,11 +161,11 @@ def judge_benchmarks(
     return [tested[end - len(found) : end] for end, found in zip(ends, benchmarks, strict=True)]
 
 
-def explore(estimates: Sequence[Estimate], margin: float = MARGIN, replicates: int = 1) -> list[Tested]:
+def explore(estimates: Sequence[Estimate], margin: float = MARGIN) -> list[Tested]:
     """Test what no contrast declares: exploratory, with false-discovery-rate values."""
     adjusted = false_discovery([one.p_value for one in estimates])
     smaller = false_discovery([one.p_equivalence(margin) for one in estimates])
     return [
-        Tested(one, verdict(one, margin, p, p_equivalence), float(p), float(p_equivalence), margin, replicates)
+        Tested(one, verdict(one, margin, p, p_equivalence), float(p), float(p_equivalence), margin)
         for one, p, p_equivalence in zip(estimates, adjusted, smaller, strict=True)
     ]

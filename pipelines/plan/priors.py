@@ -41,5 +41,4 @@ def with_priors(recipe: Compare, own: Set[str], store: ArtifactStore) -> Compare
     from mft_core.statistics.effects import UnitVariance  # takes a while
 
     pooled = {name: UnitVariance.pooled([UnitVariance(*one) for one in values]) for name, values in measured.items()}
-    known = {name: (one.relative, one.freedom) for name, one in pooled.items() if one}
-    return recipe.model_copy(update={"priors": known})
+    return recipe.model_copy(update={"priors": {name: one for name, one in pooled.items() if one}})
