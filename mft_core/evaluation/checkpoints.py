@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mft_core import recipes
 from mft_core.errors import ConfigError, validated
 from mft_core.evaluation import lm_eval_harness
@@ -17,7 +15,7 @@ from mft_core.evaluation.outcomes import Evaluation
 from mft_core.evaluation.rehearsal import rehearse
 from mft_core.recipes import Runtime
 from mft_core.statistics import comparison
-from mft_core.statistics.comparison import Comparison, Grouping, Outcomes
+from mft_core.statistics.comparison import Comparison, Outcomes
 
 
 def evaluate(
@@ -63,16 +61,6 @@ def compare(variant: Evaluation, baseline: Evaluation) -> Comparison:
     Raises:
         StageError: they were not evaluated on the same items in the same prompts, or by different metrics.
     """
-    pairs = comparison.pair([_outcomes(baseline, "the baseline")], [_outcomes(variant, "the variant")])
-    return comparison.compare([[pairs]])
-
-
-def _outcomes(evaluation: Evaluation, label: str) -> Outcomes:
-    return Outcomes(
-        label=label,
-        benchmark=evaluation.summary["benchmark"],
-        metric=evaluation.summary["metric"],
-        items=tuple(row["item"] for row in evaluation.items),
-        values=np.array([row["outcome"] for row in evaluation.items], dtype=float),
-        grouping=Grouping.of(evaluation.items),
-    )
+    before = Outcomes.of("the baseline", baseline.summary, baseline.items)
+    after = Outcomes.of("the variant", variant.summary, variant.items)
+    return comparison.compare([[comparison.pair([before], [after])]])

@@ -39,25 +39,9 @@ from mft_core.methods import Contrast
 from mft_core.recipes import Compare
 from mft_core.stage import Progress, StageContext
 from mft_core.statistics import tables
-from mft_core.statistics.comparison import (
-    Comparison,
-    Grouping,
-    Outcomes,
-    Pairs,
-    compare,
-    pair,
-    require_same_items,
-    strata_of,
-)
+from mft_core.statistics.comparison import Comparison, Outcomes, Pairs, compare, pair, require_same_items, strata_of
 from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate, unit_variance
-from mft_core.statistics.verdicts import (
-    Tested,
-    explore,
-    judge_benchmarks,
-    judge_primaries,
-    sentence,
-    verdict,
-)
+from mft_core.statistics.verdicts import Tested, explore, judge_benchmarks, judge_primaries, sentence, verdict
 from mft_core.statistics.winner import CONTEST, MEAN, Entry, best_of_sweeps
 
 OUTSIDE_THE_QUESTION = {"base"}
@@ -75,8 +59,6 @@ class _Group:
     """the columns of the first seed"""
     seeds: Sequence[Any]
     outcomes: Sequence[Outcomes]
-    share: float | None
-    """of the commonest target"""
     pairs: Pairs | None
     """None: a baseline"""
 
@@ -154,24 +136,15 @@ def _rival(entry: Entry) -> Entry:
     return replace(entry, columns={**entry.columns, "method": CONTEST, "mask": entry.columns["method"]})
 
 
-def _read(directory: Path, described: Mapping[str, Any]) -> tuple[Outcomes, float | None]:
-    """Return an evaluation's outcomes and the share of its commonest target."""
+def _read(directory: Path, described: Mapping[str, Any]) -> Outcomes:
+    """Return an evaluation's outcomes."""
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     with (directory / "items.jsonl").open(encoding="utf-8") as lines:  # splitlines would cut within responses
         rows = [json.loads(line) for line in lines]
-    outcomes = Outcomes(
-        label=str(described["variant"]),
-        benchmark=str(described["benchmark"]),
-        metric=summary["metric"],
-        items=tuple(row["item"] for row in rows),
-        values=np.array([row["outcome"] for row in rows], dtype=float),
-        higher_is_better=summary.get("higher_is_better", True),
-        grouping=Grouping.of(rows),
-    )
-    return outcomes, summary["commonest_target_share"]
+    return Outcomes.of(str(described["variant"]), summary, rows, str(described["benchmark"]))
 
 
-def _groups(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]]) -> list[_Group]:
+def _groups(recipe: Compare, evaluations: Sequence[Outcomes]) -> list[_Group]:
     """Gather the evaluations that differ in nothing but the seed, in the order of the study."""
     found: dict[str, list[int]] = {}
     for index, described in enumerate(recipe.variants):
@@ -181,7 +154,7 @@ def _groups(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]
     return [_group(recipe, evaluations, members) for members in found.values()]
 
 
-def _group(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]], members: Sequence[int]) -> _Group:
+def _group(recipe: Compare, evaluations: Sequence[Outcomes], members: Sequence[int]) -> _Group:
     described = recipe.variants[members[0]]
     seeds = [recipe.variants[index].get("seed") for index in members]
     if len(set(seeds)) < len(seeds):
@@ -189,11 +162,11 @@ def _group(recipe: Compare, evaluations: Sequence[tuple[Outcomes, float | None]]
             f"two evaluations on '{described['benchmark']}' are described alike: "
             f"{described['variant']}, seeds {seeds}; variants need columns that tell them apart."
         )
-    outcomes = [evaluations[index][0] for index in members]
+    outcomes = [evaluations[index] for index in members]
     baselines = [recipe.variants[index].get("baseline") for index in members]
-    asked = [evaluations[index][0] for index in baselines if isinstance(index, int)]
+    asked = [evaluations[index] for index in baselines if isinstance(index, int)]
     pairs = pair(asked, outcomes) if len(asked) == len(members) else None
-    return _Group(described, seeds, outcomes, evaluations[members[0]][1], pairs)
+    return _Group(described, seeds, outcomes, pairs)
 
 
 @dataclass(frozen=True)
@@ -246,7 +219,7 @@ def _strata(benchmarks: Sequence[Sequence[_Group]]) -> list[Stratum] | None:
     return strata_of(pairs) if pairs else None
 
 
-def _measured(variants: Sequence[_Variant]) -> dict[str, tuple[float, float]]:
+def _measured(variants: Sequence[_Variant]) -> dict[str, UnitVariance]:
     """Return by method how much its trainings differ, fine-tunings and seeds, over all of its variants."""
     found: dict[str, list[UnitVariance]] = {}
     claims: tuple[Over, ...] = ("recipe", "checkpoint")
@@ -255,8 +228,7 @@ def _measured(variants: Sequence[_Variant]) -> dict[str, tuple[float, float]]:
         for over in claims:
             if strata and (one := unit_variance(strata, over)):
                 found.setdefault(f"{variant.first.method} over {over}", []).append(one)
-    pooled = {name: UnitVariance.pooled(measured) for name, measured in found.items()}
-    return {name: (one.relative, one.freedom) for name, one in pooled.items() if one}
+    return {name: one for name, measured in found.items() if (one := UnitVariance.pooled(measured))}
 
 
 def _rows(recipe: Compare, variant: _Variant) -> Iterator[tuple[Row, Comparison | None]]:
@@ -314,7 +286,7 @@ def _row(
         "n": sum(len(each[0].outcomes[0].items) for each in benchmarks),
         "accuracy": float(np.mean(accuracies)),
         "accuracy_sd": float(np.std(accuracies, ddof=1)) if replicated else None,
-        "commonest_target_share": first.share if len(benchmarks) == 1 else None,
+        "commonest_target_share": first.outcomes[0].commonest_target_share if len(benchmarks) == 1 else None,
         "family": family if first.in_question else None,
     }
     if not any(each[0].outcomes[0].higher_is_better for each in benchmarks):
@@ -380,9 +352,9 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
              for found in cases.values()]  # fmt: skip
     strata = [strata_of(list(zip(*each.values(), strict=True))) for each in pairs]
     replicates = min((stratum.differences.shape[0] for each in strata for stratum in each), default=1)
-    priors = [_prior(recipe, f"{found[0][0].first.method} - {found[0][1].first.method}", replicates)
-              if found[0][1].first.method != "fft" else _prior(recipe, found[0][0].first.method, replicates)
-              for found in cases.values()]  # fmt: skip
+    methods = [[side.first.method for side in found[0]] for found in cases.values()]
+    trainings = [treated if control == "fft" else f"{treated} - {control}" for treated, control in methods]
+    priors = [_prior(recipe, name, replicates) for name in trainings]
     margin, over = recipe.margin / 100, "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
     tested = judge_primaries(strata, margin, recipe.confidence, recipe.looks, priors)
     alone = [[estimate([stratum], over, recipe.confidence, prior) for stratum in each]  # type: ignore[arg-type]
@@ -418,14 +390,11 @@ def _against(treated: _Variant, control: _Variant, benchmark: str) -> list[Pairs
     for group in ours:
         other = by_replicate.get(group.replicate, theirs[0])
         require_same_items(other.outcomes[0], group.outcomes[0])
-        values = np.stack([one.values for one in group.outcomes])
-        against = np.stack([one.values for one in other.outcomes])
-        if list(group.seeds) != list(other.seeds):
-            if len(group.seeds) == 1:
-                values = np.broadcast_to(values, against.shape)
-            elif len(other.seeds) > 1:
-                raise StageError(f"'{group.name}' and '{other.name}' have other seeds: {group.seeds}, {other.seeds}.")
-        found.append(Pairs.of(against, values, group.outcomes[0].higher_is_better, group.outcomes[0].grouping))
+        if list(group.seeds) != list(other.seeds) and min(len(group.seeds), len(other.seeds)) > 1:
+            raise StageError(f"'{group.name}' and '{other.name}' have other seeds: {group.seeds}, {other.seeds}.")
+        sides = (np.stack([one.values for one in of.outcomes]) for of in (other, group))
+        against, values = np.broadcast_arrays(*sides)
+        found.append(Pairs(against, values, group.outcomes[0].higher_is_better, group.outcomes[0].grouping))
     return found
 
 

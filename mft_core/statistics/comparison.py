@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from mft_core.errors import StageError
 from mft_core.statistics.effects import Estimate, Over, Stratum, UnitVariance, estimate, weights
@@ -58,6 +58,28 @@ class Outcomes:
     """one outcome per item, 0/1 or a number"""
     higher_is_better: bool = True
     grouping: Grouping = ALONE
+    commonest_target_share: float | None = None
+
+    @classmethod
+    def of(
+        cls, label: str, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], benchmark: str | None = None
+    ) -> Outcomes:
+        """Read them from the summary and the rows of an evaluation.
+
+        Args:
+            label: of the model.
+            benchmark: what it is called; None: as the summary does.
+        """
+        return cls(
+            label=label,
+            benchmark=benchmark or summary["benchmark"],
+            metric=summary["metric"],
+            items=tuple(row["item"] for row in rows),
+            values=np.array([row["outcome"] for row in rows], dtype=float),
+            higher_is_better=summary.get("higher_is_better", True),
+            grouping=Grouping.of(rows),
+            commonest_target_share=summary.get("commonest_target_share"),
+        )
 
     @property
     def accuracy(self) -> float:
@@ -73,21 +95,6 @@ class Pairs:
     variant: Array
     higher_is_better: bool = True
     grouping: Grouping = ALONE
-
-    @classmethod
-    def of(
-        cls, baseline: ArrayLike, variant: ArrayLike, higher_is_better: bool = True, grouping: Grouping = ALONE
-    ) -> Pairs:
-        """Pair outcomes, of shape (items,) or (seeds, items); one baseline may serve all seeds.
-
-        Raises:
-            ValueError: the shapes do not pair.
-        """
-        ours = np.atleast_2d(np.asarray(variant, dtype=float))
-        theirs = np.atleast_2d(np.asarray(baseline, dtype=float))
-        if theirs.shape[1] != ours.shape[1] or theirs.shape[0] not in (1, ours.shape[0]) or ours.size == 0:
-            raise ValueError(f"outcomes do not pair: baseline {theirs.shape}, variant {ours.shape}")
-        return cls(np.broadcast_to(theirs, ours.shape), ours, higher_is_better, grouping)
 
     @property
     def differences(self) -> Array:

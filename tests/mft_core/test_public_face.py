@@ -103,6 +103,16 @@ def test_two_checkpoints_are_evaluated_and_compared(tmp_path: Path) -> None:
         mft.evaluate(one, "sum", folder)
 
 
+def test_two_evaluations_of_a_number_that_should_fall_gain_what_it_fell_by() -> None:
+    summary = {"benchmark": "prose", "metric": "perplexity", "higher_is_better": False}
+    before, after = (
+        mft.Evaluation([{"item": str(item), "outcome": value + item} for item in range(40)], summary)
+        for value in (9.0, 7.0)
+    )
+    found = mft.compare(after, before)
+    assert (found.gain, found.wins, found.losses) == (2.0, 40, 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -10,8 +10,13 @@ from mft_core.statistics.comparison import Comparison, Grouping, Outcomes, Pairs
 from mft_core.statistics.effects import Stratum, estimate
 
 
+def pairs(baseline: Any, variant: Any, higher_is_better: bool = True) -> Pairs:
+    """Pair outcomes of (items,) or (seeds, items); one baseline may serve all seeds."""
+    return Pairs(*np.broadcast_arrays(*map(np.atleast_2d, (baseline, variant))), higher_is_better)
+
+
 def compared(baseline: Any, variant: Any) -> Comparison:
-    return compare([[Pairs.of(baseline, variant)]])
+    return compare([[pairs(baseline, variant)]])
 
 
 def outcomes(label: str, items: list[str], values: list[int], benchmark: str = "gcd") -> Outcomes:
@@ -37,7 +42,7 @@ def test_each_seed_is_compared_with_the_baseline_of_its_own():
 def test_replicates_and_benchmarks_become_the_strata_of_the_estimate():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(3, 2, 4, 50))  # replicates, benchmarks, seeds, items
-    replicates = [[Pairs.of(np.zeros(50), one) for one in each] for each in values]
+    replicates = [[pairs(np.zeros(50), one) for one in each] for each in values]
     for over in ("checkpoint", "recipe"):
         result = compare(replicates, over)
         expected = estimate([Stratum.of(values[:, 0]), Stratum.of(values[:, 1])], over)
@@ -46,7 +51,7 @@ def test_replicates_and_benchmarks_become_the_strata_of_the_estimate():
 
 
 def test_where_less_is_better_the_gain_is_what_it_fell_by():
-    assert compare([[Pairs.of([1, 1, 0, 1], [0, 0, 0, 1], higher_is_better=False)]]).gain == pytest.approx(0.5)
+    assert compare([[pairs([1, 1, 0, 1], [0, 0, 0, 1], higher_is_better=False)]]).gain == pytest.approx(0.5)
 
 
 def test_answers_to_different_items_are_refused_naming_both_models():
@@ -57,11 +62,6 @@ def test_answers_to_different_items_are_refused_naming_both_models():
         pair([outcomes("fft", ["a", "b"], [0, 1])], [outcomes("mft", ["b", "a"], [1, 0])])
     with pytest.raises(StageError, match=r"gcd \(exact_match\).*sums \(exact_match\)"):
         pair([outcomes("fft", ["a"], [0])], [outcomes("mft", ["a"], [1], benchmark="sums")])
-
-
-def test_outcomes_of_different_length_do_not_pair():
-    with pytest.raises(ValueError, match="do not pair"):
-        compared([0, 1, 1], [0, 1])
 
 
 def test_accuracies_of_subjects_are_averaged_unweighted():
