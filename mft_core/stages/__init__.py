@@ -7,23 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from mft_core import recipes
 from mft_core.errors import unknown
-from mft_core.recipes import (
-    Anatomy,
-    Compare,
-    Evaluate,
-    FineTune,
-    Interpolate,
-    Landscape,
-    LearnMask,
-    MergeAdapter,
-    MergeMask,
-    PickCheckpoint,
-    PredictLayers,
-    PrepareData,
-    Randomisation,
-    Recipe,
-)
 from mft_core.stage import Facts, Needs, Stage, StageFunction
 from mft_core.stages import flops_and_memory as needs
 
@@ -38,26 +23,28 @@ def _function(name: str, heavy: bool) -> StageFunction:
     return spread(name, run)
 
 
-def _stage(name: str, version: int, recipe: type[Recipe], need: Callable[[Any, Facts], Needs], *, heavy: bool) -> Stage:
+def _stage(
+    name: str, version: int, recipe: type[recipes.Recipe], need: Callable[[Any, Facts], Needs], *, heavy: bool
+) -> Stage:
     return Stage(name, version, recipe, heavy, need, functools.partial(_function, name, heavy))
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        _stage("prepare-data", 1, PrepareData, needs.prepare_data, heavy=False),
-        _stage("fine-tune", 1, FineTune, needs.fine_tune, heavy=True),
-        _stage("learn-mask", 2, LearnMask, needs.learn_mask, heavy=True),
-        _stage("merge-adapter", 1, MergeAdapter, needs.merge_adapter, heavy=False),
-        _stage("pick-checkpoint", 1, PickCheckpoint, needs.pick_checkpoint, heavy=False),
-        _stage("interpolate", 1, Interpolate, needs.interpolate, heavy=False),
-        _stage("merge-mask", 1, MergeMask, needs.merge_mask, heavy=False),
-        _stage("evaluate", 1, Evaluate, needs.evaluate, heavy=True),
-        _stage("compare", 7, Compare, needs.compare, heavy=False),
-        _stage("anatomy", 2, Anatomy, needs.anatomy, heavy=True),
-        _stage("landscape", 2, Landscape, needs.landscape, heavy=True),
-        _stage("randomisation", 1, Randomisation, needs.randomisation, heavy=True),
-        _stage("predict-layers", 2, PredictLayers, needs.predict_layers, heavy=True),
+        _stage("prepare-data", 1, recipes.PrepareData, needs.prepare_data, heavy=False),
+        _stage("fine-tune", 1, recipes.FineTune, needs.fine_tune, heavy=True),
+        _stage("learn-mask", 2, recipes.LearnMask, needs.learn_mask, heavy=True),
+        _stage("merge-adapter", 1, recipes.MergeAdapter, needs.merge_adapter, heavy=False),
+        _stage("pick-checkpoint", 1, recipes.PickCheckpoint, needs.pick_checkpoint, heavy=False),
+        _stage("interpolate", 1, recipes.Interpolate, needs.interpolate, heavy=False),
+        _stage("merge-mask", 1, recipes.MergeMask, needs.merge_mask, heavy=False),
+        _stage("evaluate", 1, recipes.Evaluate, needs.evaluate, heavy=True),
+        _stage("compare", 7, recipes.Compare, needs.compare, heavy=False),
+        _stage("anatomy", 2, recipes.Anatomy, needs.anatomy, heavy=True),
+        _stage("landscape", 2, recipes.Landscape, needs.landscape, heavy=True),
+        _stage("randomisation", 1, recipes.Randomisation, needs.randomisation, heavy=True),
+        _stage("predict-layers", 2, recipes.PredictLayers, needs.predict_layers, heavy=True),
     )
 }
 

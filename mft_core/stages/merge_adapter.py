@@ -13,7 +13,7 @@ from mft_core.checkpoints.files import check_written, copy_files, load_model, re
 from mft_core.errors import ConfigError
 from mft_core.recipes import MergeAdapter
 from mft_core.stage import StageContext
-from mft_core.store.sources import parts
+from mft_core.store.sources import first_line, parts
 
 
 def run(recipe: MergeAdapter, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
@@ -34,12 +34,11 @@ def run(recipe: MergeAdapter, inputs: Mapping[str, Path], out: Path, context: St
     except ConfigError:
         raise
     except Exception as error:  # peft raises whatever its readers raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"model = {adapter}: the adapter cannot be merged into {base} ({reason:.200}). Is that the model that it "
-            "was trained on? `base:` of the profile names another."
+            f"model = {adapter}: the adapter cannot be merged into {base} ({first_line(error):.200}). Is that the "
+            "model that it was trained on? `base:` of the profile names another."
         ) from error
     save_model(merged, out / "model", dtype, base)
-    copy_files(adapter, out / "model", (name for name in parts("tokenizer", adapter)))
+    copy_files(adapter, out / "model", parts("tokenizer", adapter))
     check_written(out / "model")
     return {"adapter": kind}

@@ -153,23 +153,18 @@ def packed_rows(model: PreTrainedModel, kernel: bool) -> Iterator[bool]:
         kernel: try `mft_core.training.attention` where it can run: the training is in bfloat16, without dropout.
     """
     config = model.config.get_text_config()
-    before = config._attn_implementation
+    before, apart = config._attn_implementation, False
     try:
-        yield (kernel and attention.has_kernel(model) and _kernel_keeps_apart(model)) or keeps_packed_apart(model)
+        if kernel and attention.has_kernel(model):
+            config._attn_implementation = attention.NAME
+            with contextlib.suppress(NotImplementedError), torch.autocast(model.device.type, torch.bfloat16):
+                apart = keeps_packed_apart(model)
+        if not apart:
+            config._attn_implementation = before
+            apart = keeps_packed_apart(model)
+        yield apart
     finally:
         config._attn_implementation = before
-
-
-def _kernel_keeps_apart(model: PreTrainedModel) -> bool:
-    """Give the model the kernel if it works with it, and say so."""
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, attention.NAME
-    apart = False
-    with contextlib.suppress(NotImplementedError), torch.autocast(model.device.type, torch.bfloat16):
-        apart = keeps_packed_apart(model)
-    if not apart:
-        config._attn_implementation = before
-    return apart
 
 
 @torch.no_grad()

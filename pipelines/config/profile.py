@@ -25,8 +25,8 @@ _PATH_KEYS = {"path", "chat_template", "existing"}
 _FILES = (".jsonl", ".json", ".gz", ".parquet", ".jinja")
 FETCHED = "$MFT_HOME/models/"
 """how a profile's path begins where `mft fetch` has put the model"""
-EACH_DOMAIN, EACH_LAYER_GROUP = "each domain", "each layer group"
-"""what a study writes for the values that only the profile knows"""
+EACH_DOMAIN = "each domain"
+"""what a study writes for the domains that only the profile knows"""
 
 
 class Profile(Recipe):
