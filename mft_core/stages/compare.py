@@ -19,11 +19,13 @@ and single trainings ("training") are families of their own, to be read beside. 
 fine-tuned model is shown with interval and p-value, but is no part of the question and of no family. The best of each
 sweep (`mft_core.statistics.winner`) stands in `winners.json`; these tests are a further family.
 
-The summary says how much trainings of each method differ (`unit_variance`), for the priors of later studies.
+The summary says how much trainings of each method and declared contrast differ (`unit_variance`), for the priors of
+later studies. A contrast that a look decided stands with that look's fine-tunings (`replicates`, `confidence`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +124,7 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
     return {
         "tests": words.total(),
         **{word: words[word] for word in ("better", "worse", "equivalent", "undecided")},
-        "unit_variance": _measured(variants),
+        "unit_variance": _measured(variants, declared),
     }
 
 
@@ -188,12 +190,12 @@ class _Variant:
         return self.first.in_question
 
     def prior(self, recipe: Compare) -> UnitVariance | None:
-        return _prior(recipe, self.first.method, len(next(iter(self.benchmarks.values()))))
+        return _prior(recipe, self.first.name, self.first, len(next(iter(self.benchmarks.values()))))
 
 
-def _prior(recipe: Compare, name: str, replicates: int) -> UnitVariance | None:
+def _prior(recipe: Compare, name: str, of: _Group, replicates: int) -> UnitVariance | None:
     """Return what earlier studies measured of the trainings that a claim draws: fine-tunings, or seeds of a mask."""
-    key = f"{name} over {'recipe' if replicates >= LEAST_REPLICATES else 'checkpoint'}"
+    key = f"{name} over {'recipe' if replicates >= LEAST_REPLICATES else 'checkpoint'} on {of.described['domain']}"
     return UnitVariance(*recipe.priors[key]) if key in recipe.priors else None
 
 
@@ -219,16 +221,21 @@ def _strata(benchmarks: Sequence[Sequence[_Group]]) -> list[Stratum] | None:
     return strata_of(pairs) if pairs else None
 
 
-def _measured(variants: Sequence[_Variant]) -> dict[str, UnitVariance]:
-    """Return by method how much its trainings differ, fine-tunings and seeds, over all of its variants."""
-    found: dict[str, list[UnitVariance]] = {}
+def _measured(variants: Sequence[_Variant], declared: Sequence[_Declared]) -> dict[str, UnitVariance]:
+    """Return how much trainings differ, by method or declared contrast, by domain, fine-tunings and seeds apart."""
     claims: tuple[Over, ...] = ("recipe", "checkpoint")
-    for variant in variants:
-        strata = _strata(list(variant.benchmarks.values())) if variant.in_question else None
-        for over in claims:
-            if strata and (one := unit_variance(strata, over)):
-                found.setdefault(f"{variant.first.method} over {over}", []).append(one)
-    return {name: one for name, measured in found.items() if (one := UnitVariance.pooled(measured))}
+    asked = [
+        (variant.first.method, variant.columns["domain"], _strata(list(variant.benchmarks.values())))
+        for variant in variants
+        if variant.in_question
+    ]
+    asked += [(one.methods, one.treatment[0].columns["domain"], one.strata) for one in declared
+              if one.against != "fft" and len(one.treatment) == 1]  # fmt: skip
+    found: dict[str, list[UnitVariance]] = {}
+    for (name, domain, strata), over in itertools.product(asked, claims):
+        if strata and (one := unit_variance(strata, over)):
+            found.setdefault(f"{name} over {over} on {domain}", []).append(one)
+    return {name: UnitVariance.of_the_same(measured) for name, measured in found.items()}
 
 
 def _rows(recipe: Compare, variant: _Variant) -> Iterator[tuple[Row, Comparison | None]]:
@@ -297,7 +304,7 @@ def _row(
     if index is not None:
         pairs = [[one.seed(index) for one in each] for each in pairs]
     over: Over = "recipe" if replicated else "checkpoint"
-    prior = _prior(recipe, first.method, len(members))
+    prior = _prior(recipe, first.name, first, len(members))
     return row, compare(pairs, over, recipe.confidence, prior)
 
 
@@ -310,6 +317,7 @@ class _Declared:
     """one a domain"""
     against: str
     """the control's method"""
+    strata: Sequence[Stratum]
     tested: Tested
     benchmarks: Mapping[tuple[str, str], Tested]
     """by domain and benchmark"""
@@ -317,11 +325,21 @@ class _Declared:
     """of treatment and control"""
     items: int
 
+    @property
+    def methods(self) -> str:
+        return f"{self.treatment[0].first.method} - {self.against}"
+
+    @property
+    def replicates(self) -> int:
+        """All that are there; a look may have decided with fewer."""
+        return min(stratum.differences.shape[0] for stratum in self.strata)
+
     def rows(self, recipe: Compare) -> Iterator[Row]:
         several = len(self.treatment) > 1
         described = {
             **{key: value for key, value in self.treatment[0].columns.items() if key != "variant"},
             **{"variant": self.name, "contrast": self.name, "seed": "all", "seeds": len(self.treatment[0].first.seeds)},
+            **{"replicates": self.tested.replicates, "confidence": self.tested.estimate.confidence},
         }
         if several:
             described["domain"] = "all"
@@ -352,9 +370,7 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
              for found in cases.values()]  # fmt: skip
     strata = [strata_of(list(zip(*each.values(), strict=True))) for each in pairs]
     replicates = min((stratum.differences.shape[0] for each in strata for stratum in each), default=1)
-    methods = [[side.first.method for side in found[0]] for found in cases.values()]
-    trainings = [treated if control == "fft" else f"{treated} - {control}" for treated, control in methods]
-    priors = [_prior(recipe, name, replicates) for name in trainings]
+    priors = [_prior(recipe, *_told(*found[0]), replicates) if len(found) == 1 else None for found in cases.values()]
     margin, over = recipe.margin / 100, "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
     tested = judge_primaries(strata, margin, recipe.confidence, recipe.looks, priors)
     alone = [[estimate([stratum], over, recipe.confidence, prior) for stratum in each]  # type: ignore[arg-type]
@@ -365,19 +381,27 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
             name,
             [treated for treated, _ in found],
             found[0][1].first.method,
+            of_case,
             one,
             dict(zip(each, of_each, strict=True)),
-            (_mean(each, "variant"), _mean(each, "baseline")),
+            (_mean(each, "variant", one.replicates), _mean(each, "baseline", one.replicates)),
             sum(pairs_of[0].variant.shape[1] for pairs_of in each.values()),
         )
-        for name, found, one, each, of_each in zip(names, cases.values(), tested, pairs, gated, strict=True)
+        for name, found, of_case, one, each, of_each in zip(
+            names, cases.values(), strata, tested, pairs, gated, strict=True
+        )
     ]
 
 
-def _mean(benchmarks: Mapping[Any, Sequence[Pairs]], side: str) -> float:
-    return float(
-        np.mean([[pairs.grouping.mean(getattr(pairs, side)) for pairs in each] for each in benchmarks.values()])
-    )
+def _told(treated: _Variant, control: _Variant) -> tuple[str, _Group]:
+    """Return by what name the priors of a contrast are known, and of what domain."""
+    name = treated.first.name
+    return name if control.first.method == "fft" else f"{name} - {control.first.name}", treated.first
+
+
+def _mean(benchmarks: Mapping[Any, Sequence[Pairs]], side: str, replicates: int) -> float:
+    every = [pairs.grouping.mean(getattr(pairs, side)) for each in benchmarks.values() for pairs in each[:replicates]]
+    return float(np.mean(every))
 
 
 def _against(treated: _Variant, control: _Variant, benchmark: str) -> list[Pairs]:
@@ -404,8 +428,9 @@ def _judged(
     """Write every comparison into its row: as declared, or explored among the others of its family."""
     known: dict[tuple[str, str, str], tuple[Tested, str]] = {}
     for one in declared:
-        several = 1 < one.tested.replicates < LEAST_REPLICATES  # then it is about all of them, and no row is
-        if one.against == "fft" and not several:
+        # a row is about all replicates; of two no row is, and a look may have decided with fewer than there are
+        alike = one.tested.replicates == one.replicates and one.replicates not in range(2, LEAST_REPLICATES)
+        if one.against == "fft" and alike:
             variant = one.treatment[0].first
             cases = {
                 (str(domain), benchmark): (tested, "gated") for (domain, benchmark), tested in one.benchmarks.items()

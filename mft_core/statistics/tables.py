@@ -192,7 +192,7 @@ def markdown(
     if contrasts:
         parts += [
             "### The declared contrasts",
-            table(*_contrast_cells(contrasts)),
+            table(*_contrast_cells(contrasts, confidence)),
             _CONTRASTS_LEGEND,
             "### All variants",
         ]
@@ -237,13 +237,21 @@ def _recipe_cell(row: Row) -> str:
     return mean if row["gain"] is None else f"{mean} ({gain_cell(row)})"
 
 
-def _contrast_cells(contrasts: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _level(row: Row, confidence: float) -> str:
+    """Say what a contrast of declared looks rests on, where its interval is not that of the other tables."""
+    if row["family"] != "primary" or row["confidence"] == confidence:
+        return ""
+    return f" ({100 * row['confidence']:.4g}% interval, {row['replicates']} fine-tunings)"
+
+
+def _contrast_cells(contrasts: Sequence[Row], confidence: float) -> tuple[list[str], list[list[str]]]:
     """Return header and lines of the table of the declared contrasts."""
     several = len({row["domain"] for row in contrasts}) > 1
     header = ["contrast", "test", *(["domain"] if several else []), "benchmark", "difference", "p", "what it says"]
     return header, [
-        [row["contrast"], row["family"], *([str(row["domain"])] if several else []), row["benchmark"], gain_cell(row),
-         "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}", row["sentence"]]
+        [row["contrast"], row["family"], *([str(row["domain"])] if several else []), row["benchmark"],
+         gain_cell(row) + _level(row, confidence), "-" if row["p_holm"] is None else f"{row['p_holm']:.2g}",
+         row["sentence"]]
         for row in contrasts
     ]  # fmt: skip
 

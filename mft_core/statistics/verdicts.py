@@ -68,6 +68,8 @@ def sentence(found: Estimate, word: Verdict, margin: float = MARGIN) -> str:
         return f"a gain of {low:.1f} to {high:.1f} points"
     if word == "worse":
         return f"a loss of {-high:.1f} to {-low:.1f} points"
+    if word == "undecided" and (low > 0 or high < 0):
+        return f"{low:+.1f} to {high:+.1f} points taken alone, which is not decided among the study's tests"
     if word == "equivalent" or high <= 100 * margin:
         return f"no gain above {max(high, 0.0):.1f} points is compatible with these data"
     return f"too little data: gains up to {high:.1f} points are possible"

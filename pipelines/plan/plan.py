@@ -18,7 +18,7 @@ from typing import Any
 
 from mft_core.errors import ConfigError
 from mft_core.evaluation import judged
-from mft_core.methods import METHODS, REFERENCES, Contrast
+from mft_core.methods import METHODS, Contrast
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Facts, Needs
 from mft_core.statistics.tables import without_seed
@@ -252,10 +252,9 @@ def make_plan(
     missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
     needed = disk_needed((needs_of(node, facts_of(node, resolved, runtime, {})) for node in missing), runtime.at_once)
     plan = Plan(study, profile, runtime, variants, steps, resolved, needed, search, tuple(looks))
-    treatments = [item for item in variants if item.setup.method not in REFERENCES]
-    treated = {node.id for item in treatments for node in item.evaluations.values()}
-    there = {step.artifact.digest for step in steps if step.artifact and step.node.id in treated}
-    return replace(plan, priors=with_priors(plan.comparison()[0], there, store).priors)
+    digests = {step.node.id: step.artifact.digest for step in steps if step.artifact}
+    recipe, nodes = plan.comparison()
+    return replace(plan, priors=with_priors(recipe, [digests.get(node.id) for node in nodes], store).priors)
 
 
 def _graph(

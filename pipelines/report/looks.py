@@ -50,13 +50,13 @@ def earlier_looks(manifest: Mapping[str, Any], store: ArtifactStore) -> list[str
     """Return how many fine-tunings and seeds each earlier comparison had, from the fewest.
 
     Args:
-        manifest: of the comparison; looks that it declares itself are none that were added.
+        manifest: of the comparison; what was read as one of the looks that it declares is none that was added.
     """
-    if manifest["recipe"].get("looks"):
-        return []
-    own, evaluations = _variants(manifest), set(manifest["inputs"].values())
+    looks, own, evaluations = manifest["recipe"].get("looks"), _variants(manifest), set(manifest["inputs"].values())
     found = set()
     for other in store.manifests("compare"):
+        if looks and other["recipe"].get("looks") == looks:
+            continue
         if set(other["inputs"].values()) < evaluations and _variants(other) == own:
             found.add(_design(other))
     return [f"{_count(replicates, 'fine-tuning')} and {_count(seeds, 'seed')}" for replicates, seeds in sorted(found)]

@@ -174,6 +174,13 @@ def _judged(report: Report) -> str:
     if recipe.looks:
         said += f" Read at {', '.join(map(str, recipe.looks))} fine-tunings, which share the 5%."
     if recipe.priors:
-        known = "; ".join(f"{name} ({freedom:g} degrees of freedom)" for name, (_, freedom) in recipe.priors.items())
+        by_method: dict[str, set[float]] = {}
+        for name, (_, freedom) in recipe.priors.items():
+            method = " ".join(word for word in name.partition(" on ")[0].split() if "=" not in word)
+            by_method.setdefault(method, set()).add(freedom)
+        known = "; ".join(
+            f"{name} ({' or '.join(f'{one:g}' for one in sorted(freedoms))} degrees of freedom)"
+            for name, freedoms in by_method.items()
+        )
         said += f" How much trainings differ is pooled with what earlier studies of this profile measured: {known}."
     return said

@@ -216,6 +216,31 @@ def test_a_contrast_of_replicates_is_about_the_recipe_and_pairs_within_them(tmp_
     assert row["detectable"] == pytest.approx(found.detectable)
 
 
+def test_a_contrast_that_a_look_decided_stands_with_that_looks_fine_tunings(tmp_path: Path):
+    study = Study(tmp_path / "in")
+    differences = replicated(study, 5, gain=25)
+    rows = study.compare(tmp_path / "out", contrasts=("mft - fft",), looks=(3, 5))
+    (contrast,) = [row for row in study.contrasts if row["family"] == "primary"]
+    assert (contrast["verdict"], contrast["replicates"]) == ("better", 3)
+    assert contrast["confidence"] > 0.98
+    assert contrast["gain"] == pytest.approx(differences[:3].mean())
+    assert contrast["gain"] == pytest.approx(contrast["accuracy"] - contrast["baseline"])
+    every = next(row for row in rows if row["method"] == "mft" and row["replicate"] == "all")
+    assert every["gain"] == pytest.approx(differences.mean()), "a row of all fine-tunings is about all"
+
+
+def test_several_treatments_of_the_same_fine_tunings_measure_these_once(tmp_path: Path):
+    study = Study(tmp_path / "in")
+    replicated(study, 5)
+    for replicate in range(5):
+        named = {"replicate": replicate} if replicate else {}
+        study.add((np.arange(N) < 40 + replicate).astype(float), "mft", "gcd", sparsity=0.2, baseline=2 * replicate,
+                  variant=f"mft sparsity=0.2 seed=0{f' replicate={replicate}' if replicate else ''}", seed=0,
+                  **named)  # fmt: skip
+    study.compare(tmp_path / "out")
+    assert study.summary["unit_variance"]["mft over recipe on maths"][1] == 4
+
+
 def test_of_two_replicates_a_contrast_is_about_both_and_the_row_of_the_first_shows_its_own_gain(tmp_path: Path):
     study = Study(tmp_path / "in")
     differences = replicated(study, 2)
@@ -232,11 +257,11 @@ def test_what_trainings_differ_by_is_kept_and_pooled_with_what_earlier_studies_m
     study = Study(tmp_path / "in")
     differences = replicated(study, 5)
     alone = study.compare(tmp_path / "out")
-    relative, freedom = study.summary["unit_variance"]["mft over recipe"]
+    relative, freedom = study.summary["unit_variance"]["mft over recipe on maths"]
     own = unit_variance([Stratum.of(differences)], "recipe")
     assert own is not None
     assert (relative, freedom) == (pytest.approx(own.relative), own.freedom)
-    pooled_rows = study.compare(tmp_path / "pooled", priors={"mft over recipe": (0.01, 20.0)}, contrasts=("mft - fft",))
+    pooled_rows = study.compare(tmp_path / "pooled", priors={"mft over recipe on maths": (0.01, 20.0)}, contrasts=("mft - fft",))
     before, after = (next(row for row in rows if row["method"] == "mft" and row["replicate"] == "all")
                      for rows in (alone, pooled_rows))  # fmt: skip
     assert after["freedom"] > before["freedom"]

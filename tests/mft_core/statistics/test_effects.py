@@ -152,6 +152,26 @@ def test_without_earlier_studies_ordinary_trainings_stand_in_where_units_seem_no
     assert estimate(apart, "recipe").standard_error == pytest.approx(nothing.standard_error)
 
 
+def test_what_ordinary_trainings_add_fades_as_units_differ_more_and_leaves_no_step():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 1, 400))
+    values -= values.mean(axis=-1, keepdims=True)
+    sizes = np.linspace(0, 0.3, 301)
+    halves = []
+    for size in sizes:
+        found = estimate([Stratum.of(values + size * np.array([-1.0, 0.0, 1.0])[:, None, None])], "recipe")
+        halves.append((found.high - found.low) / 2)
+    steps = np.abs(np.diff(halves))
+    assert steps.max() < 0.05 * max(halves)
+
+
+def test_many_units_that_hardly_differ_are_believed_more_than_what_is_ordinary():
+    rng = np.random.default_rng(0)
+    many = rng.normal(size=(12, 1, 3_000))
+    of_units = estimate([Stratum.of(many)], "recipe", prior=UnitVariance(0.0, 1e-12)).standard_error
+    assert estimate([Stratum.of(many)], "recipe").standard_error < 1.6 * of_units
+
+
 def test_what_earlier_studies_measured_is_pooled_with_what_this_one_measures():
     values = crossed(3, 1, 400, {"replicate": 0.0, "seed": 0.0, "item": 0.1, "both": 0.1, "rest": 0.3})
     alone = estimate([Stratum.of(values)], "recipe")

@@ -113,9 +113,13 @@ def test_the_smallest_gain_that_would_have_been_found_is_told_where_something_is
 
 def test_the_declared_contrasts_stand_first_with_what_they_say():
     contrast = {"contrast": "mft - fft", "domain": "maths", "gain": 0.001, "gain_low": -0.004, "gain_high": 0.006,
-                "verdict": "equivalent", "p_holm": 0.7, "sentence": "no gain above 0.6 points"}  # fmt: skip
+                "verdict": "equivalent", "p_holm": 0.7, "sentence": "no gain above 0.6 points",
+                "confidence": 0.95, "replicates": 3}  # fmt: skip
     rows = [row("fft", 0.9, commonest_target_share=None, family=None)]
     page = markdown(rows, "Does it?", contrasts=[{**contrast, "family": "primary", "benchmark": "mean"}])
     line = "| mft - fft | primary | mean | +0.1 [-0.4, +0.6] equivalent | 0.7 | no gain above 0.6 points |"
     assert line in page
     assert page.index(line) < page.index("### All variants") < page.index("| FFT |")
+    of_a_look = {**contrast, "family": "primary", "benchmark": "mean", "confidence": 0.999911}
+    page = markdown(rows, "Does it?", contrasts=[of_a_look])
+    assert "+0.1 [-0.4, +0.6] equivalent (99.99% interval, 3 fine-tunings)" in page

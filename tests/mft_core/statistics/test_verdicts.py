@@ -43,6 +43,14 @@ def test_a_gain_has_one_of_four_verdicts_and_a_sentence(gain: float, error: floa
     assert sentence(found, verdict(found)) == said
 
 
+def test_a_sentence_does_not_exclude_what_the_adjusted_test_leaves_open():
+    found = Estimate(-0.035, -0.063, -0.006, 0.03, 0.0145, 200.0, -0.035)
+    assert verdict(found, p_adjusted=0.08) == "undecided"
+    assert sentence(found, "undecided") == (
+        "-6.3 to -0.6 points taken alone, which is not decided among the study's tests"
+    )
+
+
 def test_an_adjusted_p_value_counts_and_not_the_tests_own():
     found = known(0.03, 0.0125)
     assert verdict(found) == "better"

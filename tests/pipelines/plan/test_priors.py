@@ -1,6 +1,7 @@
 """What earlier studies measured of how much trainings differ is a prior of later ones, and stays what it was."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -15,32 +16,86 @@ from tests.support.finished import finish
 from tests.support.mini import write_profile
 
 
-def planned(folder: Path, name: str, sparsity: float) -> tuple[Plan, ArtifactStore]:
+def planned(
+    folder: Path, name: str, *sparsities: float, seeds: Sequence[int] = (0, 1, 2), replicates: int = 1,
+    overrides: Sequence[str] = (), contrast: str = "mft - fft",
+) -> tuple[Plan, ArtifactStore]:  # fmt: skip
     path = folder / f"{name}.yaml"
-    variants = [{"method": "fft"}, {"method": "mft", "grid": {"mask.sparsity": [sparsity]}}]
-    path.write_text(yaml.safe_dump({"question": f"What of {name}?", "seeds": [0, 1, 2], "variants": variants}))
-    store = ArtifactStore(folder / "home")
-    return make_plan(load_study(str(path)), load_profile(str(folder / "mini.yaml")), store), store
+    variants = [
+        {"method": "fft"},
+        {"method": "mft", "grid": {"mask.sparsity": list(sparsities)}},
+        {"method": "random", "grid": {"mask.sparsity": list(sparsities)}},
+    ]
+    study = {"question": f"What of {name}?", "seeds": list(seeds), "variants": variants}
+    path.write_text(yaml.safe_dump({**study, "contrasts": {"primary": [contrast], "margin": 1.0}}))
+    store, profile = ArtifactStore(folder / "home"), load_profile(str(folder / "mini.yaml"))
+    return make_plan(load_study(str(path)), profile, store, overrides, replicates=replicates), store
+
+
+def named(sparsity: float, claim: str = "checkpoint") -> str:
+    return f"mft sparsity={sparsity} layers=1-2 over {claim} on sums"
+
+
+ACCURACY = {"fft": 0.5, "mft": 0.6, "random": 0.4}
 
 
 def test_a_study_takes_up_what_others_measured_and_keeps_it(tmp_path: Path):
     write_profile(tmp_path)
     first, store = planned(tmp_path, "first", 0.1)
     assert first.priors == {}
-    finish(first, store, {"fft": 0.5, "mft": 0.6})
+    finish(first, store, ACCURACY)
     assert planned(tmp_path, "first", 0.1)[0].priors == {}, "a study is no prior of itself"
     assert planned(tmp_path, "again", 0.1)[0].priors == {}, "nor of another question about the same trainings"
     second, _ = planned(tmp_path, "second", 0.3)
     (manifest,) = (store.home / "artifacts" / "compare").glob("*/manifest.json")
     measured = json.loads(manifest.read_text())["summary"]["unit_variance"]
-    assert second.priors == {name: tuple(values) for name, values in measured.items()}
-    assert list(second.priors) == ["mft over checkpoint"]
-    assert second.priors["mft over checkpoint"][1] == 2
-    finish(second, store, {"fft": 0.5, "mft": 0.6})
+    assert second.priors[named(0.3)] == tuple(measured["mft over checkpoint on sums"])
+    assert second.priors[named(0.3)][1] == 2
+    finish(second, store, ACCURACY)
     third, _ = planned(tmp_path, "third", 0.4)
-    assert third.priors["mft over checkpoint"][1] == 4
+    assert third.priors[named(0.4)][1] == 4
     for name, sparsity, plan in (("first", 0.1, first), ("second", 0.3, second)):
         later, _ = planned(tmp_path, name, sparsity)
         assert later.priors == plan.priors, "whatever has been run since"
     report = find_report(planned(tmp_path, "second", 0.3)[0], store)
     assert "pooled with what earlier studies of this profile measured: mft over checkpoint (2 degrees" in answer(report)
+
+
+def test_a_variant_that_is_added_changes_the_priors_of_no_other(tmp_path: Path):
+    write_profile(tmp_path)
+    for name, sparsity in (("first", 0.1), ("second", 0.3)):
+        plan, store = planned(tmp_path, name, sparsity)
+        finish(plan, store, ACCURACY)
+    alone, _ = planned(tmp_path, "new", 0.2, contrast="mft sparsity=0.2 - fft")
+    more, _ = planned(tmp_path, "new", 0.2, 0.3, contrast="mft sparsity=0.2 - fft")  # the second study's own
+    assert alone.priors[named(0.2)] == more.priors[named(0.2)]
+    assert alone.priors[named(0.2)][1] == 4
+    assert more.priors[named(0.3)][1] == 2, "what was measured on these trainings is no prior of them"
+
+
+def test_a_recipes_prior_is_of_other_fine_tunings_and_nested_studies_count_once(tmp_path: Path):
+    write_profile(tmp_path)
+    other = ["fine_tune.seed=7"]
+    for name, replicates, overrides in (("two", 2, other), ("three", 3, other), ("four", 4, other), ("own", 3, ())):
+        plan, store = planned(tmp_path, name, 0.1, 0.2, seeds=[0], replicates=replicates, overrides=overrides)
+        finish(plan, store, ACCURACY)
+    later, _ = planned(tmp_path, "later", 0.3, seeds=[0], replicates=3)
+    assert later.priors[named(0.3, "recipe")][1] == 3, "four fine-tunings, though three studies of two sparsities"
+
+
+def test_a_contrast_with_a_control_has_a_prior_of_its_own(tmp_path: Path):
+    write_profile(tmp_path)
+    plan, store = planned(tmp_path, "first", 0.1, contrast="mft - random")
+    finish(plan, store, ACCURACY)
+    later, _ = planned(tmp_path, "later", 0.3, contrast="mft - random")
+    known = [name for name in later.priors if " - " in name]
+    assert known == ["mft sparsity=0.3 layers=1-2 - random sparsity=0.3 layers=1-2 over checkpoint on sums"]
+
+
+def test_the_priors_of_a_study_are_not_those_of_the_same_study_of_another_training(tmp_path: Path):
+    write_profile(tmp_path)
+    first, store = planned(tmp_path, "first", 0.1)
+    finish(first, store, ACCURACY)
+    finish(planned(tmp_path, "second", 0.3)[0], store, ACCURACY)
+    changed, _ = planned(tmp_path, "first", 0.1, overrides=["fine_tune.epochs=3"])
+    assert changed.priors[named(0.1)][1] == 2, "it takes up what is known, as the first could not"

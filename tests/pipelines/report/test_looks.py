@@ -75,6 +75,11 @@ def test_looks_that_were_declared_are_no_looks_that_were_added(read):
     assert read(replicates=5).looks == ["3 fine-tunings and 1 seed"]  # the same trainings, read as if it were once
 
 
+def test_whoever_looks_first_and_declares_looks_afterwards_is_told_of(read):
+    read(replicates=3)
+    assert read(replicates=5, looks=(5, 8)).looks == ["3 fine-tunings and 1 seed"]
+
+
 def test_a_study_is_decided_when_all_its_declared_contrasts_are():
     rows = [{"family": "primary", "contrast": name, "verdict": word} for name, word in
             (("mft - fft", "worse"), ("mft - random", "undecided"), ("mft - magnitude", "equivalent"))]  # fmt: skip
