@@ -266,7 +266,7 @@ class Compare(Recipe):
     seed: int = Field(0, ge=0)
     looks: tuple[int, ...] = Field((), description="numbers of replicates at which the study is declared to be read")
     priors: dict[str, tuple[float, float]] = Field(
-        default_factory=dict, description="by variant and claim: variance of trainings that earlier studies measured, its freedom"
+        default_factory=dict, description="by variant and claim: what earlier studies measured that trainings differ by"
     )
 
 

@@ -16,7 +16,7 @@ with Student's t and the degrees of freedom of Satterthwaite (1946). Negative co
 or three units can agree by luck, an interval is never narrower than that of units which do not differ (a = e), and `a`
 is pooled with what earlier studies measured (`UnitVariance`, a scaled inverse-χ² prior; Gelman et al. 2013, section
 2.6). Without earlier studies, units that seem hardly to differ are not believed: where a ≤ e, intervals held the truth
-in 71 to 75 of 100 studies with 3 units and 3 points of seed noise, and in 77 to 87 where a is up to half as large again.
+in 71 to 75 of 100 studies with 3 units and 3 points of seed noise, in 77 to 87 where a is up to half as large again.
 `ORDINARY` is the prior then, of a weight that falls as the study's own estimate rises, to none at `_BELIEVED` times e,
 and no larger than what the study itself leaves possible: the upper end of a one-sided 98% interval for a.
 Where units really do not differ the interval is too wide: after such an estimate no width is right for both. Several
@@ -115,7 +115,8 @@ class UnitVariance(NamedTuple):
 
     relative: float
     """variance between units, without what the sampling of items adds, over the variance of units × items (× clusters
-    of them, where these are drawn); it may be negative. So measured it is comparable between benchmarks, and between masks that change many or few answers"""
+    of them, where these are drawn); it may be negative. So measured it is comparable between benchmarks, and between
+    masks that change many or few answers"""
     freedom: float
 
     @classmethod

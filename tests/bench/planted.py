@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--home", type=Path, help="keeps what is made: the same command goes on there; default: a temporary directory")
+    parser.add_argument("--home", type=Path, help="keeps what is made, to go on there; default: a temporary one")
     asked = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     kinds = asked.kinds.split(",")

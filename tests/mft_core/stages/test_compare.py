@@ -261,7 +261,8 @@ def test_what_trainings_differ_by_is_kept_and_pooled_with_what_earlier_studies_m
     own = unit_variance([Stratum.of(differences)], "recipe")
     assert own is not None
     assert (relative, freedom) == (pytest.approx(own.relative), own.freedom)
-    pooled_rows = study.compare(tmp_path / "pooled", priors={"mft over recipe on maths": (0.01, 20.0)}, contrasts=("mft - fft",))
+    priors = {"mft over recipe on maths": (0.01, 20.0)}
+    pooled_rows = study.compare(tmp_path / "pooled", priors=priors, contrasts=("mft - fft",))
     before, after = (next(row for row in rows if row["method"] == "mft" and row["replicate"] == "all")
                      for rows in (alone, pooled_rows))  # fmt: skip
     assert after["freedom"] > before["freedom"]

@@ -130,7 +130,8 @@ def test_a_tuning_of_many_variants_on_two_fine_tunings_is_no_better_a_prior_than
         tuned = [study(rng, 2, 1, 0.0, 0.005, studies=1)[0] + shared for _ in range(variants)]
         measured = [found for one in tuned if (found := unit_variance([Stratum(one)], "recipe"))]
         prior = UnitVariance.pooled([UnitVariance.of_the_same(measured)])
-        assert prior and prior.freedom == 1
+        assert prior
+        assert prior.freedom == 1
         found = estimate([Stratum(study(rng, 5, 1, 0.015, 0.005, studies=5))], "recipe", prior=prior)
         hits.append((found.low <= 0) & (found.high >= 0))
     assert 0.93 <= np.mean(hits) <= 0.97
