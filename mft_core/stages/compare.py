@@ -86,6 +86,11 @@ class _Group:
     def in_question(self) -> bool:
         return self.pairs is not None and self.method not in OUTSIDE_THE_QUESTION
 
+    def seed(self, index: int) -> _Group:
+        """Return one of the seeds alone."""
+        pairs = self.pairs and self.pairs.seed(index)
+        return replace(self, seeds=[self.seeds[index]], outcomes=[self.outcomes[index]], pairs=pairs)
+
 
 def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
     """Compare every evaluation with its baseline, and test what is declared; write tables, page and figure.
@@ -247,43 +252,35 @@ def _rows(recipe: Compare, variant: _Variant) -> Iterator[tuple[Row, Comparison 
         for groups in zip(*benchmarks, strict=False):
             if len({(group.replicate, *group.seeds) for group in groups}) > 1:
                 continue  # they are not of the same trainings
-            alone = [[group] for group in groups]
             family = "training" if groups[0].replicate else "checkpoint" if enough else "exploratory"
             several = len(groups[0].seeds) > 1
             for index in range(len(groups[0].seeds)):
-                yield _row(recipe, alone, "training" if several else family, index)
+                yield _row(recipe, [[group.seed(index)] for group in groups], "training" if several else family)
             if several:
-                yield _row(recipe, alone, family)
+                yield _row(recipe, [[group] for group in groups], family)
         if len(benchmarks[0]) > 1:
             yield _row(recipe, benchmarks, "exploratory" if enough else None)
 
 
-def _row(
-    recipe: Compare, benchmarks: Sequence[Sequence[_Group]], family: str | None, index: int | None = None
-) -> tuple[Row, Comparison | None]:
+def _row(recipe: Compare, benchmarks: Sequence[Sequence[_Group]], family: str | None) -> tuple[Row, Comparison | None]:
     """Return one row and its comparison.
 
     Args:
         benchmarks: for each the replicates that the row is about.
         family: of the test.
-        index: of the seed; None: all.
     """
     first, members = benchmarks[0][0], benchmarks[0]
-    replicated, single = len(members) > 1, len(first.seeds) == 1 or index is not None
+    replicated, single, shown = len(members) > 1, len(first.seeds) == 1, first.outcomes[0]
     enough = not replicated or len(members) >= LEAST_REPLICATES
-    shown = first.outcomes[index or 0]
-    seed = first.seeds[index or 0] if single and not replicated else "all"
     one = first.name + (f" replicate={first.replicate}" if first.replicate else "")
-    outcomes = [[[group.outcomes[index]] if index is not None else group.outcomes for group in each]
-                for each in benchmarks]  # fmt: skip
-    means = [[np.mean([answers.accuracy for answers in group]) for group in each] for each in outcomes]
+    means = [[np.mean([answers.accuracy for answers in group.outcomes]) for group in each] for each in benchmarks]
     accuracies = np.mean(means, axis=0) if len({len(each) for each in means}) == 1 else np.mean(means[0])
     row = {
         **{key: value for key, value in first.described.items() if key != "baseline"},
         "variant": f"{first.name} replicate=all" if replicated else shown.label if single else one,
         "benchmark": MEAN if len(benchmarks) > 1 else first.described["benchmark"],
-        "seed": seed,
-        "seeds": 1 if single else len(first.seeds),
+        "seed": first.seeds[0] if single and not replicated else "all",
+        "seeds": len(first.seeds),
         "replicate": "all" if replicated else first.replicate,
         "replicates": len(members),
         "why": None
@@ -293,7 +290,7 @@ def _row(
         "n": sum(len(each[0].outcomes[0].items) for each in benchmarks),
         "accuracy": float(np.mean(accuracies)),
         "accuracy_sd": float(np.std(accuracies, ddof=1)) if replicated else None,
-        "commonest_target_share": first.outcomes[0].commonest_target_share if len(benchmarks) == 1 else None,
+        "commonest_target_share": shown.commonest_target_share if len(benchmarks) == 1 else None,
         "family": family if first.in_question else None,
     }
     if not any(each[0].outcomes[0].higher_is_better for each in benchmarks):
@@ -301,8 +298,6 @@ def _row(
     pairs = _pairs(benchmarks) if enough else None
     if pairs is None:
         return row, None
-    if index is not None:
-        pairs = [[one.seed(index) for one in each] for each in pairs]
     over: Over = "recipe" if replicated else "checkpoint"
     prior = _prior(recipe, first.name, first, len(members))
     return row, compare(pairs, over, recipe.confidence, prior)

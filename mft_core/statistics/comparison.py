@@ -12,13 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mft_core.errors import StageError
-from mft_core.statistics.effects import Estimate, Over, Stratum, UnitVariance, estimate, weights
+from mft_core.statistics.effects import Array, Estimate, Over, Stratum, UnitVariance, estimate, weights
 from mft_core.statistics.verdicts import verdict
-
-Array = NDArray[np.float64]
 
 
 class Grouping(NamedTuple):

@@ -23,11 +23,10 @@ from typing import Literal
 
 import numpy as np
 import scipy  # which imports its modules when they are used
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from mft_core.statistics.effects import LEAST_REPLICATES, Estimate, Over, Stratum, UnitVariance, estimate
+from mft_core.statistics.effects import LEAST_REPLICATES, Array, Estimate, Over, Stratum, UnitVariance, estimate
 
-Array = NDArray[np.float64]
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 MARGIN = 0.01
 """one percentage point: a smaller gain is not worth having, unless a study says otherwise"""
