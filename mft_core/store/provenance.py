@@ -25,11 +25,10 @@ def source_digest() -> str:
 @functools.cache
 def describe() -> dict[str, Any]:
     """Return commit, dirty flag, package versions, Python and machine of this process."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None
-        if (status := _git("status", "--porcelain", "--untracked-files=no")) is None
-        else bool(status),
+        "git_dirty": None if status is None else bool(status),
         "source_digest": source_digest(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

@@ -104,11 +104,8 @@ def _own_seconds(plan: Plan, manifests: Manifests) -> dict[tuple[str, str], floa
 
 def _merge(item: Variant) -> Node | None:
     """Return the node that merges the variant's mask, if it has one."""
-    for evaluation in item.evaluations.values():
-        model = evaluation.inputs["model"]
-        if isinstance(model, Edge) and model.node.stage == "merge-mask":
-            return model.node
-    return None
+    model = item.model
+    return model.node if isinstance(model, Edge) and model.node.stage == "merge-mask" else None
 
 
 def _owners(plan: Plan) -> dict[str, tuple[str, str]]:

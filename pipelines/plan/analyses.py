@@ -95,9 +95,8 @@ def _landscape(plan: Plan) -> Iterator[tuple[str, Node]]:
     for masks in bases.values():
         for item in masks:
             inputs, domain = _base(masks)
-            evaluation = next(iter(item.evaluations.values()))
             recipe = Landscape(variant=item.name)
-            node = Node("landscape", recipe, inputs | {"masked": evaluation.inputs["model"]}, f"landscape {item.name}")
+            node = Node("landscape", recipe, inputs | {"masked": item.model}, f"landscape {item.name}")
             yield item.name if len(bases) == 1 else f"{domain} {item.name}", node
 
 
