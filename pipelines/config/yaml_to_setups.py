@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -44,17 +45,17 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {text}: give it as KEY=VALUE, for example --set mask.sparsity=0.2.")
-        overrides[key.strip()] = given(key.strip(), _number(parse_yaml(value, f"--set {text}")))
+        found = parse_yaml(value, f"--set {text}")
+        plain = found == value.strip()  # a text without quotes
+        overrides[key.strip()] = given(key.strip(), _number(found) if plain else found)
     return overrides
 
 
 def _number(value: Any) -> Any:
     """Read '2e-5' as the number people mean; YAML 1.1 takes it for a string."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            return value
     return value
 
 
@@ -260,6 +261,7 @@ def _scaled(values: Mapping[str, Any], key: str, value: Any, where: str) -> Any:
     base: Any = values
     for name in key.split("."):
         base = base.get(name) if isinstance(base, Mapping) else None
+    base = _number(base)
     if not isinstance(base, int | float):
         raise ConfigError(
             f"{where}: {key} = {value} is so many times the profile's own, and it has no {key}; add it to the profile."

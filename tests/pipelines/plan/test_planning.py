@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from mft_core.errors import ConfigError
 from mft_core.methods import METHODS
@@ -14,6 +15,7 @@ from pipelines.config import resolve
 from pipelines.config.by_name import names
 from pipelines.config.profile import load_profile
 from pipelines.config.study import Contrasts, load_study
+from pipelines.config.yaml_to_setups import parse_overrides
 from pipelines.plan.plan import make_plan, make_plans
 from tests.support.mini import PLAIN_METHODS, write_profile, write_study
 
@@ -149,6 +151,23 @@ def test_a_bad_override_is_named_with_what_is_valid(folder, override, message):
     else:
         with pytest.raises(ConfigError, match=message):
             plan(folder, [override])
+
+
+def test_a_number_in_quotes_is_text_in_an_override_and_without_them_what_people_mean():
+    given = parse_overrides(["engine_version='0.11'", 'model.revision="12e5"', "mask.training.learning_rate=2e-5"])
+    assert given == {"engine_version": "0.11", "model.revision": "12e5", "mask.training.learning_rate": 2e-5}
+
+
+@pytest.mark.parametrize("own", ["2.0e-5", "2e-5"])
+def test_a_factor_is_that_of_the_profiles_number_however_yaml_reads_it(folder, tmp_path, own):
+    profile = yaml.safe_load((folder / "mini.yaml").read_text())
+    profile["defaults"]["mask"]["training"]["learning_rate"] = yaml.safe_load(own)
+    (folder / "factor.yaml").write_text(yaml.safe_dump(profile))
+    write_study(tmp_path, [{"method": "mft", "grid": {"mask.training.learning_rate": ["x0.5"]}}])
+    study = load_study(str(tmp_path / "mini-study.yaml"))
+    the_plan = make_plan(study, load_profile(str(folder / "factor.yaml")), ArtifactStore(folder / "home"))
+    (masked,) = (item.setup for item in the_plan.variants if item.setup.method == "mft" and not item.setup.seed)
+    assert masked.mask.training.learning_rate == 1e-5
 
 
 @pytest.mark.parametrize("sparsity", ["1", "-0.1", "1.5", ".nan"])
