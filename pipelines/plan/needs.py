@@ -1,4 +1,4 @@
-"""What the stages of a plan need: joins what planning knows of a node with the stage's own word on it.
+"""What planning knows of a node besides its recipe, from which the stage says what it needs.
 
 `Stage.needs` (`mft_core.stages.flops_and_memory`) does the counting; the plan, its cost and `mft doctor` read it.
 """
@@ -8,20 +8,14 @@ from __future__ import annotations
 import functools
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mft_core.recipes import LearnMask, Runtime
-from mft_core.stage import Facts, Needs
-from mft_core.stages import STAGES
+from mft_core.stage import Facts
 from pipelines.config.setup import Resolved, datas
 from pipelines.graph.nodes import Edge, Node
 from pipelines.plan import workload
-
-
-def needs_of(node: Node, facts: Facts) -> Needs:
-    """Return what computing a node needs."""
-    return STAGES[node.stage].needs(node.recipe, facts)
 
 
 def facts_of(
@@ -69,13 +63,3 @@ def accelerator_here() -> str | None:
     asked = [command, "--query-gpu=name", "--format=csv,noheader"]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
-
-
-def disk_needed(needs: Iterable[Needs], slots: int) -> int:
-    """Return the bytes that stages take at their worst moment: what all leave, and the states of those that run.
-
-    Args:
-        slots: trainings at one time (`runtime.heavy_slots`).
-    """
-    every = list(needs)
-    return sum(one.left for one in every) + sum(sorted((one.state for one in every), reverse=True)[:slots])

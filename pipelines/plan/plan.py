@@ -21,6 +21,7 @@ from mft_core.evaluation import judged
 from mft_core.methods import METHODS, Contrast
 from mft_core.recipes import Compare, Runtime
 from mft_core.stage import Facts, Needs
+from mft_core.stages import STAGES
 from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.manifests import validation_loss
@@ -33,7 +34,7 @@ from pipelines.config.study import Study
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
-from pipelines.plan.needs import disk_needed, facts_of, needs_of
+from pipelines.plan.needs import facts_of
 from pipelines.plan.priors import with_priors
 from pipelines.search.trials import Point, Search, Trial, space_of, walk
 
@@ -49,8 +50,6 @@ class Plan:
     steps: list[Step]
     resolved: Mapping[str, Resolved]
     """for every stage that may run, by node id, what is known of a variant that it belongs to"""
-    disk_needed: int
-    """bytes under `MFT_HOME` while the steps to compute run, beyond what is there now"""
     search: Search | None = None
     """the study's search as far as the store holds it; its choices are variants once it is finished"""
     looks: tuple[int, ...] = ()
@@ -96,9 +95,20 @@ class Plan:
             *self.remarks,
         )
 
+    @functools.cached_property
+    def disk_needed(self) -> int:
+        """Bytes under `MFT_HOME` while the steps to compute run, beyond what is there now.
+
+        At the worst moment that is what all of them leave, and the states of those that run together.
+        """
+        missing = [step.node for step in self.to_compute] + (self.search.to_come if self.search else [])
+        needs = [self.needs(node) for node in missing]
+        states = sorted((one.state for one in needs), reverse=True)
+        return sum(one.left for one in needs) + sum(states[: self.runtime.at_once])
+
     def needs(self, node: Node) -> Needs:
         """Return what computing a stage of the plan, or one that answers it, needs."""
-        return needs_of(node, self.facts(node))
+        return STAGES[node.stage].needs(node.recipe, self.facts(node))
 
     def facts(self, node: Node) -> Facts:
         """Return what is known of the work of such a stage besides its recipe."""
@@ -249,9 +259,7 @@ def make_plan(
     every = [*variants, *search.variants] if search else variants
     resolved = {node.id: item.resolved for item in reversed(every) for node in unique_nodes([item])}
     steps = look_up(closure([*unique_nodes(variants), *(search.nodes if search else [])]), store)
-    missing = [step.node for step in steps if step.artifact is None] + (search.to_come if search else [])
-    needed = disk_needed((needs_of(node, facts_of(node, resolved, runtime, {})) for node in missing), runtime.at_once)
-    plan = Plan(study, profile, runtime, variants, steps, resolved, needed, search, tuple(looks))
+    plan = Plan(study, profile, runtime, variants, steps, resolved, search, tuple(looks))
     digests = {step.node.id: step.artifact.digest for step in steps if step.artifact}
     recipe, nodes = plan.comparison()
     return replace(plan, priors=with_priors(recipe, [digests.get(node.id) for node in nodes], store).priors)
