@@ -30,6 +30,8 @@ _OF_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+?)(?:\.weight)?$
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 _MOST_LAYERS = 10_000
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+MOST_LOGITS = 2**26
+"""logits that a training has at one time, more are made a part at a time; with what the backward pass needs, 0.8 GB"""
 MOST_ROWS = 128
 """sequences decoded together at most where the runtime says nothing: more are hardly faster"""
 ROOM = {"cpu": 8e9, "cuda": 32e9}

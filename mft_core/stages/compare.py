@@ -110,9 +110,9 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
         context.report(Progress(done, len(variants), "comparison"))
     rows, contrasts = _judged(recipe, drafts, declared), [row for one in declared for row in one.rows(recipe)]
     entries = [
-        Entry(variant.columns, name, _names(members[0].outcomes[0]), strata[0], variant.prior(recipe))
+        Entry(variant.first.columns, name, _names(members[0].outcomes[0]), strata[0], variant.prior(recipe))
         for variant in variants
-        if variant.in_question
+        if variant.first.in_question
         for name, members in variant.benchmarks.items()
         if (strata := _strata([members]))
     ]
@@ -186,14 +186,6 @@ class _Variant:
     def first(self) -> _Group:
         return next(iter(self.benchmarks.values()))[0]
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        return self.first.columns
-
-    @property
-    def in_question(self) -> bool:
-        return self.first.in_question
-
     def prior(self, recipe: Compare) -> UnitVariance | None:
         return _prior(recipe, self.first.name, self.first, len(next(iter(self.benchmarks.values()))))
 
@@ -230,11 +222,11 @@ def _measured(variants: Sequence[_Variant], declared: Sequence[_Declared]) -> di
     """Return how much trainings differ, by method or declared contrast, by domain, fine-tunings and seeds apart."""
     claims: tuple[Over, ...] = ("recipe", "checkpoint")
     asked = [
-        (variant.first.method, variant.columns["domain"], _strata(list(variant.benchmarks.values())))
+        (variant.first.method, variant.first.columns["domain"], _strata(list(variant.benchmarks.values())))
         for variant in variants
-        if variant.in_question
+        if variant.first.in_question
     ]
-    asked += [(one.methods, one.treatment[0].columns["domain"], one.strata) for one in declared
+    asked += [(one.methods, one.treatment[0].first.columns["domain"], one.strata) for one in declared
               if one.against != "fft" and len(one.treatment) == 1]  # fmt: skip
     found: dict[str, list[UnitVariance]] = {}
     for (name, domain, strata), over in itertools.product(asked, claims):
@@ -332,7 +324,7 @@ class _Declared:
     def rows(self, recipe: Compare) -> Iterator[Row]:
         several = len(self.treatment) > 1
         described = {
-            **{key: value for key, value in self.treatment[0].columns.items() if key != "variant"},
+            **{key: value for key, value in self.treatment[0].first.columns.items() if key != "variant"},
             **{"variant": self.name, "contrast": self.name, "seed": "all", "seeds": len(self.treatment[0].first.seeds)},
             **{"replicates": self.tested.replicates, "confidence": self.tested.estimate.confidence},
         }
@@ -352,7 +344,7 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
     for text in recipe.contrasts:
         contrast = Contrast.parse(text)
         found = [(treated, control) for treated in variants if treated.first.method == contrast.treatment[0]
-                 for control in variants if contrast.pairs(treated.columns, control.columns)]  # fmt: skip
+                 for control in variants if contrast.pairs(treated.first.columns, control.first.columns)]  # fmt: skip
         if not found:
             there = ", ".join(variant.first.name for variant in variants)
             raise StageError(f"contrast '{text}': no two of these variants are so, and alike in all else: {there}.")
@@ -360,7 +352,7 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
             cases.setdefault((text, treated.first.name, control.first.name), []).append((treated, control))
     times = Counter(text for text, _, _ in cases)
     names = [text if times[text] == 1 else f"{treated} - {control}" for text, treated, control in cases]
-    pairs = [{(str(treated.columns["domain"]), name): _against(treated, control, name)
+    pairs = [{(str(treated.first.described["domain"]), name): _against(treated, control, name)
               for treated, control in found for name in treated.benchmarks if name in control.benchmarks}
              for found in cases.values()]  # fmt: skip
     strata = [strata_of(list(zip(*each.values(), strict=True))) for each in pairs]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mft_core.geometry import ROOM, Geometry, Matrix, decoded_together, layer_bytes, of_a_sequence
+from mft_core.geometry import MOST_LOGITS, ROOM, Geometry, Matrix, decoded_together, layer_bytes, of_a_sequence
 from mft_core.layers import parse_layers
 from mft_core.methods import SELECTORS
 from mft_core.recipes import (
@@ -38,8 +38,6 @@ NUMBER = {"float32": 4, "bfloat16": 2}
 MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256, "adafactor": 0.0}
 """bytes of state per trained number that an optimizer has: float32 moments; one byte each, and a float32 scale for each
 block of 256; rows and columns, which are next to nothing"""
-MOST_LOGITS = 2**26
-"""`mft_core.training.loss.MOST_LOGITS`: more are made a part at a time"""
 ITEMS = 1_000
 """items that are assumed of a task that is not listed"""
 ANSWER, EXAMPLE = 256, 128

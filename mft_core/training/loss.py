@@ -23,10 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mft_core.data.batching import IGNORED
+from mft_core.geometry import MOST_LOGITS
 from mft_core.training import attention
-
-MOST_LOGITS = 2**26
-"""logits at one time; with what the backward pass needs, 0.8 GB"""
 
 
 class LossHead:
