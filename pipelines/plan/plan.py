@@ -84,7 +84,7 @@ class Plan:
         based = any(item.resolved.base for item in self.variants)
         baseless = [method for method in left_out if METHODS[method].needs_base and not based]
         sections = [self.profile.partial_setups[i.setup.domain] for i in self.variants if i.setup.judge is None]
-        every = [bench for section in sections for bench in section.get("benchmarks", ())]
+        every = [bench for section in sections for bench in section.get("benchmarks") or ()]
         unjudged = sorted({str(bench.get("name")) for bench in every if bench.get("metric") == judged.METRIC})
         return (
             *dict.fromkeys(note for item in self.variants for note in item.resolved.model.notes),

@@ -170,6 +170,16 @@ def test_a_factor_is_that_of_the_profiles_number_however_yaml_reads_it(folder, t
     assert masked.mask.training.learning_rate == 1e-5
 
 
+def test_a_domain_without_benchmarks_of_its_own_is_asked_those_of_the_others(folder, tmp_path):
+    profile = yaml.safe_load((folder / "mini.yaml").read_text())
+    profile["domains"]["bare"] = {"benchmarks": None}
+    (folder / "bare.yaml").write_text(yaml.safe_dump(profile))
+    write_study(tmp_path, [{"method": "fft", "domain": "bare"}])
+    study = load_study(str(tmp_path / "mini-study.yaml")).model_copy(update={"benchmarks": "all"})
+    (variant,) = make_plan(study, load_profile(str(folder / "bare.yaml")), ArtifactStore(folder / "home")).variants
+    assert list(variant.evaluations) == [bench["name"] for bench in profile["defaults"]["benchmarks"]]
+
+
 @pytest.mark.parametrize("sparsity", ["1", "-0.1", "1.5", ".nan"])
 def test_a_sparsity_outside_the_unit_interval_is_refused(folder, tmp_path, sparsity):
     write_study(tmp_path, [{"method": "fft"}, {"method": "mft"}])
