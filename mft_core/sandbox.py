@@ -28,7 +28,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jinja2
 import psutil
-from jinja2 import Environment, TemplateError, TemplateRuntimeError
+from jinja2 import Environment, TemplateError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -47,10 +47,6 @@ _PATIENCE = 20
 _apart = False
 """whether this process is one that renders for another"""
 T = TypeVar("T")
-
-
-class UnstableTemplateError(TemplateRuntimeError):
-    """The template shows what is not the same tomorrow."""
 
 
 class Apart:
@@ -140,7 +136,6 @@ def _ended(child: int, owner: int, channel: BufferedRWPair) -> int:
         return 0
     with contextlib.suppress(OSError):  # what it was not told any more
         channel.close()
-    waited = 0
     with contextlib.suppress(ChildProcessError):  # somebody has had it waited for
         for _ in range(_PATIENCE):
             waited, status = os.waitpid(child, os.WNOHANG)
@@ -256,7 +251,7 @@ def render(sandbox: Environment, template: str, variables: Mapping[str, Any]) ->
 
 
 def check_chat_template(template: str) -> None:
-    """Make a chat template that shows the date or something drawn raise an `UnstableTemplateError` when it does.
+    """Make a chat template that shows the date or something drawn raise a ConfigError when it does.
 
     Raises:
         ConfigError: it cannot be read.
@@ -281,14 +276,14 @@ def _give_to_transformers() -> None:
 
 
 def _today(form: str = "") -> str:
-    raise UnstableTemplateError(
-        "it writes today's date (strftime_now), so that the same study would be another one tomorrow; set "
-        "model.chat_template to a copy with a fixed date in its place"
+    raise ConfigError(
+        "chat template: it writes today's date (strftime_now), so that the same study would be another one tomorrow; "
+        "set model.chat_template to a copy with a fixed date in its place."
     )
 
 
 def _drawn(*_: Any, **__: Any) -> str:
-    raise UnstableTemplateError("it shows something drawn at random, which is not the same the next time")
+    raise ConfigError("chat template: it shows something drawn at random, which is not the same the next time.")
 
 
 def asks_for_code(directory: Path, name: str) -> ConfigError | None:

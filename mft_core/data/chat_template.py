@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation, Message
 from mft_core.errors import ConfigError
-from mft_core.sandbox import FAULTS, Apart, UnstableTemplateError, asks_for_code, check_chat_template, next_rendering
+from mft_core.sandbox import FAULTS, Apart, asks_for_code, check_chat_template, next_rendering
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _QUESTION, _ANSWER = "What is it?", "Qzx"
@@ -166,8 +166,6 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
             add_generation_prompt=not answer_begins,
             continue_final_message=answer_begins,
         )
-    except UnstableTemplateError as error:
-        raise ConfigError(f"chat template: {error}.") from error
     except FAULTS as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ConfigError(f"chat template: it cannot show a prompt of the roles {roles}: {error}.") from error
@@ -194,25 +192,20 @@ def rendered(
 @functools.lru_cache(maxsize=4)
 def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, tokens: str) -> Apart:
     """Return what renders by a template; some stay, so that batches of the same rows share a process."""
-
-    def render(question: tuple[list[list[Any]], list[str]]) -> list[tuple[str, list[Span]]]:
-        batch, wheres = question
-        return _rendered([tuple(Message(*turn) for turn in row) for row in batch], wheres, tokenizer, template)
-
-    return Apart("chat template", render)
+    return Apart("chat template", functools.partial(_rendered, tokenizer, template))
 
 
 def _rendered(
-    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str
+    tokenizer: PreTrainedTokenizerBase, template: str, question: tuple[list[list[Any]], list[str]]
 ) -> list[tuple[str, list[Span]]]:
+    """Do what `rendered` says, in a process apart: of the batch and the names of its conversations."""
     found = []
     render = _render_marked if _MARKS.search(template) else _render_by_prefix
-    for conversation, where in zip(batch, wheres, strict=True):
+    for turns, where in zip(*question, strict=True):
+        conversation = tuple(Message(*turn) for turn in turns)
         try:
             text, spans = render(tokenizer, template, conversation)
             _check_shown(tokenizer, template, text, conversation)
-        except UnstableTemplateError as error:
-            raise ConfigError(f"chat template: {error}.") from error
         except (*FAULTS, _UnfitTemplateError) as error:
             first = conversation[0].content
             roles = ", ".join(message.role for message in conversation)
