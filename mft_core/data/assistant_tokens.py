@@ -8,7 +8,6 @@ whoever plans one asks before whether its rows will fit (`check_fits`).
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from array import array
@@ -21,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mft_core.data.chat_template import Span, rendered
-from mft_core.data.rows import Conversation, Message
+from mft_core.data.rows import Conversation, Message, Placed
 from mft_core.data.tokens import Limits, TokenDataset
 from mft_core.errors import ConfigError
 
@@ -72,9 +71,8 @@ def encode(
 
     def examples() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         nonlocal done, cut, turns_left_out, shortest
-        for batch in _batches(conversations):
-            wheres = [f"row {row} of the mixture" for row in range(done, done + len(batch))]
-            for row, (ids, in_loss, unread) in enumerate(_encode_batch(batch, wheres, tokenizer, max_length), done):
+        for batch in _batches((f"row {row} of the mixture", each) for row, each in enumerate(conversations)):
+            for row, (ids, in_loss, unread) in enumerate(_encode_batch(batch, tokenizer, max_length), done):
                 ends = _ends(in_loss)
                 if fit := _fitting(ids, ends, max_length):
                     kept.append(row)
@@ -105,15 +103,10 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tupl
         ConfigError: they differ.
     """
     for answer in ("Yes", "42"):
-        conversations = [
-            (*(Message(turn["role"], turn["content"]) for turn in messages), Message("assistant", answer))
-            for messages, _ in prompts
-        ]
-        for (ids, in_loss, _), (_, text) in zip(
-            _encode_batch(conversations, ["a prompt of evaluation"] * len(prompts), tokenizer),
-            prompts,
-            strict=True,
-        ):
+        chats = [[*messages, {"role": "assistant", "content": answer}] for messages, _ in prompts]
+        batch = [("a prompt of evaluation", tuple(Message(turn["role"], turn["content"]) for turn in chat))
+                 for chat in chats]  # fmt: skip
+        for (ids, in_loss, _), (_, text) in zip(_encode_batch(batch, tokenizer), prompts, strict=True):
             asked = tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids[: len(asked)].tolist() != asked or not in_loss[len(asked) : len(asked) + 1].all():
                 first = int(np.argmax(in_loss))
@@ -129,8 +122,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tupl
 class Drawn:
     """What a look at one source of a mixture has found, and how many of its rows are going to be drawn."""
 
-    sample: Sequence[tuple[str, Conversation]]
-    """file and line, row"""
+    sample: Sequence[Placed]
     rows: int
     whole: bool
     """the sample is all that is drawn"""
@@ -159,11 +151,9 @@ def check_fits(
     too_long = 0.0
     for source in sources:
         long = 0
-        places = iter(where for where, _ in source.sample)
-        for batch in _batches(row for _, row in source.sample):
-            wheres = list(itertools.islice(places, len(batch)))
-            encoded = _encode_batch(batch, wheres, tokenizer, max_length)
-            for where, (ids, in_loss, unread) in zip(wheres, encoded, strict=True):
+        for batch in _batches(source.sample):
+            encoded = _encode_batch(batch, tokenizer, max_length)
+            for (where, _), (ids, in_loss, unread) in zip(batch, encoded, strict=True):
                 ends = _ends(in_loss)
                 needed.append(unread.first_answer(ends, ids))
                 if fit := _fitting(ids, ends, max_length):
@@ -209,11 +199,11 @@ def _advice(needed: int, limits: Limits | None) -> str:
     return f"Set max_length to at least {needed}"
 
 
-def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+def _batches(rows: Iterable[Placed]) -> Iterator[list[Placed]]:
     batch, characters = [], 0
-    for conversation in conversations:
-        batch.append(conversation)
-        characters += sum(len(message.content) for message in conversation)
+    for row in rows:
+        batch.append(row)
+        characters += sum(len(message.content) for message in row[1])
         if len(batch) == _BATCH or characters >= _CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -234,15 +224,14 @@ class _Unread(NamedTuple):
 
 
 def _encode_batch(
-    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = _LONG
+    batch: Sequence[Placed], tokenizer: PreTrainedTokenizerBase, max_length: int = _LONG
 ) -> Iterator[tuple[np.ndarray, np.ndarray, _Unread]]:
     """Yield the token ids, int32 [T], and what is in the loss, bool [T], of each conversation, uncut.
 
     Args:
-        wheres: names each conversation in errors.
         max_length: tokens; of a text of more than `_LONG` characters that is longer, only a part is looked at.
     """
-    texts = rendered(batch, wheres, tokenizer)
+    texts = rendered(batch, tokenizer)
     read = [text if len(text) <= _LONG else text[: _enough(tokenizer, max_length)] for text, _ in texts]
     tokens = _tokenise(tokenizer, read)
     for i, (text, spans) in enumerate(texts):

@@ -19,7 +19,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mft_core.data.rows import Conversation, Message
+from mft_core.data.rows import Conversation, Message, Placed
 from mft_core.errors import ConfigError
 from mft_core.sandbox import FAULTS, Apart, asks_for_code, check_chat_template, next_rendering
 
@@ -118,7 +118,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
 def _turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int, int]:
     """Return a conversation's text, and where in it the assistant's words end and where the loss does."""
     conversation = (Message("user", _QUESTION), Message("assistant", _ANSWER))
-    [(text, spans)] = rendered([conversation], ["a question and its answer"], tokenizer)
+    [(text, spans)] = rendered([("a question and its answer", conversation)], tokenizer)
     return text, text.rfind(_ANSWER) + len(_ANSWER), spans[-1][1]
 
 
@@ -172,13 +172,8 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     return str(prompt)
 
 
-def rendered(
-    batch: Sequence[Conversation], wheres: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[str, list[Span]]]:
+def rendered(batch: Sequence[Placed], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Span]]]:
     """Return of each conversation the text, and which characters are the assistant's.
-
-    Args:
-        wheres: names each conversation in errors.
 
     Raises:
         ConfigError: see `check_tokenizer`; the template cannot render a conversation, leaves out what it says, or
@@ -186,7 +181,7 @@ def rendered(
     """
     template = check_tokenizer(tokenizer)
     apart = _renderer(tokenizer, template, json.dumps(tokenizer.special_tokens_map, default=str))
-    return [(text, [(start, end) for start, end in spans]) for text, spans in apart([list(batch), list(wheres)])]
+    return [(text, [(start, end) for start, end in spans]) for text, spans in apart(batch)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -196,12 +191,12 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, tokens: str) ->
 
 
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, template: str, question: tuple[list[list[Any]], list[str]]
+    tokenizer: PreTrainedTokenizerBase, template: str, batch: list[tuple[str, list[list[Any]]]]
 ) -> list[tuple[str, list[Span]]]:
-    """Do what `rendered` says, in a process apart: of the batch and the names of its conversations."""
+    """Do what `rendered` says, in a process apart, of what JSON has made of the batch."""
     found = []
     render = _render_marked if _MARKS.search(template) else _render_by_prefix
-    for turns, where in zip(*question, strict=True):
+    for where, turns in batch:
         conversation = tuple(Message(*turn) for turn in turns)
         try:
             text, spans = render(tokenizer, template, conversation)

@@ -55,6 +55,8 @@ class Message(NamedTuple):
 
 
 Conversation = tuple[Message, ...]
+Placed = tuple[str, Conversation]
+"""a conversation, after what names it in errors: file and line"""
 
 
 @dataclass
@@ -62,9 +64,8 @@ class Look:
     """What one pass over a source has found; all its rows are sound."""
 
     rows: int = 0
-    sample: list[tuple[str, Conversation]] = field(default_factory=list)
-    """rows at even distances, with file and line: all of them, or `_SEEN` at least; and the first with further fields
-    for the template"""
+    sample: list[Placed] = field(default_factory=list)
+    """rows at even distances: all of them, or `_SEEN` at least; and the first with further fields for the template"""
 
 
 class RowFile(Sequence[Conversation]):
@@ -101,7 +102,7 @@ def look(source: Path, part: MixturePart = ALL, report: Callable[[int], None] = 
     Raises:
         ConfigError: missing, empty, in another format, or the first row that is no conversation (with its line).
     """
-    found, unusual, step = Look(), list[tuple[str, Conversation]](), 1
+    found, unusual, step = Look(), list[Placed](), 1
     for where, raw in counted(raw_rows(source, part), report):
         row = parse_row(raw, where)
         if found.rows % step == 0:

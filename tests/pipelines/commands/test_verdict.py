@@ -197,7 +197,7 @@ def test_a_checkpoint_without_a_chat_template_is_shown_plain_text_and_asked_so(t
         parse_row({"prompt": "1 + 1 =", "completion": " 2"}, "a row"),
         parse_row({"question": "1 + 1?", "answer": "2"}, "a row"),
     ]
-    found = rendered(rows, ["a row"] * 2, load_tokenizer(tmp_path / "model", template))
+    found = rendered([("a row", row) for row in rows], load_tokenizer(tmp_path / "model", template))
     assert [text for text, _ in found] == [f"{begins}1 + 1 = 2</s>", f"{begins}1 + 1?\n2</s>"]
     assert [text[start:end] for text, [(start, end)] in found] == [" 2</s>", "2</s>"]
     plan = planned(tmp_path, values)
