@@ -14,7 +14,6 @@ token by token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,9 +53,6 @@ class EpochPlan:
         start = position * self.batch_size
         stop = min(start + self.batch_size, self.examples, self.visits - epoch * self.examples)
         return _epoch_order(self.examples, self.seed, epoch)[start:stop]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[step] for step in range(len(self)))
 
 
 @lru_cache(maxsize=2)
@@ -110,20 +106,15 @@ def micro_batches(
         per_sequence: the loss is the mean over sequences of the mean over their tokens, so each label weighs one over
             the labels of its sequence; otherwise the mean over all labels.
     """
-    lengths = dataset.lengths[indices]
-    longest_first = np.argsort(-lengths, kind="stable")
+    lengths = dataset.lengths
+    longest_first = np.argsort(-lengths[indices], kind="stable")
     order = [int(index) for index in indices[longest_first]]
-    rows = _pack(order, dataset.lengths) if packing else [[index] for index in order]
-    width_of = [int(sum(dataset.lengths[index] for index in row)) for row in rows]
-
-    batches: list[dict[str, torch.Tensor]] = []
-    for group in _group(width_of, micro_batch_tokens):
-        members = [rows[position] for position in group]
-        width = max(width_of[position] for position in group)
-        batches.append(_collate(dataset, members, width, packing, per_sequence))
+    rows = _pack(order, lengths) if packing else [[index] for index in order]
+    groups = _group(rows, lengths, micro_batch_tokens)
+    batches = [_collate(dataset, group, width, packing, per_sequence) for width, group in groups]
     in_loss = [int(dataset.example(index)[1].sum()) for index in order]
     divisor = sum(count > 0 for count in in_loss) if per_sequence else sum(in_loss)
-    return StepBatches(batches, sum(in_loss), int(lengths.sum()), divisor)
+    return StepBatches(batches, sum(in_loss), int(lengths[indices].sum()), divisor)
 
 
 def _pack(order: list[int], lengths: np.ndarray) -> list[list[int]]:
@@ -143,16 +134,14 @@ def _pack(order: list[int], lengths: np.ndarray) -> list[list[int]]:
     return rows
 
 
-def _group(widths: list[int], limit: int) -> list[list[int]]:
-    """Put rows of similar width together, rows × widest within the limit; returns positions in `widths`."""
-    groups: list[list[int]] = []
-    widest = 0
-    for position in sorted(range(len(widths)), key=lambda position: -widths[position]):
-        if groups and (len(groups[-1]) + 1) * widest <= limit:
-            groups[-1].append(position)
+def _group(rows: list[list[int]], lengths: np.ndarray, limit: int) -> list[tuple[int, list[list[int]]]]:
+    """Put rows of similar width together, rows × widest within the limit; returns the widest with its rows."""
+    groups: list[tuple[int, list[list[int]]]] = []
+    for width, row in sorted(((int(lengths[row].sum()), row) for row in rows), key=lambda pair: -pair[0]):
+        if groups and (len(groups[-1][1]) + 1) * groups[-1][0] <= limit:
+            groups[-1][1].append(row)
         else:
-            groups.append([position])
-            widest = widths[position]
+            groups.append((width, [row]))
     return groups
 
 
