@@ -220,19 +220,10 @@ def _more(message: Message) -> dict[str, Any]:
     return json.loads(message.more) if message.more else {}
 
 
-def _plain(conversation: Conversation) -> list[dict[str, Any]]:
-    """Return the messages as templates are given them; the tools are no part of them."""
-    return [
-        {"role": message.role, "content": message.content}
-        | {key: value for key, value in _more(message).items() if key != "tools"}
-        for message in conversation
-    ]
-
-
-def _tools(conversation: Conversation) -> dict[str, Any]:
-    """Return the row's tools as an argument of the template."""
-    more = _more(conversation[0])
-    return {"tools": more["tools"]} if "tools" in more else {}
+def _given(conversation: Conversation) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the messages as templates are given them, and beside them the row's tools as an argument."""
+    messages = [{"role": message.role, "content": message.content, **_more(message)} for message in conversation]
+    return messages, {"tools": messages[0].pop("tools")} if "tools" in messages[0] else {}
 
 
 def _check_shown(tokenizer: PreTrainedTokenizerBase, template: str, text: str, conversation: Conversation) -> None:
@@ -242,7 +233,7 @@ def _check_shown(tokenizer: PreTrainedTokenizerBase, template: str, text: str, c
             raise _UnfitTemplateError(f"it does not show messages[{turn}], of the role 'tool'")
         if message.role != "assistant":
             _check_fields(text, turn, message)
-    messages, tools = _plain(conversation), _tools(conversation)
+    messages, tools = _given(conversation)
     if tools and _render(tokenizer, template, messages) == _render(tokenizer, template, messages, **tools):
         raise _UnfitTemplateError("it does not show the row's 'tools'")
 
@@ -296,9 +287,8 @@ def _render_marked(
     tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
 ) -> tuple[str, list[Span]]:
     """Render with a template that marks what is generated."""
-    text, spans = _render(
-        tokenizer, template, _plain(conversation), return_assistant_tokens_mask=True, **_tools(conversation)
-    )
+    messages, tools = _given(conversation)
+    text, spans = _render(tokenizer, template, messages, return_assistant_tokens_mask=True, **tools)
     generated = "".join(text[start:end] for start, end in spans)
     spoken = [(turn, message) for turn, message in enumerate(conversation) if message.role == "assistant"]
     for turn, message in spoken:
@@ -318,7 +308,7 @@ def _render_by_prefix(
     tokenizer: PreTrainedTokenizerBase, template: str, conversation: Conversation
 ) -> tuple[str, list[Span]]:
     """Render beginnings of the conversation: a turn is what stands between its generation prompt and its end."""
-    messages, tools = _plain(conversation), _tools(conversation)
+    messages, tools = _given(conversation)
 
     def render(turns: int, prompt: bool) -> str:
         return _render(tokenizer, template, messages[:turns], add_generation_prompt=prompt, **tools)[0]
