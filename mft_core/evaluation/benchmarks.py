@@ -37,6 +37,7 @@ _DEEPEST = 12
 """levels of an item; `datasets` takes twice as long for each"""
 _OF_GROUPS = frozenset({"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "task_list"})
 """what a group's definition says of itself; the rest holds for its tasks"""
+_NO_TASK = "benchmark folder {}: no task there; lm-eval's definitions are files *.yaml."
 _TEMPLATES = ("description", "doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix")
 
 
@@ -77,12 +78,6 @@ class _Shape(BaseModel):
     generation_kwargs: _Generation | None = None
     num_fewshot: int | None = Field(None, ge=0)
     repeats: int | None = Field(None, ge=1)
-
-
-def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a definition whose parts are of the kinds that they have to be."""
-    validated(_Shape, config, where)
-    return config
 
 
 class Item(NamedTuple):
@@ -152,15 +147,14 @@ class Definition:
         """
         return [item for path in self.data_files[split] for item in read_items(path)]
 
-    def code(self) -> list[str]:
-        """Return what of the definition is code: functions, and what lm-eval loads from elsewhere to run it."""
-        found = [f"{key}: !function {value.name}" for key, value in _leaves(self.config) if isinstance(value, Function)]
-        found += [f"{key}: {value}" for key, value in _leaves(self.config) if key == "hf_evaluate" and value]
-        return found + ([f"use_prompt: {prompt}"] if (prompt := self.config.get("use_prompt")) else [])
-
     def refuse_code(self, allowed: bool) -> None:
-        """Raise a ConfigError where the definition is code and the user has not allowed it."""
-        code = self.code()
+        """Raise a ConfigError where the definition is code and the user has not allowed it.
+
+        Code is functions, and what lm-eval loads from elsewhere to run it.
+        """
+        code = [f"{key}: !function {value.name}" for key, value in _leaves(self.config) if isinstance(value, Function)]
+        code += [f"{key}: {value}" for key, value in _leaves(self.config) if key == "hf_evaluate" and value]
+        code += [f"use_prompt: {prompt}"] if (prompt := self.config.get("use_prompt")) else []
         if code and not allowed:
             raise ConfigError(
                 f"task '{self.task}' in {self.folder} runs code of that folder ({'; '.join(code)}). Read it, and if "
@@ -261,16 +255,11 @@ def definitions(folder: Path, name: str) -> list[Definition]:
         ConfigError: no such name there, or what it means cannot be read.
     """
     index = _read_folder(folder)
+    if not index.known:
+        raise index.refused(_NO_TASK.format(folder))
     if name not in index.known:
-        if index.known:
-            error = unknown(f"task in benchmark folder {folder}", name, index.known)
-        else:
-            error = ConfigError(f"benchmark folder {folder}: no task there; lm-eval's definitions are files *.yaml.")
-        raise ConfigError("\n".join([str(error), *index.broken]))
-    found = [
-        Definition(folder, task, config, tuple(dict.fromkeys([*files, *_modules(folder, config)])))
-        for task, config, files in index.expand(name)
-    ]
+        raise index.refused(str(unknown(f"task in benchmark folder {folder}", name, index.known)))
+    found = list(index.expand(name, {}, (), ()))
     if not found:
         raise ConfigError(f"group '{name}' in {folder}: no task belongs to it; list some under `task:`.")
     return found
@@ -296,21 +285,15 @@ def tasks_in(folder: Path) -> list[str]:
     index = _read_folder(folder)
     found = [name for name, (config, _) in index.known.items() if config.get("group") is None]
     if not found:
-        error = f"benchmark folder {folder}: no task there; lm-eval's definitions are files *.yaml."
-        raise ConfigError("\n".join([error, *index.broken]))
+        raise index.refused(_NO_TASK.format(folder))
     return found
-
-
-class _Member(NamedTuple):
-    task: str
-    config: dict[str, Any]
-    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Index:
-    """Tasks, groups and tags by name, each a configuration and the files in which it stands."""
+    """Tasks, groups and tags of a folder by name, each a configuration and the files in which it stands."""
 
+    folder: Path
     known: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = field(default_factory=dict)
     """tags too: as groups of their tasks"""
     broken: list[str] = field(default_factory=list)
@@ -330,13 +313,14 @@ class Index:
             if "tag:" in self.known[tag][1]:
                 group["task"].append(name)
 
-    def expand(self, name: str) -> list[_Member]:
-        """Return the tasks that a name means."""
-        return list(self._expand({"task": name}, {}, (), ()))
+    def refused(self, error: str) -> ConfigError:
+        """Return an error for what is not among the known, with the files that may have it and cannot be read."""
+        return ConfigError("\n".join([error, *self.broken]))
 
-    def _expand(
+    def expand(
         self, member: Any, overrides: Mapping[str, Any], files: tuple[str, ...], parents: tuple[str, ...]
-    ) -> Iterator[_Member]:
+    ) -> Iterator[Definition]:
+        """Yield the tasks that a name means, or a group's member, with what the groups around it say of them."""
         member = {"task": member} if isinstance(member, str) else member
         name = (member.get("group") or member.get("task")) if isinstance(member, dict) else None
         if not isinstance(name, str) or name in parents:
@@ -350,18 +334,20 @@ class Index:
             inline = name not in self.known
             task = f"{parents[-1]}::{name}" if inline and parents else name
             config = {**known, **overrides, **own, "task": task}
-            yield _Member(task, _checked(config, f"task '{task}' in {', '.join(files)}"), files)
+            validated(_Shape, config, f"task '{task}' in {', '.join(files)}")
+            modules = _modules(self.folder, config)
+            yield Definition(self.folder, task, config, tuple(dict.fromkeys([*files, *modules])))
             return
         for_tasks = {key: value for key, value in {**known, **own}.items() if key not in _OF_GROUPS}
         children = known.get("task") or []
         for child in [children] if isinstance(children, str) else children:
-            yield from self._expand(child, {**for_tasks, **overrides}, files, (*parents, name))
+            yield from self.expand(child, {**for_tasks, **overrides}, files, (*parents, name))
 
 
 def _read_folder(folder: Path) -> Index:
     if not folder.is_dir():
         raise ConfigError(f"benchmark folder {folder.absolute()}: no such folder; correct the path.")
-    index = Index()
+    index = Index(folder)
     for path in sorted(folder.rglob("*.yaml"), key=lambda path: path.as_posix()):
         if {"__pycache__", ".ipynb_checkpoints"} & set(path.parts):
             continue
@@ -369,7 +355,8 @@ def _read_folder(folder: Path) -> Index:
             config, files = _read(folder, path, ())
             if "class" in config:
                 raise ConfigError("a task in Python (class:) is none of a local benchmark")
-            index.add(_checked(config, str(path)), files)
+            validated(_Shape, config, str(path))
+            index.add(config, files)
         except (ConfigError, OSError) as error:
             index.broken.append(f"{path} cannot be read as YAML of lm-eval: {error}")
     return index
