@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def rehearse(recipe: Evaluate, tokenizer: Path, benchmark: Path | None = None, t
         for name, task in tasks.items():
             apart = functools.partial(_prompts_fit, recipe, name, task, loaded, tokenizer)
             asked = limited(f"task '{name}'", apart)
-            _build(recipe.model_copy(update={"limit": 1}), name, task, loaded, [])
+            _build(recipe.model_copy(update={"limit": 1}), name, task, loaded)
             if task.OUTPUT_TYPE == "generate_until" and task.instances:
                 _check_generation(recipe, name, task, tokenizer)
             if asked:
@@ -75,24 +75,30 @@ def _prompts_fit(
     recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, checkpoint: Path
 ) -> list[Chat]:
     """Make all prompts, check their lengths, and return the first chats that ask."""
-    chats: list[Chat] = []
-    _build(recipe, name, task, tokenizer, chats)
+    chats = _build(recipe, name, task, tokenizer)
     rendered_all()
     _check_lengths(recipe, name, task, tokenizer, checkpoint)
     return [chat for chat in chats if chat[0][-1]["role"] == "user"][:_COMPARED]
 
 
-def _build(recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> None:
-    """Make the prompts of a task, and have the chats that they are made of."""
+def _build(recipe: Evaluate, name: str, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Chat]:
+    """Make the prompts of a task, and return the chats that they are made of."""
+    chats: list[Chat] = []
+
+    def prompt(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        chats.append((messages, chat_prompt(tokenizer, messages, answer_begins=not add_generation_prompt)))
+        return chats[-1][1]
+
     with _told(f"task '{name}': its prompts cannot be made"):
         task.build_all_requests(
             limit=recipe.limit,
             apply_chat_template=recipe.apply_chat_template,
             fewshot_as_multiturn=recipe.apply_chat_template,
-            chat_template=_recording(tokenizer, chats) if recipe.apply_chat_template else None,
+            chat_template=prompt if recipe.apply_chat_template else None,
         )
     for request in task.instances if recipe.cluster else ():
         cluster_of(recipe, name, request.doc)
+    return chats
 
 
 @contextmanager
@@ -105,14 +111,6 @@ def _told(what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{what} ({type(error).__name__}: {reason}).") from error
-
-
-def _recording(tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> Callable[..., str]:
-    def prompt(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        chats.append((messages, chat_prompt(tokenizer, messages, answer_begins=not add_generation_prompt)))
-        return chats[-1][1]
-
-    return prompt
 
 
 def _check_generation(recipe: Evaluate, name: str, task: Task, checkpoint: Path) -> None:
