@@ -186,8 +186,8 @@ def check_scoring(metric: str, filter_name: str | None, task: str, config: Mappi
     filters = [str(entry["name"]) for entry in config.get("filter_list") or [{"name": "none"}]]
     if filter_name is not None and filter_name not in filters:
         raise unknown(f"filter of task '{task}'", filter_name, filters)
-    entries = config.get("metric_list") or _default_metrics(config.get("output_type") or "generate_until")
-    called = [getattr(entry["metric"], "name", str(entry["metric"])) for entry in entries]
+    entries = _metrics(config)
+    called = [_name(entry) for entry in entries]
     code = [name for name, entry in zip(called, entries, strict=True)
             if isinstance(entry["metric"], Function) or "/" in name]  # fmt: skip
     # code names its results itself: pass_at_k does pass@1; of other code nothing is known
@@ -220,13 +220,13 @@ def usual_metric(task: str, folder: Path | None) -> str:
         ConfigError: no such task, or none of its metrics is a share of the items.
     """
     if folder is not None:
-        named = [(one.task, one.config) for one in definitions(folder, task)]
+        local = definitions(folder, task)[0]
+        name, config = local.task, local.config
     else:
         check_known(task)
-        named = [(leaf.name, leaf.cfg) for leaf in task_leaves(task, task_manager().task_index)]
-    name, config = named[0]
-    entries = config.get("metric_list") or _default_metrics(config.get("output_type") or "generate_until")
-    metrics = [getattr(entry["metric"], "name", str(entry["metric"])) for entry in entries]
+        own = task_leaves(task, task_manager().task_index)[0]
+        name, config = own.name, own.cfg
+    metrics = [_name(entry) for entry in _metrics(config)]
     for metric in (*(usual for usual in _USUAL if usual in metrics), *metrics):
         with suppress(ConfigError):
             check_scoring(metric, None, name, config)
@@ -234,24 +234,30 @@ def usual_metric(task: str, folder: Path | None) -> str:
     raise ConfigError(f"task '{task}': none of its metrics ({', '.join(metrics) or 'none'}) is a share of the items.")
 
 
-def _default_metrics(output_type: str) -> list[dict[str, str]]:
+def _metrics(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of a definition's metrics, or of lm-eval's for its kind of answer."""
+    if entries := config.get("metric_list"):
+        return list(entries)
     from lm_eval.api import metrics, registry  # noqa: F401 - the metrics register themselves
 
-    return [{"metric": name} for name in registry.DEFAULT_METRIC_REGISTRY.get(output_type, [])]
+    usual = registry.DEFAULT_METRIC_REGISTRY.get(config.get("output_type") or "generate_until", [])
+    return [{"metric": name} for name in usual]
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    return str(getattr(entry["metric"], "name", entry["metric"]))
 
 
 def _aggregation(entry: Mapping[str, Any]) -> str | None:
     """Return the name by which a task's metric becomes one number."""
-    named = entry.get("aggregation") or _default_aggregation(str(entry["metric"]))
+    named = entry.get("aggregation")
+    if not named:
+        if code_metrics.answers_needed(entry["metric"]):
+            return "mean"
+        from lm_eval.api import metrics, registry  # noqa: F401
+
+        named = registry.get_metric_aggregation(str(entry["metric"]))
     return str(getattr(named, "__name__", getattr(named, "name", named))).rpartition(".")[2] if named else None
-
-
-def _default_aggregation(metric: str) -> str | None:
-    if code_metrics.answers_needed(metric):
-        return "mean"
-    from lm_eval.api import metrics, registry  # noqa: F401
-
-    return getattr(registry.get_metric_aggregation(metric), "__name__", None)
 
 
 @functools.cache
