@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from mft_core.checkpoints.files import read_config
 from mft_core.compute import PROCESS_WIDE
-from mft_core.data.chat_template import EndOfTurn, stop_tokens
+from mft_core.data.chat_template import stop_tokens
 from mft_core.evaluation.prompting import Prompting
 from mft_core.geometry import ROOM, decoded_together, of_a_sequence, read_geometry
 from mft_core.recipes import Evaluate, Runtime
@@ -38,16 +38,10 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
         runtime: Runtime,
         device: str,
         tokenizer: PreTrainedTokenizerBase,
-        end: EndOfTurn | None,
         report: Callable[[Progress], None],
     ) -> None:
-        """Load the checkpoint.
-
-        Args:
-            end: what ends an answer in the chat format; None: no chat.
-            report: told how many items are answered.
-        """
-        self._prompt(tokenizer, end, report)
+        """Load the checkpoint; `report` is told how many items are answered."""
+        self._prompt(recipe, tokenizer, report)
         self._fixed = recipe.answered_together or runtime.eval_batch_size
         self._number = 4 if recipe.precision == "float32" else 2
         self._geometry = read_geometry(read_config(path).to_dict(), path)
@@ -63,8 +57,8 @@ class HuggingFace(Prompting, HFLM):  # type: ignore[misc]  # lm-eval's has no ty
                 add_bos_token=False if recipe.apply_chat_template else None,
             )
         config = self.model.generation_config
-        if end and end.token is not None:
-            config.eos_token_id = stop_tokens(config.eos_token_id, end.token)
+        if self._end and self._end.token is not None:
+            config.eos_token_id = stop_tokens(config.eos_token_id, self._end.token)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Answer prompts, in batches that fit."""

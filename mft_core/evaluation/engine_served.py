@@ -21,7 +21,6 @@ from tqdm.asyncio import tqdm_asyncio
 from transformers import PreTrainedTokenizerBase
 
 from mft_core.checkpoints.files import read_config
-from mft_core.data.chat_template import EndOfTurn
 from mft_core.errors import StageError
 from mft_core.evaluation.prompting import Prompting
 from mft_core.recipes import Evaluate, Runtime
@@ -52,7 +51,6 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
         url: str,
         key: str | None,
         tokenizer: PreTrainedTokenizerBase,
-        end: EndOfTurn | None,
         report: Callable[[Progress], None],
     ) -> None:
         """Prepare for asking.
@@ -60,10 +58,9 @@ class Served(Prompting, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval's
         Args:
             url: of the server, up to and with `/v1`.
             key: of the server; None: OPENAI_API_KEY.
-            end: what ends an answer in the chat format; None: no chat.
             report: told how many items are answered.
         """
-        self._prompt(tokenizer, end, report)
+        self._prompt(recipe, tokenizer, report)
         self._recipe, self._url = recipe, url
         self._refusal: BaseException | None = None
         super().__init__(

@@ -393,9 +393,9 @@ def seeded(seed: int, runtime: Runtime) -> Iterator[None]:
     """Seed Python's, numpy's and torch's generators, keep other stages from them, and put them back."""
     import torch
 
-    from mft_core.compute import own_randomness
+    from mft_core.compute import find_device, own_randomness
 
-    with own_randomness(torch.device(_device(runtime))):
+    with own_randomness(find_device(runtime)):
         python, numpy = random.getstate(), np.random.get_state()
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -407,12 +407,6 @@ def seeded(seed: int, runtime: Runtime) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def _device(runtime: Runtime) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if runtime.device == "auto" else runtime.device
-
-
 @contextmanager
 def _engine(
     recipe: Evaluate,
@@ -422,7 +416,8 @@ def _engine(
     chat_template: Path | None,
 ) -> Iterator[LM]:
     """Have the checkpoint in the recipe's engine."""
-    from mft_core.data.chat_template import end_of_turn, read_tokenizer
+    from mft_core.compute import find_device
+    from mft_core.data.chat_template import read_tokenizer
 
     tokenizer = read_tokenizer(path, chat_template)
     if recipe.apply_chat_template and not tokenizer.chat_template:
@@ -430,22 +425,21 @@ def _engine(
             "apply_chat_template = true: the model's tokenizer has no chat template. Give the model one "
             "(model.chat_template), or set apply_chat_template to false for this benchmark."
         )
-    asked = tokenizer, end_of_turn(tokenizer) if recipe.apply_chat_template else None, report
-    device = _device(runtime)
+    device = find_device(runtime)
     if recipe.engine == "hf":
         from mft_core.evaluation.engine_hf import HuggingFace
 
-        yield HuggingFace(recipe, path, runtime, device, *asked)
+        yield HuggingFace(recipe, path, runtime, str(device), tokenizer, report)
         return
     from mft_core.evaluation.engine_served import Served
 
     if recipe.engine == "vllm":
-        with vllm_server.serving(path, recipe.precision, device == "cpu") as server:
-            yield Served(recipe, path, runtime, server.url, server.key, *asked)
+        with vllm_server.serving(path, recipe.precision, device.type == "cpu") as server:
+            yield Served(recipe, path, runtime, server.url, server.key, tokenizer, report)
     elif runtime.engine_url is None:
         raise ConfigError("engine = openai: runtime.engine_url is null; give the server's address.")
     else:
-        yield Served(recipe, path, runtime, runtime.engine_url.rstrip("/"), None, *asked)
+        yield Served(recipe, path, runtime, runtime.engine_url.rstrip("/"), None, tokenizer, report)
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mft_core.data.chat_template import EndOfTurn, chat_prompt
+from mft_core.data.chat_template import chat_prompt, end_of_turn
+from mft_core.recipes import Evaluate
 from mft_core.stage import Progress
 
 SECONDS_BETWEEN = 1.0
@@ -21,16 +22,10 @@ SECONDS_BETWEEN = 1.0
 class Prompting:
     """Mixed into one of lm-eval's models."""
 
-    def _prompt(
-        self, tokenizer: PreTrainedTokenizerBase, end: EndOfTurn | None, report: Callable[[Progress], None]
-    ) -> None:
-        """Begin.
-
-        Args:
-            end: what ends an answer in the chat format.
-            report: told how many items are answered.
-        """
-        self._chat, self._end, self._report = tokenizer, end, report
+    def _prompt(self, recipe: Evaluate, tokenizer: PreTrainedTokenizerBase, report: Callable[[Progress], None]) -> None:
+        """Begin; `report` is told how many items are answered."""
+        self._chat, self._report = tokenizer, report
+        self._end = end_of_turn(tokenizer) if recipe.apply_chat_template else None
         self._done, self._asked, self._told = 0, 0, 0.0
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

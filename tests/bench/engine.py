@@ -27,7 +27,7 @@ import torch
 from lm_eval.api.instance import Instance
 from tokenizers import AddedToken
 
-from mft_core.data.chat_template import end_of_turn, read_tokenizer
+from mft_core.data.chat_template import read_tokenizer
 from mft_core.evaluation.engine_hf import HuggingFace
 from mft_core.evaluation.lm_eval_harness import settled
 from mft_core.recipes import Evaluate, Runtime
@@ -90,8 +90,7 @@ class Contenders:
     def __init__(self, path: Path, options: argparse.Namespace) -> None:
         self.device, self.most, self.tokenizer = options.device, options.new_tokens, read_tokenizer(path)
         recipe = Evaluate(task="none", precision=options.precision)
-        asked = self.tokenizer, end_of_turn(self.tokenizer), lambda _: None
-        self.engine = HuggingFace(recipe, path, Runtime(), self.device, *asked)
+        self.engine = HuggingFace(recipe, path, Runtime(), self.device, self.tokenizer, lambda _: None)
         self.model = self.engine.model
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts(options.items)]
         self.prompts = [self.engine.apply_chat_template(turn) for turn in turns]
