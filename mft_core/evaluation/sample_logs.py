@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,24 +36,27 @@ _OTHER_SCALE = 10
 _HASHES = {"doc_hash": "question", "prompt_hash": "prompt", "target_hash": "target"}
 
 
-@dataclass(frozen=True)
-class Log:
+class _Item(NamedTuple):
+    """What a log says of one item."""
+
+    scores: tuple[float, ...]
+    """several where a metric has several (the instructions of an IFEval prompt)"""
+    hashes: tuple[Any, ...]
+    """of question, prompt, target"""
+    cluster: str | None
+    subject: str | None
+    """in an evaluation of ours whose accuracy is a mean over subjects"""
+
+
+class _Log(NamedTuple):
     """One model's answers to one task."""
 
-    path: Path
-    metric: str
+    items: dict[str, _Item]
+    """by id"""
     filter: str | None
     """the one that was read"""
-    filters: Sequence[str]
+    filters: list[str]
     """all that it has"""
-    scores: Mapping[str, tuple[float, ...]]
-    """by id; several where a metric has several (the instructions of an IFEval prompt)"""
-    hashes: Mapping[str, tuple[Any, ...]]
-    """by id: question, prompt, target"""
-    clusters: Mapping[str, str] | None
-    subjects: Mapping[str, str] | None
-    """of an evaluation of ours whose accuracy is a mean over subjects"""
-    higher_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -94,22 +97,24 @@ def read_pairs(a: Path, b: Path, metric: str | None = None, cluster: str | None 
 def _files(path: Path) -> dict[str, Path]:
     """Return the logs by task."""
     if path.is_file():
-        named = _NAME.fullmatch(path.name)
-        return {named["task"] if named else path.stem: path}
+        return {_task(path): path}
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or folder; give a sample log, or a folder with one.")
     if (path / "items.jsonl").is_file():
         return {str(_summary(path).get("benchmark", path.name)): path / "items.jsonl"}
     found: dict[str, Path] = {}
     for file in sorted(path.rglob("samples_*.jsonl*")):
-        named = _NAME.fullmatch(file.name)
-        task = named["task"] if named else file.stem
-        if task in found:
+        if (task := _task(file)) in found:
             raise ConfigError(f"{path}: two logs of task {task}: {found[task]} and {file}; give one file.")
         found[task] = file
     if not found:
         raise ConfigError(f"{path}: no samples_*.jsonl and no items.jsonl there; run lm_eval with --log_samples.")
     return found
+
+
+def _task(file: Path) -> str:
+    named = _NAME.fullmatch(file.name)
+    return named["task"] if named else file.stem
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -163,12 +168,12 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
             f"{a} and {b} share no filter: {', '.join(first.filters) or 'none'} against "
             f"{', '.join(second.filters) or 'none'}. Apply the same filters to both."
         )
-    _require_same_items(first, second)
-    ids = tuple(f"{name}[{at}]" if len(values) > 1 else name
-                for name, values in first.scores.items() for at in range(len(values)))  # fmt: skip
-    owner = [name for name, values in first.scores.items() for _ in values]
-    ours = np.array([value for values in first.scores.values() for value in values])
-    theirs = np.array([value for name in first.scores for value in second.scores[name]])
+    _require_same_items(a, b, first.items, second.items)
+    owners = [(name, item) for name, item in first.items.items() for _ in item.scores]
+    ids = tuple(f"{name}[{at}]" if len(item.scores) > 1 else name
+                for name, item in first.items.items() for at in range(len(item.scores)))  # fmt: skip
+    ours = np.array([score for item in first.items.values() for score in item.scores])
+    theirs = np.array([score for name in first.items for score in second.items[name].scores])
     least, most = sorted(float(np.abs(scores).max()) for scores in (ours, theirs))
     if 0 < least <= 1 and most >= _OTHER_SCALE * least:
         raise ConfigError(
@@ -177,12 +182,13 @@ def _paired(task: str, a: Path, b: Path, metric: str | None, cluster: str | None
         )
     if most > 1:
         ours, theirs = ours / 100, theirs / 100
-    differences = theirs - ours if first.higher_is_better else ours - theirs
-    clusters = [first.clusters[name] for name in owner] if first.clusters else owner
-    subjects = tuple(first.subjects[name] for name in owner) if first.subjects else None
-    grouping, stratum = Grouping(subjects=subjects), Stratum.of(differences, clusters, subjects)
-    shown = f"{first.metric},{first.filter}" if first.filter else first.metric
-    return Paired(task, shown, first.higher_is_better, grouping.mean(ours), grouping.mean(theirs), stratum, ids)
+    higher = _higher_is_better(a, chosen)
+    clusters = tuple(item.cluster or name for name, item in owners)
+    subjects = tuple(item.subject for _, item in owners if item.subject is not None) or None
+    grouping = Grouping(clusters, subjects)
+    stratum = Stratum.of(theirs - ours if higher else ours - theirs, *grouping)
+    shown = f"{chosen},{first.filter}" if first.filter else chosen
+    return Paired(task, shown, higher, grouping.mean(ours), grouping.mean(theirs), stratum, ids)
 
 
 def _metrics(path: Path) -> list[str]:
@@ -204,11 +210,8 @@ def _metrics(path: Path) -> list[str]:
     )
 
 
-def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None) -> Log:
-    scores: dict[str, tuple[float, ...]] = {}
-    hashes: dict[str, tuple[Any, ...]] = {}
-    clusters: dict[str, str] = {}
-    subjects: dict[str, str] = {}
+def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None) -> _Log:
+    items: dict[str, _Item] = {}
     filters: dict[str, None] = {}
     for row in _rows(path):
         if name := str(row.get("filter") or ""):
@@ -217,33 +220,29 @@ def _read(path: Path, metric: str, asked_filter: str | None, cluster: str | None
                 continue
         field = next((key for key in ("item", "doc_id", "id") if key in row), None)
         if field is None:
-            raise ConfigError(f"{path}: a line without id, after {len(scores)} items; it has: {', '.join(row)}.")
+            raise ConfigError(f"{path}: a line without id, after {len(items)} items; it has: {', '.join(row)}.")
         item = str(row[field])
-        if item in scores:
+        if item in items:
             raise ConfigError(f"{path}: item {item} is there twice; every item counts once. Give one run's log.")
-        scores[item] = _scores(path, item, row, "outcome" if field == "item" and metric not in row else metric)
-        hashes[item] = tuple(row.get(name) for name in _HASHES)
-        if field == "item" and "subject" in row:
-            subjects[item] = str(row["subject"])
-        if named := cluster or ("cluster" if field == "item" and "cluster" in row else None):
-            clusters[item] = _cluster(path, item, row, named)
-    if not scores:
+        ours = field == "item"
+        grouped_by = cluster or ("cluster" if ours and "cluster" in row else None)
+        items[item] = _Item(
+            scores=_scores(path, item, row, "outcome" if ours and metric not in row else metric),
+            hashes=tuple(row.get(name) for name in _HASHES),
+            cluster=_cluster(path, item, row, grouped_by) if grouped_by else None,
+            subject=str(row["subject"]) if ours and "subject" in row else None,
+        )
+    if not items:
         raise unknown(f"filter of {path}", asked_filter or "", filters)
-    chosen = asked_filter or next(iter(filters), None)
-    higher = _higher_is_better(path, metric)
-    return Log(path, metric, chosen, tuple(filters), scores, hashes, clusters or None, subjects or None, higher)
+    return _Log(items, asked_filter or next(iter(filters), None), list(filters))
 
 
 def _scores(path: Path, item: str, row: Mapping[str, Any], metric: str) -> tuple[float, ...]:
     value = row.get(metric)
     values = value if isinstance(value, list) and value else [value]
-    if not all(map(_is_score, values)):
+    if not all(isinstance(one, bool | int | float) and abs(one) <= _MOST for one in values):
         raise ConfigError(f"{path}: {metric} of item {item} is {value!r:.60}; valid: a number, or a list of them.")
     return tuple(map(float, values))
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and abs(value) <= _MOST
 
 
 def _cluster(path: Path, item: str, row: Mapping[str, Any], field: str) -> str:
@@ -268,29 +267,27 @@ def _higher_is_better(path: Path, metric: str) -> bool:
     return told is not False if isinstance(told, bool) else metric not in _LESS
 
 
-def _require_same_items(a: Log, b: Log) -> None:
-    odd = [item for item in (*a.scores, *b.scores) if (item in a.scores) != (item in b.scores)]
+def _require_same_items(a: Path, b: Path, ours: Mapping[str, _Item], theirs: Mapping[str, _Item]) -> None:
+    odd = [name for name in (*ours, *theirs) if (name in ours) != (name in theirs)]
     if odd:
         raise ConfigError(
-            f"{a.path} and {b.path} are not on the same items: {len(a.scores):,} against {len(b.scores):,}, and "
+            f"{a} and {b} are not on the same items: {len(ours):,} against {len(theirs):,}, and "
             f"{len(odd):,} are in one of them only, first {odd[0]}. Evaluate both with the same task and limit."
         )
+    pairs = {name: (item, theirs[name]) for name, item in ours.items()}
     for at, what in enumerate(_HASHES.values()):
-        other = [
-            item
-            for item, known in a.hashes.items()
-            if None not in (known[at], b.hashes[item][at]) and known[at] != b.hashes[item][at]
-        ]
+        hashes = {name: (one.hashes[at], other.hashes[at]) for name, (one, other) in pairs.items()}
+        other = [name for name, both in hashes.items() if None not in both and both[0] != both[1]]
         if other:
             raise ConfigError(
-                f"{a.path} and {b.path}: item {other[0]} (and {len(other) - 1:,} more) has another {what}. Evaluate "
+                f"{a} and {b}: item {other[0]} (and {len(other) - 1:,} more) has another {what}. Evaluate "
                 "both with the same version of the task, examples and chat template."
             )
-    uneven = next((item for item, values in a.scores.items() if len(values) != len(b.scores[item])), None)
+    uneven = next((name for name, (one, other) in pairs.items() if len(one.scores) != len(other.scores)), None)
     if uneven is not None:
-        raise ConfigError(f"{a.path} and {b.path}: item {uneven} has another number of scores.")
-    if a.clusters and a.clusters != b.clusters:
-        raise ConfigError(f"{a.path} and {b.path}: --cluster: the two put the same items into other groups.")
+        raise ConfigError(f"{a} and {b}: item {uneven} has another number of scores.")
+    if any(one.cluster and one.cluster != other.cluster for one, other in pairs.values()):
+        raise ConfigError(f"{a} and {b}: --cluster: the two put the same items into other groups.")
 
 
 def flipped(pairs: Sequence[Paired]) -> tuple[list[str], list[str]]:
