@@ -165,17 +165,6 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of that id exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def watch() -> None:
     """Read group ids (negative: no longer ours) until the parent closes the pipe, then end those that are left."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # lives as long as the pipe

@@ -32,9 +32,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mft_core.errors import ConfigError, StageError
 from mft_core.names import without_secrets, without_user
-from mft_core.processes import Child, Family, is_alive
+from mft_core.processes import Child, Family
 from mft_core.store.artifacts import ArtifactStore
 
 START_SECONDS = 180.0
@@ -83,7 +85,7 @@ def living_server(home: Path) -> dict[str, Any] | None:
     """Return what `mft up` wrote of itself ({pid, prefect, mlflow, own}) if it lives and its API answers, else None."""
     try:
         server = json.loads((home / "prefect" / "server.json").read_text())
-        alive = is_alive(server["pid"]) and _answers(f"{server['prefect']}/health", timeout=1.0)
+        alive = psutil.pid_exists(server["pid"]) and _answers(f"{server['prefect']}/health", timeout=1.0)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return server if alive else None

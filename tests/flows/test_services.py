@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from mft_core.errors import ConfigError, StageError
-from mft_core.processes import Family, is_alive
+from mft_core.processes import Family
 from pipelines.servers import services
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_the_record_of_a_dead_or_silent_server_is_not_believed(tmp_path: Path) -
     record = services.prefect_home(tmp_path) / "server.json"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    assert not is_alive(gone.pid)
+    assert not psutil.pid_exists(gone.pid)
     for text in ("", "[]", "{}", json.dumps({"pid": os.getpid(), "prefect": "http://127.0.0.1:9/api"})):
         record.write_text(text)
         assert services.living_server(tmp_path) is None

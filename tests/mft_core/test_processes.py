@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mft_core.processes import Family, is_alive
+import psutil
+
+from mft_core.processes import Family
 
 
 def test_services_end_in_silence_after_their_watchdog_was_killed(tmp_path: Path) -> None:
@@ -16,4 +18,4 @@ def test_services_end_in_silence_after_their_watchdog_was_killed(tmp_path: Path)
     family._watchdog.kill()
     family._watchdog.wait()
     family.stop()
-    assert not is_alive(child.process.pid)
+    assert not psutil.pid_exists(child.process.pid)
