@@ -220,11 +220,8 @@ def _as_it_is(_: Context, value: Any) -> Any:
     return value
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's own, but that reading a template reckons nothing yet, however constant: rendering does, within limits."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(optimized=False, finalize=_as_it_is, **settings)
+_sandboxed = functools.partial(ImmutableSandboxedEnvironment, optimized=False, finalize=_as_it_is)
+"""Jinja's own, but that reading a template reckons nothing yet, however constant: rendering does, within limits"""
 
 
 def environment(like: Environment | None = None) -> Environment:
@@ -233,15 +230,15 @@ def environment(like: Environment | None = None) -> Environment:
     Args:
         like: lm-eval's own environment, whose filters it takes over; None: those are the ones of lm-eval 0.4.
     """
-    sandbox = _Sandbox(loader=jinja2.BaseLoader(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    sandbox = _sandboxed(loader=jinja2.BaseLoader(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     sandbox.filters |= like.filters if like else {"regex_replace": _regex_replace}
     del sandbox.filters["random"], sandbox.globals["lipsum"]
     sandbox.from_string = functools.lru_cache(maxsize=512)(sandbox.from_string)  # type: ignore[method-assign, assignment]
     return sandbox
 
 
-def _regex_replace(text: str, pattern: str, replacement: str, count: int = 0) -> str:
-    return re.sub(pattern, replacement, text, count=count)
+def _regex_replace(string: str, pattern: str, repl: str, count: int = 0) -> str:
+    return re.sub(pattern, repl, string, count=count)
 
 
 def render(sandbox: Environment, template: str, variables: Mapping[str, Any]) -> str:
@@ -271,7 +268,7 @@ def check_chat_template(template: str) -> None:
 def _give_to_transformers() -> None:
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.ImmutableSandboxedEnvironment = _Sandbox  # type: ignore[misc]
+    chat_template_utils.ImmutableSandboxedEnvironment = _sandboxed  # type: ignore[misc, assignment]
     chat_template_utils._compile_jinja_template.cache_clear()
 
 

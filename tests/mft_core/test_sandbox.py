@@ -240,6 +240,7 @@ def test_an_error_that_is_endless_to_write_and_an_endless_expression_are_ended(
             "Dya\nbb'\\xc3\\xa9'",
         ),
         ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('a') ~ m(1) }}", "<a><1>"),
+        ("{{ 'a b c' | regex_replace(pattern=' ', repl='_', count=1) }}", "a_b c"),
     ],
 )
 def test_ordinary_templates_show_what_they_did(template: str, shown: str):
