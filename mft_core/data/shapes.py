@@ -87,13 +87,11 @@ def as_turns(row: Any, where: str) -> tuple[str, list[Turn]]:
         taken.update(said)
         turns.insert(0, Turn({"role": "system", "content": row[said[0]]}, said[0], ""))
     if len(shape) == 2 and isinstance(row[shape[0]], str):
-        taken.update(("history", *(_GIVEN if shape[0] == "instruction" else ())))
-        if (
-            shape[0] == "instruction"
-            and row["instruction"].strip()
-            and row["instruction"] in str(row.get("prompt", ""))
-        ):
-            taken.add("prompt")  # the row once more, written out
+        taken.add("history")
+        if shape[0] == "instruction":
+            taken.update(_GIVEN)
+            if row["instruction"].strip() and row["instruction"] in str(row.get("prompt", "")):
+                taken.add("prompt")  # the row once more, written out
     if shape == ("problem", "solution"):
         taken.add("answer")  # the result alone, as sets of mathematics have it
     beside = _BESIDE_MESSAGES if shape == ("messages",) else _COLUMNS
@@ -137,7 +135,6 @@ def _shape(row: Any, where: str) -> tuple[str, ...]:
 
 def _listed(value: Any, name: str, where: str) -> list[Turn]:
     """Return the turns of a list."""
-    value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list):
         raise ConfigError(f"{where}: {name} = {value!r:.60}: not a list. {_TAKEN}")
     return [_spoken(turn, f"{name}[{number}]", where) for number, turn in enumerate(value)]

@@ -76,7 +76,9 @@ def per_item(
 
 def _rows(recipe: Evaluate, task: str, sample: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     name = _item_id(task, sample)
-    answered = {"target": sample["target"], "response": _only(sample["filtered_resps"])}
+    said = sample["filtered_resps"]
+    alone = isinstance(said, list) and len(said) == 1
+    answered = {"target": sample["target"], "response": said[0] if alone else said}
     metrics = {name: sample[name] for name in sample["metrics"]}
     several = isinstance(metrics.get(recipe.metric), list)
     cluster = cluster_of(recipe, task, sample["doc"]) if recipe.cluster else name if several else None
@@ -135,7 +137,3 @@ def _share(recipe: Evaluate, value: Any) -> int | float:
             f"{value!r:.80}: its mean is no share that could be shown in %. Choose another metric."
         )
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _only(responses: Any) -> Any:
-    return responses[0] if isinstance(responses, list) and len(responses) == 1 else responses

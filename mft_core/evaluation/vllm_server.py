@@ -43,10 +43,7 @@ _ADVICE = "`make vllm` installs it into .venv-vllm; name that directory in MFT_V
 
 def find() -> Path | None:
     """Return vLLM's program, or None where there is none."""
-    given = os.environ.get("MFT_VLLM")
-    if given is None:
-        given = shutil.which("vllm")
-    path = Path(given or "/nowhere")
+    path = Path(os.environ.get("MFT_VLLM", shutil.which("vllm")) or "/nowhere")
     path = path / "bin" / "vllm" if path.is_dir() else path
     return path.absolute() if path.is_file() else None
 
@@ -57,8 +54,7 @@ def version() -> str | None:
     if program is None:
         return None
     packages = program.resolve().parent.parent.glob("lib/python*/site-packages/vllm*-*.dist-info")
-    found = [each.name.removesuffix(".dist-info").split("-")[1] for each in packages if each.name.startswith("vllm")]
-    return max(found, default="unknown")
+    return max((each.name.removesuffix(".dist-info").split("-")[1] for each in packages), default="unknown")
 
 
 def check(model: Path, cpu: bool) -> None:
