@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mft_core import compute
 from mft_core.analysis import overlaps
@@ -38,7 +37,7 @@ from mft_core.analysis.heads import find_heads
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.removals import Effect, Order, Portion, effects, portions
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
-from mft_core.checkpoints.files import load_model, read_config
+from mft_core.checkpoints.files import load_frozen
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError, StageError
 from mft_core.masks.mask_file import Mask, load_mask
@@ -115,10 +114,8 @@ class _Subject:
     """The model that masks are looked at on, and the sequences that its losses are measured on."""
 
     def __init__(self, recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) -> None:
-        device = compute.settle(context.runtime)
-        dtype = read_config(inputs["model"]).dtype or torch.float32
         self._context = context
-        self._model = load_model(inputs["model"], dtype, device).eval().requires_grad_(False)
+        self._model = load_frozen(inputs["model"], compute.settle(context.runtime))
         self._parameters = dict(self._model.named_parameters())
         self._sites = {site.name: site for site in find_sites(self._model)}
         self._heads = find_heads(self._model)

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from statsmodels.stats.multitest import multipletests
 
 from mft_core import compute
 from mft_core.analysis.layer_scores import CANDIDATES, CandidateName, score_group, score_sites
 from mft_core.analysis.rank_correlation import correlate
-from mft_core.checkpoints.files import load_model, read_config, skeleton
+from mft_core.checkpoints.files import load_frozen, skeleton
 from mft_core.data.batching import micro_batches
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError, StageError
@@ -98,14 +97,13 @@ def examine(
     tokens = TrainingData.load(inputs["data"]).train
     drawn = np.sort(seeded_order(len(tokens), recipe.seed)[: recipe.calibration_rows])
     one_each = micro_batches(tokens, drawn, micro_batch_tokens=1, packing=False)
-    device = compute.settle(context.runtime)
-    loaded = load_model(inputs["model"], read_config(inputs["model"]).dtype or torch.float32, device)
+    loaded = load_frozen(inputs["model"], compute.settle(context.runtime))
     sites: dict[str, Site] = {site.name: site for own in groups.values() for site in own}
 
     def report(done: int) -> None:
         context.report(Progress(done, len(drawn), unit="sequence"))
 
-    scored = score_sites(loaded.eval().requires_grad_(False), list(sites.values()), one_each, recipe.sparsity, report)
+    scored = score_sites(loaded, list(sites.values()), one_each, recipe.sparsity, report)
     scores = {group: score_group(own, scored) for group, own in groups.items()}
     return LayerPrediction(recipe, len(drawn), one_each.tokens, scores, gains, _matches(recipe, scores, gains))
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from mft_core.analysis.cuts import DECILES, deciles
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.masks.mask_file import Mask
-from mft_core.masks.sites import Site
+from mft_core.masks.sites import Site, layers_below
 
 Order = Literal["alone", "last"]
 Chosen = Callable[[Site], bool | Tensor]
@@ -124,10 +124,8 @@ def effects(
         losses: entered, of this model.
         base: what `losses` measures of the base.
     """
-    lowest = min(site.layer for site in sites)
-    layers = model.get_submodule(sites[0].parameter.split(f".{sites[0].layer}.")[0])
     parameters = dict(model.named_parameters())
-    with losses.reusing(list(layers.children())[:lowest]), Removal(parameters, mask, sites) as removal:
+    with losses.reusing(layers_below(model, sites)), Removal(parameters, mask, sites) as removal:
         whole, *parts = portions(sites)
         sizes = {portion: removal.size(portion) for portion in parts}
         for portion in parts:

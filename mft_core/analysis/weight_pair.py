@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mft_core.checkpoints.files import WeightFiles, load_model, read_config, skeleton
+from mft_core.checkpoints.files import WeightFiles, load_frozen, skeleton
 from mft_core.errors import ConfigError
-from mft_core.masks.sites import Site, find_sites
+from mft_core.masks.sites import Site, find_sites, layers_below
 
 ModelName = Literal["fine-tuned", "masked"]
 MODELS: tuple[ModelName, ModelName] = ("fine-tuned", "masked")
@@ -37,20 +37,17 @@ class WeightPair:
             ConfigError: they are equal, or differ in other weights than maskable matrices, or in their shapes.
         """
         sites = changed_sites(fine_tuned, masked)
-        dtype = read_config(fine_tuned).dtype or torch.float32
-        model = load_model(fine_tuned, dtype, device).eval().requires_grad_(False)
+        model = load_frozen(fine_tuned, device)
         values: dict[ModelName, list[Tensor]] = {}
         for name, directory in zip(MODELS, (fine_tuned, masked), strict=True):
             files = WeightFiles(directory)
-            values[name] = [files.tensor(site.name).to(device, dtype) for site in sites]
+            values[name] = [files.tensor(site.name).to(device, model.dtype) for site in sites]
         return cls(model, sites, values)
 
     @property
     def lower_layers(self) -> list[nn.Module]:
         """The decoder layers below all changed matrices: whatever `put` does, they compute the same."""
-        first = self.sites[0]
-        layers = self.model.get_submodule(first.parameter.split(f".{first.layer}.")[0])
-        return list(layers.children())[: min(site.layer for site in self.sites)]
+        return layers_below(self.model, self.sites)
 
     @property
     def weights(self) -> int:

@@ -114,6 +114,13 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device, dropou
     return model
 
 
+def load_frozen(directory: Path, device: torch.device) -> PreTrainedModel:
+    """Load a decoder to look at: frozen, without dropout, in the type that it is stored in; raises as `load_model`."""
+    model = load_model(directory, read_config(directory).dtype or torch.float32, device)
+    model.eval().requires_grad_(False)
+    return model
+
+
 def check_weights(directory: Path) -> None:
     """Check that the checkpoint can be loaded, without the memory that loading takes, and that its numbers are finite.
 

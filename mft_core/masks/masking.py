@@ -34,7 +34,7 @@ from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError, StageError, unknown, validated
 from mft_core.layers import parse_layers
 from mft_core.masks.mask_file import Mask, make_mask
-from mft_core.masks.selection import Global, GlobalThreshold, Local, Scope
+from mft_core.masks.selection import GlobalThreshold, Scope, least_of
 from mft_core.masks.sites import Site, choose_sites, find_sites, n_layers
 from mft_core.optimizers.factory import OptimizerFactory, adamw
 from mft_core.recipes import MaskSettings, Modules, ScopeName, ScoreInit
@@ -148,7 +148,7 @@ class MaskTuner:
     def _make_scope(self, scope: ScopeName, sparsity: float, min_kept: float) -> Scope:
         if scope == "global-threshold":
             return GlobalThreshold.starting_at(sparsity, [site.kind for site in self.sites], self._scores)
-        return Global(sparsity, min_kept) if scope == "global" else Local(sparsity)
+        return least_of(scope, sparsity, min_kept)
 
     @torch.no_grad()
     def trained(self) -> list[Tensor]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mft_core.recipes import SiteClass
+from mft_core.recipes import ScopeName, SiteClass
 
 _MOST_SORTED = 2**28
 """entries: a sort on CUDA takes 21 bytes for each, and refuses 2**31"""
@@ -177,6 +177,11 @@ class Global:
         if not bool(flat.isfinite().all()):
             raise ValueError("scores are not finite: no mask can be selected from them")
         return flat.masked_fill(remove_least(flat, flat.numel() - floor), torch.inf)
+
+
+def least_of(scope: ScopeName, sparsity: float, min_kept: float, *, signed: bool = False) -> Scope:
+    """Return the scope 'global' or 'local': the least scores of all matrices are removed, or of each."""
+    return Global(sparsity, min_kept, signed) if scope == "global" else Local(sparsity, signed)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,11 @@ def n_layers(model: nn.Module) -> int:
     return len(_decoder_layers(model)[1])
 
 
+def layers_below(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
+    """Return the decoder layers below all of these matrices: whatever is put there, they compute the same."""
+    return list(_decoder_layers(model)[1])[: min(site.layer for site in sites)]
+
+
 def _matches(site: Site, pattern: str) -> bool:
     path = site.path if "." in pattern else site.path.rsplit(".", 1)[-1]
     return fnmatchcase(path, pattern)

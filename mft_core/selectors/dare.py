@@ -7,16 +7,9 @@ Here p is not each entry's probability but the exact share of every matrix, as o
 
 from __future__ import annotations
 
-import torch
-
-from mft_core.draws import seeded_generator
 from mft_core.selectors.job import Choice, Job
 
 
 def choose(job: Job) -> Choice:
     """Choose uniformly at random; merging rescales what is kept (`mft_core.masks.merge`)."""
-    seed = job.recipe.seed
-    return job.choice(
-        torch.rand(weight.shape, generator=seeded_generator(seed, f"dare {site.name}"), dtype=torch.float32)
-        for site, weight in job.weights()
-    )
+    return job.choice(job.uniform("dare"))

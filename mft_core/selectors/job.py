@@ -12,16 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mft_core import compute
-from mft_core.checkpoints.files import WeightFiles, load_model, read_config
+from mft_core.checkpoints.files import WeightFiles, load_frozen, read_config
 from mft_core.data.batching import StepBatches, micro_batches
 from mft_core.data.order import seeded_order
 from mft_core.data.tokens import Limits
+from mft_core.draws import seeded_generator
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import MaskScope
-from mft_core.masks.selection import Global, Local, Scope
+from mft_core.masks.selection import least_of
 from mft_core.masks.sites import Site
 from mft_core.recipes import LearnMask
-from mft_core.stage import StageContext
+from mft_core.stage import Progress, StageContext
 from mft_core.training.loop import History, TrainingData
 
 
@@ -64,11 +65,11 @@ class Job:
         for site, weight in self.weights():
             yield site.name, base.tensor_like(site.name, weight)
 
-    def scope(self, *, signed: bool = False) -> Scope:
-        """Return the recipe's scope for scores that are not trained."""
-        if self.recipe.scope == "global":
-            return Global(self.recipe.sparsity, self.recipe.min_kept, signed)
-        return Local(self.recipe.sparsity, signed)
+    def uniform(self, purpose: str) -> Iterator[Tensor]:
+        """Yield scores drawn uniformly at random, the same for one (seed, purpose, site name, shape) everywhere."""
+        for site, weight in self.weights():
+            generator = seeded_generator(self.recipe.seed, f"{purpose} {site.name}")
+            yield torch.rand(weight.shape, generator=generator, dtype=torch.float32)
 
     def choice(self, scores: Iterator[Tensor], *, signed: bool = False) -> Choice:
         """Return the masks that the recipe's scope makes of the scores, which come in the order of the sites.
@@ -76,7 +77,8 @@ class Job:
         Of granularity 'row' or 'column' the mean magnitude of a line ranks all of it, so that whole lines go; the last
         one only as far as the exact count wants it.
         """
-        masks = self.scope(signed=signed).masks(map(self._of_lines, self.sites, scores))
+        scope = least_of(self.recipe.scope, self.recipe.sparsity, self.recipe.min_kept, signed=signed)
+        masks = scope.masks(map(self._of_lines, self.sites, scores))
         return Choice({site.name: mask for site, mask in zip(self.sites, masks, strict=True)})
 
     def _of_lines(self, site: Site, score: Tensor) -> Tensor:
@@ -92,12 +94,8 @@ class Job:
         return data
 
     def model(self) -> PreTrainedModel:
-        """Load the model to look at: frozen, without dropout, in the type that it is stored in."""
-        device = compute.settle(self.context.runtime)
-        dtype = read_config(self.inputs["model"]).dtype or torch.float32
-        model = load_model(self.inputs["model"], dtype, device)
-        model.eval().requires_grad_(False)
-        return model
+        """Load the model to look at, frozen."""
+        return load_frozen(self.inputs["model"], compute.settle(self.context.runtime))
 
     def calibration(self) -> StepBatches:
         """Draw the recipe's calibration rows from the training data, as padded micro-batches.
@@ -113,3 +111,9 @@ class Job:
             )
         drawn = np.sort(seeded_order(len(train), self.recipe.seed)[:rows])
         return micro_batches(train, drawn, self.context.runtime.micro_batch_tokens, packing=False)
+
+    def reported(self, calibration: StepBatches) -> Iterator[dict[str, Tensor]]:
+        """Yield the micro-batches, and report each as done when the next one is asked for."""
+        for done, batch in enumerate(calibration.batches, start=1):
+            yield batch
+            self.context.report(Progress(done, len(calibration.batches), unit="batch"))

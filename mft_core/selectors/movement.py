@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mft_core.masks.sites import Site
 from mft_core.selectors.job import Choice, Job
-from mft_core.stage import Progress
 from mft_core.training.loss import LossHead
 
 
@@ -26,15 +26,13 @@ def choose(job: Job) -> Choice:
         weight.grad_dtype = torch.float32  # a sum over micro-batches in bfloat16 would lose the small ones
     calibration = job.calibration()
     with LossHead(model) as head:
-        for done, batch in enumerate(calibration.batches, start=1):
+        for batch in job.reported(calibration):
             loss = head.summed_loss(batch, model.device) / calibration.loss_tokens
             loss.backward()
-            job.context.report(Progress(done, len(calibration.batches), unit="batch"))
-    return job.choice((_score(weights[site.parameter], site.index) for site in job.sites), signed=True)
+    gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
 
+    def score(site: Site) -> Tensor:
+        weight = site.of(weights).detach().float()
+        return -weight * site.of(gradients) if site.parameter in gradients else torch.zeros_like(weight)
 
-@torch.no_grad()
-def _score(weight: Tensor, index: int | None) -> Tensor:
-    gradient = torch.zeros_like(weight, dtype=torch.float32) if weight.grad is None else weight.grad
-    whole = (weight, gradient) if index is None else (weight[index], gradient[index])
-    return -whole[0].float() * whole[1]
+    return job.choice(map(score, job.sites), signed=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mft_core.data.batching import plan_epochs
 from mft_core.masks.masking import MaskTuner
-from mft_core.masks.selection import Global, Local, Scope
+from mft_core.masks.selection import Scope, least_of
 from mft_core.recipes import ScopeName
 from mft_core.selectors import learned
 from mft_core.selectors.job import Choice, Job
@@ -59,7 +59,7 @@ class SoftMaskTuner(MaskTuner):
 
     def _make_scope(self, scope: ScopeName, sparsity: float, min_kept: float) -> Scope:
         self._widths = [float(score.std()) or 1.0 if score.numel() > 1 else 1.0 for score in self._scores]
-        return Global(sparsity, min_kept, signed=True) if scope == "global" else Local(sparsity, signed=True)
+        return least_of(scope, sparsity, min_kept, signed=True)
 
     def _sharpness(self, index: int) -> float:
         first, last = _SHARPNESS

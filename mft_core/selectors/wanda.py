@@ -7,19 +7,17 @@ each output row, as published.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mft_core.data.batching import StepBatches
 from mft_core.errors import ConfigError
 from mft_core.masks.selection import Rows
 from mft_core.masks.sites import Site
 from mft_core.selectors.job import Choice, Job
-from mft_core.stage import Progress
 
 
 def choose(job: Job) -> Choice:
@@ -78,7 +76,7 @@ def _input_norms(job: Job, model: PreTrainedModel) -> dict[str, Tensor]:
         for site in job.sites
     ]
     try:
-        for batch in _with_progress(job, job.calibration()):
+        for batch in job.reported(job.calibration()):
             attended = batch["attention_mask"].bool().to(model.device)
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             model(**inputs, use_cache=False, logits_to_keep=1)
@@ -86,9 +84,3 @@ def _input_norms(job: Job, model: PreTrainedModel) -> dict[str, Tensor]:
         for hook in hooks:
             hook.remove()
     return {name: total.sqrt().float().cpu() for name, total in squares.items()}
-
-
-def _with_progress(job: Job, calibration: StepBatches) -> Iterator[dict[str, Tensor]]:
-    for done, batch in enumerate(calibration.batches, start=1):
-        yield batch
-        job.context.report(Progress(done, len(calibration.batches), unit="batch"))
