@@ -7,8 +7,6 @@ the same randomness to both pictures and hide what the mask changed, and the lay
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -70,19 +68,18 @@ def plane(pair: WeightPair, losses: SequenceLosses, steps: Array, seed: int, par
         by model, [y, x].
     """
     across, up = direction(pair, seed, 0), direction(pair, seed, 1)
+
+    def row(name: ModelName, y: float) -> list[float]:
+        found = []
+        for x in steps.tolist():
+            pair.put(w.float() + x * a + y * b for w, a, b in zip(pair.values[name], across, up, strict=True))
+            found.append(mean_loss(losses.measure(), losses.tokens))
+        return found
+
     measured: dict[ModelName, Array] = {}
     with losses.reusing(pair.lower_layers):
         for name in MODELS:
-            centre = pair.values[name]
-
-            def row(y: float, centre: list[Tensor] = centre) -> list[float]:
-                found = []
-                for x in steps.tolist():
-                    pair.put(w.float() + x * a + y * b for w, a, b in zip(centre, across, up, strict=True))
-                    found.append(mean_loss(losses.measure(), losses.tokens))
-                return found
-
-            rows = [parts.get(f"plane-{name}-{index}", partial(row, y)) for index, y in enumerate(steps.tolist())]
+            rows = [parts.get(f"plane-{name}-{index}", row, name, y) for index, y in enumerate(steps.tolist())]
             measured[name] = np.array(rows)
     return measured
 
@@ -104,7 +101,7 @@ def line(pair: WeightPair, split: str, losses: SequenceLosses, parts: Parts) -> 
         return nats
 
     with losses.reusing(pair.lower_layers):
-        return np.array([parts.get(f"line-{split}-{index}", partial(at, t)) for index, t in enumerate(LINE)])
+        return np.array([parts.get(f"line-{split}-{index}", at, share) for index, share in enumerate(LINE)])
 
 
 def mean_loss(nats: Array, tokens: Array) -> float:

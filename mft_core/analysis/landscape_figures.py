@@ -6,8 +6,6 @@ is stands above.
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,8 @@ from mft_core.analysis.landscape import LINE
 from mft_core.analysis.landscape_findings import LandscapeFindings, Row
 from mft_core.analysis.pac_bayes import PriorName
 from mft_core.analysis.weight_pair import MODELS, ModelName
-from mft_core.figures.drawing import AMOUNT, panels, save
+from mft_core.figures.drawing import AMOUNT, panels
+from mft_core.figures.style import title
 from mft_core.statistics.tables import percent
 
 _LOOKS: dict[ModelName, tuple[str, str]] = {"fine-tuned": ("#000000", "o"), "masked": ("#0072B2", "s")}
@@ -34,18 +33,11 @@ PRIOR_LABELS: dict[PriorName, str] = {
 _LEVELS = 14
 
 
-def write(found: LandscapeFindings, out: Path) -> None:
-    """Write `plane.png`, `line.png`, `sharpness.png` and `bound.png`."""
-    for name, draw in {"plane": _planes, "line": _line, "sharpness": _sharpness, "bound": _bound}.items():
-        save(lambda draw=draw: draw(found), out / f"{name}.png")  # type: ignore[misc]  # called at once
-
-
 def _title(figure: Figure, found: LandscapeFindings) -> None:
-    width = int(11 * figure.get_figwidth())
-    figure.suptitle(textwrap.fill(f"Masked: {found.recipe.variant}", width), fontsize=9, color="0.35")
+    title(figure, f"Masked: {found.recipe.variant}", fontsize=9, color="0.35")
 
 
-def _planes(found: LandscapeFindings) -> Figure:
+def plane(found: LandscapeFindings) -> Figure:
     """Draw both planes on one logarithmic scale, with contours at the colours' edges."""
     figure, axes = panels(2, 2, (3.4, 2.8))
     points = found.recipe.points
@@ -74,14 +66,14 @@ def _planes(found: LandscapeFindings) -> Figure:
     return figure
 
 
-def _line(found: LandscapeFindings) -> Figure:
+def line(found: LandscapeFindings) -> Figure:
     figure, (axes,) = panels(1, 1, (5.2, 3.2))
     axes.axhline(0, color="0.25", linewidth=0.9)
     for split, (color, marker, dash) in _SPLITS.items():
-        line = found.of("line", split=split)
-        value, low, high = ([row[f"difference{end}"] for row in line] for end in ("", "_low", "_high"))
+        points = found.of("line", split=split)
+        value, low, high = ([row[f"difference{end}"] for row in points] for end in ("", "_low", "_high"))
         axes.fill_between(LINE, low, high, color=color, alpha=0.2, linewidth=0)
-        label = f"{split} (fine-tuned: {line[LINE.index(0)]['loss']:.3f})"
+        label = f"{split} (fine-tuned: {points[LINE.index(0)]['loss']:.3f})"
         axes.plot(LINE, value, dash, color=color, marker=marker, markersize=4, linewidth=1.4, label=label)
     top = axes.get_ylim()[1]
     for t, name in enumerate(MODELS):
@@ -96,7 +88,7 @@ def _line(found: LandscapeFindings) -> Figure:
     return figure
 
 
-def _sharpness(found: LandscapeFindings) -> Figure:
+def sharpness(found: LandscapeFindings) -> Figure:
     """Draw every batch as a line between the models, and the geometric means."""
     figure, (axes,) = panels(1, 1, (4.0, 3.0))
     batches, (_, compared) = (
@@ -130,7 +122,7 @@ def _plain_ticks(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _bound(found: LandscapeFindings) -> Figure:
+def bound(found: LandscapeFindings) -> Figure:
     """Draw the empirical term on the left and the complexity term on the right, against the noise."""
     figure, (left, right) = panels(2, 2, (3.6, 3.1))
     for model, without_noise in zip(MODELS, found.of("noise", noise=0.0), strict=True):

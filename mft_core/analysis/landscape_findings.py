@@ -72,7 +72,7 @@ def examine(recipe: Landscape, inputs: Mapping[str, Path], context: StageContext
     device = compute.settle(context.runtime)
     data = TrainingData.load(inputs["data"])
     _check(recipe, data)
-    pair = WeightPair.load(inputs["model"], inputs["masked"], device)
+    pair = WeightPair(inputs["model"], inputs["masked"], device)
     width = context.runtime.micro_batch_tokens
     held_out = _drawn(data.validation, recipe.rows, recipe.seed, _VALIDATION)
     shown = held_out[: recipe.plane_rows]

@@ -3,14 +3,12 @@ rank correlations with their intervals."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from matplotlib.figure import Figure
 
 from mft_core.analysis.layer_prediction import ALIKE, LayerPrediction, Row
 from mft_core.analysis.layer_scores import CANDIDATES
 from mft_core.analysis.rank_correlation import least_p_value
-from mft_core.figures.drawing import panels, save, style
+from mft_core.figures.drawing import panels, style
 from mft_core.statistics.markdown import signed, table, with_interval
 from mft_core.statistics.tables import percent
 from mft_core.statistics.winner import MEAN
@@ -97,9 +95,9 @@ def _match(match: Row) -> list[str]:
 def _groups(found: LayerPrediction) -> str:
     labels = [candidate.label for candidate in CANDIDATES.values()]
     lines = []
-    for group, scores in found.scores.items():
-        gains = [_gain(own[group]) for own in found.gains.values()]
-        lines.append([group, *gains, *(f"{scores[name]:.3g}".replace("-", "−") for name in CANDIDATES)])
+    for group, own in found.scores.items():
+        gains = [_gain(of_groups[group]) for of_groups in found.gains.values()]
+        lines.append([group, *gains, *(f"{own[name]:.3g}".replace("-", "−") for name in CANDIDATES)])
     return table(["layers", *(f"gain, {name}" for name in found.gains), *labels], lines)
 
 
@@ -118,19 +116,13 @@ def _candidates(found: LayerPrediction) -> str:
     )
 
 
-def draw(found: LayerPrediction, out: Path) -> None:
-    """Write `scores.png` and `correlations.png`."""
-    save(lambda: _score_figure(found), out / "scores.png")
-    save(lambda: _correlation_figure(found), out / "correlations.png")
-
-
 def _looks(found: LayerPrediction) -> dict[str, tuple[str, str]]:
     """Return colour and marker by benchmark; the mean is black."""
     looks = {name: style(index) for index, name in enumerate(name for name in found.gains if name != MEAN)}
     return looks | ({MEAN: ("#000000", "P")} if MEAN in found.gains else {})
 
 
-def _score_figure(found: LayerPrediction) -> Figure:
+def scores(found: LayerPrediction) -> Figure:
     """Draw a panel per candidate: the groups in the order of their promise, and their gains with intervals."""
     figure, axes = panels(len(CANDIDATES), 3, (2.9, 2.4))
     looks = _looks(found)
@@ -157,7 +149,7 @@ def _score_figure(found: LayerPrediction) -> Figure:
     return figure
 
 
-def _correlation_figure(found: LayerPrediction) -> Figure:
+def correlations(found: LayerPrediction) -> Figure:
     """Draw Spearman's correlation of every candidate, on every benchmark, with its interval."""
     looks = _looks(found)
     figure, (axes,) = panels(1, 1, (5.6, 0.62 * len(CANDIDATES) + 0.9))

@@ -21,15 +21,15 @@ Used by the stage `landscape`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from mft_core.analysis.landscape import finite, mean_loss, normal_draws
+from mft_core.analysis.landscape import mean_loss, normal_draws
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.sequence_loss import Array, SequenceLosses
 from mft_core.analysis.weight_pair import MODELS, ModelName, WeightPair
@@ -45,7 +45,7 @@ def gaussian_kl(squared_distance: float, share: float) -> float:
     return squared_distance / (2 * share**2)
 
 
-def complexity(kl: float, sequences: int, choices: int, delta: float = DELTA) -> float:
+def complexity(kl: float, sequences: int, choices: int) -> float:
     """Return the second term of the bound.
 
     Args:
@@ -53,7 +53,7 @@ def complexity(kl: float, sequences: int, choices: int, delta: float = DELTA) ->
         sequences: n, at least 8.
         choices: k, among how many shares of noise one may choose afterwards.
     """
-    return math.sqrt((kl + math.log(2 * math.sqrt(sequences) * choices / delta)) / (2 * sequences))
+    return math.sqrt((kl + math.log(2 * math.sqrt(sequences) * choices / DELTA)) / (2 * sequences))
 
 
 def squared_distances(pair: WeightPair) -> dict[tuple[PriorName, ModelName], float]:
@@ -76,7 +76,7 @@ def errors(pair: WeightPair, losses: SequenceLosses, parts: Parts) -> dict[Model
         pair.put(pair.values[name])
         return float(losses.losses_and_errors()[1].mean())
 
-    return {name: parts.get(f"error-{name}", partial(of, name)) for name in MODELS}
+    return {name: parts.get(f"error-{name}", of, name) for name in MODELS}
 
 
 def add_noise(
@@ -92,28 +92,26 @@ def add_noise(
         by model, [draws, shares, 2]: mean loss (nats per token), and mean over sequences of the share of wrong tokens.
     """
     sizes = [float(weight.double().square().mean().sqrt()) for weight in pair.values["fine-tuned"]]
+
+    @functools.lru_cache(maxsize=1)  # made once for both models, if at all
+    def noise(draw: int) -> list[Tensor]:
+        together = zip(pair.sites, pair.values["fine-tuned"], sizes, strict=True)
+        return [normal_draws(site, weight, seed, f"noise {draw}") * size for site, weight, size in together]
+
+    def under(name: ModelName, draw: int) -> list[tuple[float, float]]:
+        measured = []
+        for share in shares:
+            pair.put(weight.float() + share * step for weight, step in zip(pair.values[name], noise(draw), strict=True))
+            nats, errors = losses.losses_and_errors()
+            measured.append((mean_loss(nats, losses.tokens), float(errors.mean())))
+        return measured
+
     found: dict[ModelName, list[list[tuple[float, float]]]] = {name: [] for name in MODELS}
     with losses.reusing(pair.lower_layers):
         for draw in range(draws):
-            noise: list[Tensor] = []
-
-            def under(name: ModelName, noise: list[Tensor] = noise, draw: int = draw) -> list[tuple[float, float]]:
-                if not noise:  # made once for both models, if at all
-                    together = zip(pair.sites, pair.values["fine-tuned"], sizes, strict=True)
-                    noise += [normal_draws(site, w, seed, f"noise {draw}") * size for site, w, size in together]
-                return [_measure(pair, losses, name, noise, share) for share in shares]
-
             for name in MODELS:
-                found[name].append(parts.get(f"noise-{name}-{draw}", partial(under, name)))
+                found[name].append(parts.get(f"noise-{name}-{draw}", under, name, draw))
     return {name: np.array(measured) for name, measured in found.items()}
-
-
-def _measure(
-    pair: WeightPair, losses: SequenceLosses, name: ModelName, noise: list[Tensor], share: float
-) -> tuple[float, float]:
-    pair.put(weight.float() + share * step for weight, step in zip(pair.values[name], noise, strict=True))
-    nats, errors = losses.losses_and_errors()
-    return mean_loss(finite(nats), losses.tokens), float(errors.mean())
 
 
 def bounds(

@@ -7,11 +7,12 @@ A part is whatever JSON holds; floats come back bit for bit, so that a resumed a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 from mft_core.stage import Progress, StageContext
 from mft_core.store.kept import keep, kept
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -23,12 +24,12 @@ class Parts:
         self._context, self._total, self._done = context, total, 0
         context.work.mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str, compute: Callable[[], T]) -> T:
-        """Return the part of that name: as a killed run has kept it, or computed now and kept."""
+    def get(self, name: str, compute: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the part of that name: as a killed run has kept it, or computed now of the arguments and kept."""
         path = self._context.work / f"{name}.json"
         part = kept(path, self._context.log)
         if part is None:
-            keep(path, compute())
+            keep(path, compute(*args, **kwargs))
             part = kept(path, self._context.log)  # as JSON has it, whether or not the run is killed
         self._done += 1
         self._context.report(Progress(self._done, self._total, unit="part"))

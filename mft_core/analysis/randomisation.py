@@ -9,13 +9,12 @@ distribution. The stage `randomisation` has them answer; here stand test, sectio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from mft_core.figures.drawing import panels, save
+from mft_core.figures.drawing import panels
 from mft_core.recipes import Randomisation
 from mft_core.statistics.markdown import table
 from mft_core.statistics.winner import MEAN
@@ -80,12 +79,8 @@ def section(recipe: Randomisation, rows: Sequence[Row]) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def draw(recipe: Randomisation, rows: Sequence[Row], out: Path) -> None:
-    """Write `null.png`: the distribution of the random masks, and where the learned one and FFT stand in it."""
-    save(lambda: _figure(recipe, rows), out / "null.png")
-
-
-def _figure(recipe: Randomisation, rows: Sequence[Row]) -> Figure:
+def null(recipe: Randomisation, rows: Sequence[Row]) -> Figure:
+    """Draw the distribution of the random masks, and where the learned one and FFT stand in it."""
     tests = [row for row in rows if "p_value" in row]
     by_mask: dict[Any, list[float]] = {}
     for row in rows:

@@ -14,8 +14,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ _STEPS, _TRIES = 100, 3
 Vector = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Eigenvalue:
+class Eigenvalue(NamedTuple):
     """The largest eigenvalue of a symmetric operator."""
 
     value: float
@@ -188,14 +186,14 @@ def sharpness(
     The pair's model is float32 afterwards.
     """
     pair.model.float()
+
+    def on(batch: StepBatches) -> Eigenvalue:
+        with HessianOfLoss(pair.model, pair.sites, batch, keep=batch.tokens <= most_tokens) as hessian:
+            return largest_eigenvalue(hessian.product, hessian.size, seed)
+
     found: dict[ModelName, list[Eigenvalue]] = {}
     for name in MODELS:
         pair.put(pair.values[name])
-
-        def on(batch: StepBatches) -> list[float]:
-            with HessianOfLoss(pair.model, pair.sites, batch, keep=batch.tokens <= most_tokens) as hessian:
-                return list(astuple(largest_eigenvalue(hessian.product, hessian.size, seed)))
-
-        measured = [parts.get(f"sharpness-{name}-{index}", partial(on, b)) for index, b in enumerate(batches)]
-        found[name] = [Eigenvalue(value, residual, int(products)) for value, residual, products in measured]
+        measured = [parts.get(f"sharpness-{name}-{index}", on, batch) for index, batch in enumerate(batches)]
+        found[name] = [Eigenvalue(*one) for one in measured]  # of JSON, a list
     return found

@@ -5,13 +5,12 @@ Which matrices a mask touches is read off the weights themselves: those that dif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mft_core.checkpoints.files import WeightFiles, load_frozen, skeleton
 from mft_core.errors import ConfigError
@@ -24,25 +23,20 @@ MODELS: tuple[ModelName, ModelName] = ("fine-tuned", "masked")
 class WeightPair:
     """The fine-tuned model, loaded; `put` changes the matrices in which the masked one differs."""
 
-    def __init__(self, model: PreTrainedModel, sites: list[Site], values: Mapping[ModelName, list[Tensor]]) -> None:
-        """Take a frozen model and, in the order of `sites`, the matrices that either checkpoint has there."""
-        self.model, self.sites, self.values = model, sites, values
-        self._parameters = dict(model.named_parameters())
-
-    @classmethod
-    def load(cls, fine_tuned: Path, masked: Path, device: torch.device) -> WeightPair:
+    def __init__(self, fine_tuned: Path, masked: Path, device: torch.device) -> None:
         """Load both, in the type that the fine-tuned one is stored in.
 
         Raises:
             ConfigError: they are equal, or differ in other weights than maskable matrices, or in their shapes.
         """
-        sites = changed_sites(fine_tuned, masked)
-        model = load_frozen(fine_tuned, device)
-        values: dict[ModelName, list[Tensor]] = {}
+        self.sites = changed_sites(fine_tuned, masked)
+        self.model = load_frozen(fine_tuned, device)
+        self._parameters = dict(self.model.named_parameters())
+        self.values: dict[ModelName, list[Tensor]] = {}
+        """by model, in the order of `sites`, the matrices that it has there"""
         for name, directory in zip(MODELS, (fine_tuned, masked), strict=True):
             files = WeightFiles(directory)
-            values[name] = [files.tensor(site.name).to(device, model.dtype) for site in sites]
-        return cls(model, sites, values)
+            self.values[name] = [files.tensor(site.name).to(device, self.model.dtype) for site in self.sites]
 
     @property
     def lower_layers(self) -> list[nn.Module]:

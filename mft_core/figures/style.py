@@ -65,10 +65,9 @@ def verdict_handles(markersize: float) -> list[Line2D]:
     return [Line2D([], [], label=label, **grey, **filled(verdict, "0.35")) for label, verdict in verdicts.items()]
 
 
-def title(figure: Figure, question: str) -> None:
-    """Put the question on top, in as many lines as it needs."""
-    width = int(figure.get_figwidth() * 11)
-    figure.suptitle(textwrap.fill(question, width), fontsize=11)
+def title(figure: Figure, text: str, fontsize: float = 11, **settings: Any) -> None:
+    """Put a text on top, such as the question, in as many lines as it needs."""
+    figure.suptitle(textwrap.fill(text, int(figure.get_figwidth() * 11)), fontsize=fontsize, **settings)
 
 
 def drawn(rows: Sequence[Row]) -> list[Row]:

@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mft_core.analysis.randomisation import FFT, LEARNED, Row, draw, p_values, section
+from mft_core.analysis.randomisation import FFT, LEARNED, Row, null, p_values, section
 from mft_core.analysis.removals import Removal
+from mft_core.analysis.section import write
 from mft_core.checkpoints.files import skeleton
 from mft_core.evaluation.lm_eval_harness import opened
 from mft_core.masks.mask_file import load_mask
 from mft_core.masks.matching import drawn, strata
 from mft_core.masks.packing import PackedMasks
-from mft_core.masks.sites import Site, find_sites
+from mft_core.masks.sites import find_sites
 from mft_core.recipes import Randomisation
 from mft_core.stage import Progress, StageContext
 
@@ -35,9 +36,7 @@ def run(recipe: Randomisation, inputs: Mapping[str, Path], out: Path, context: S
     """
     rows = list(_answers(recipe, inputs, context))
     rows += p_values(rows)
-    (out / "rows.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "section.md").write_text(section(recipe, rows), encoding="utf-8")
-    draw(recipe, rows, out)
+    write(out, rows, section(recipe, rows), {"null": lambda: null(recipe, rows)})
     return {"draws": recipe.draws, "p_value": rows[-1]["p_value"]}
 
 
@@ -65,7 +64,8 @@ def _answers(recipe: Randomisation, inputs: Mapping[str, Path], context: StageCo
             for name in left:
                 kept = PackedMasks(drawn(given, of_weights, name).items()) if isinstance(name, int) else given.kept
                 with Removal(parameters, replace(given, kept=kept), sites) as removal:
-                    removal.cut(_nothing if name == FFT else _everything)
+                    if name != FFT:
+                        removal.cut(lambda site: True)
                     told = answered().summary
                 row = {"mask": name, "benchmark": benchmark, "n": told["n"], "accuracy": told["accuracy"]}
                 counted.write(json.dumps(row) + "\n")
@@ -73,11 +73,3 @@ def _answers(recipe: Randomisation, inputs: Mapping[str, Path], context: StageCo
                 yield row
                 done += 1
                 context.report(Progress(done, len(masks) * len(recipe.benchmarks), "mask"))
-
-
-def _everything(site: Site) -> bool:
-    return True
-
-
-def _nothing(site: Site) -> bool:
-    return False

@@ -55,7 +55,7 @@ def the_loss(directory, tokens=None):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     paths = save_pair(tmp_path_factory.mktemp("pair"))
-    return paths, WeightPair.load(*paths, CPU)
+    return paths, WeightPair(*paths, CPU)
 
 
 def losses_of(pair):
