@@ -1,8 +1,7 @@
 """The anatomy of masks: where each one cuts, how far they agree, and what the removed weights did, as flat rows.
 
-All masks are looked at on one model, their base. A mask of another base (another domain's fine-tuning) is counted and
-compared by position; magnitudes, signs and losses are those of its own weights, and are left out for it. What is
-measured of a mask is kept in `context.work`, so that a killed analysis goes on at the next mask.
+All masks are looked at on one model, their base. What is measured of a mask is kept in `context.work`, so that a killed
+analysis goes on at the next mask.
 
 Masks that differ in nothing but the seed are pooled: counts are sums, so that share, ratio and range by chance are
 those of all seeds' weights together; a cost is the mean over seeds on the same sequences, and its interval speaks of
@@ -21,10 +20,8 @@ Called by the stage `anatomy`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ import numpy as np
 
 from mft_core import compute
 from mft_core.analysis import overlaps
-from mft_core.analysis.cuts import Group, Measures, Spread, Tally, add, dissect
+from mft_core.analysis.cuts import Group, Measures, Spread, Tally, dissect, summed
 from mft_core.analysis.heads import find_heads
 from mft_core.analysis.parts import Parts
 from mft_core.analysis.removals import Effect, Order, Portion, effects, portions
@@ -41,7 +38,7 @@ from mft_core.checkpoints.files import load_frozen
 from mft_core.data.order import seeded_order
 from mft_core.errors import ConfigError, StageError
 from mft_core.masks.mask_file import Mask, load_mask
-from mft_core.masks.masked_sites import dtype_name, tensor_digest
+from mft_core.masks.masked_sites import check_base
 from mft_core.masks.sites import Site, find_sites
 from mft_core.recipes import Anatomy
 from mft_core.stage import Progress, StageContext
@@ -59,7 +56,7 @@ def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) 
         inputs: `model`, `data`, and `mask-<i>` for the i-th of `recipe.masks`.
 
     Raises:
-        ConfigError: a mask does not fit the model's architecture, or none was made for its weights; no validation data.
+        ConfigError: a mask was not made for the model's weights, or rewinds; no validation data.
         StageError: two masks are described alike; a loss is not finite.
     """
     groups = _groups(recipe.masks)
@@ -86,11 +83,11 @@ def examine(recipe: Anatomy, inputs: Mapping[str, Path], context: StageContext) 
 
 def _groups(described: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """Return the indices of the masks that differ in nothing but the seed."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
     for index, columns in enumerate(described):
         apart = {key: value for key, value in columns.items() if key != "seed"}
         apart["variant"] = without_seed(str(columns["variant"]))
-        groups.setdefault(json.dumps(apart, sort_keys=True), []).append(index)
+        groups.setdefault(tuple(sorted(apart.items())), []).append(index)
     for members in groups.values():
         seeds = [described[index].get("seed") for index in members]
         if len(set(seeds)) < len(seeds):
@@ -129,7 +126,7 @@ class _Subject:
 
     def findings(self, masks: Sequence[Mask]) -> list[MaskFindings]:
         """Measure every mask that `context.work` does not have yet."""
-        home = self._made_for_this_model(masks)
+        self._check(masks)
         steps = [2 * len(portions(self._sites_of(mask))) for mask in masks]
         parts = Parts(replace(self._context, report=lambda _: None), len(masks))  # what is reported are measurements
         found = []
@@ -137,9 +134,24 @@ class _Subject:
             self.base = self.losses.measure()
             _check_finite(self.base, "the base model")
             for index, mask in enumerate(masks):
-                measure = partial(self._measure, mask, home[index], index, sum(steps[:index]), sum(steps))
-                found.append(MaskFindings.of(parts.get(f"mask-{index}", measure)))
+                before, total = sum(steps[:index]), sum(steps)
+                measured = parts.get(f"mask-{index}", self._measure, mask, index, before, total)
+                found.append(MaskFindings.of(measured))
         return found
+
+    def _check(self, masks: Sequence[Mask]) -> None:
+        """Refuse masks that were made for another model; every matrix is hashed once, whatever is masked in it."""
+        for index, mask in enumerate(masks):
+            for masked in mask.config.sites:
+                site = self._sites.get(masked.name)
+                if site is None or tuple(site.of(self._parameters).shape) != masked.shape:
+                    raise ConfigError(
+                        f"mask-{index}: the model has no matrix {masked.name} of shape {masked.shape}; "
+                        "the masks of one analysis belong to one architecture."
+                    )
+        each = (masked.model_copy(update={"zeros": 0}) for mask in masks for masked in mask.config.sites)
+        for record in dict.fromkeys(each):
+            check_base(record, self._sites[record.name].of(self._parameters))
 
     def heads_left_out(self, masks: Sequence[Mask]) -> list[Row]:
         """Name the masked modules of attention whose heads are not known."""
@@ -150,42 +162,20 @@ class _Subject:
     def _sites_of(self, mask: Mask) -> list[Site]:
         return [self._sites[masked.name] for masked in mask.config.sites]
 
-    def _measure(self, mask: Mask, at_home: bool, index: int, before: int, total: int) -> dict[str, Any]:
-        measures = dissect(mask, self._sites, self._heads, self._parameters if at_home else None)
+    def _measure(self, mask: Mask, index: int, before: int, total: int) -> dict[str, Any]:
+        measures = dissect(mask, self._sites, self._heads, self._parameters)
         self._report(before + 1, total)
         measured: list[Effect] = []
-        if at_home:
-            found = effects(self._model, mask, self._sites_of(mask), self.losses, self.base)
-            for done, effect in enumerate(found, start=before + 2):
-                if effect is not None:
-                    _check_finite(effect.nats, f"mask-{index}, whole or in part,")
-                    measured.append(effect)
-                self._report(done, total)
+        found = effects(self._model, mask, self._sites_of(mask), self.losses, self.base)
+        for done, effect in enumerate(found, start=before + 2):
+            if effect is not None:
+                _check_finite(effect.nats, f"mask-{index}, whole or in part,")
+                measured.append(effect)
+            self._report(done, total)
         return MaskFindings(measures, measured).content()
 
     def _report(self, done: int, total: int) -> None:
         self._context.report(Progress(done, total, "measurement"))
-
-    def _made_for_this_model(self, masks: Sequence[Mask]) -> list[bool]:
-        """Say of each mask whether it was made for these weights; every matrix is hashed once."""
-        digests: dict[str, str] = {}
-        same: list[bool] = []
-        for index, mask in enumerate(masks):
-            for masked in mask.config.sites:
-                site = self._sites.get(masked.name)
-                weight = None if site is None else site.of(self._parameters)
-                if weight is None or tuple(weight.shape) != masked.shape:
-                    raise ConfigError(
-                        f"mask-{index}: the model has no matrix {masked.name} of shape {masked.shape}; "
-                        "the masks of one analysis belong to one architecture."
-                    )
-                if masked.name not in digests:
-                    digests[masked.name] = f"{dtype_name(weight)} {tensor_digest(weight)}"
-            records = mask.config.sites
-            same.append(all(digests[one.name] == f"{one.base_dtype} {one.base_sha256}" for one in records))
-        if not any(same):
-            raise ConfigError("anatomy: no mask was made for this model; give the checkpoint they were learned on.")
-        return same
 
 
 def _check_finite(nats: Array, what: str) -> None:
@@ -199,7 +189,6 @@ class MaskFindings:
 
     measures: Measures
     effects: list[Effect]
-    """empty for masks of another base"""
 
     def content(self) -> dict[str, Any]:
         """Return what JSON can hold; `of` gives the same numbers back."""
@@ -223,20 +212,15 @@ class MaskFindings:
 
 
 def pool(seeds: Sequence[MaskFindings]) -> MaskFindings:
-    """Return the findings of all seeds together; a portion that a measured one lacks costs nothing there."""
-    measures: Measures = {}
-    for one in seeds:
-        for group, number in one.measures.items():
-            measures[group] = add(measures.get(group), number)  # type: ignore[type-var]  # a part has numbers of one kind
+    """Return the findings of all seeds together; a portion that one of them lacks costs nothing there."""
     effects: dict[tuple[Portion, Order], list[Effect]] = {}
     for one in seeds:
         for effect in one.effects:
             effects.setdefault((effect.portion, effect.order), []).append(effect)
-    measured = sum(bool(one.effects) for one in seeds)
     return MaskFindings(
-        measures,
+        summed(item for one in seeds for item in one.measures.items()),
         [
-            Effect(*key, sum(one.removed for one in own), np.sum([one.nats for one in own], axis=0) / measured)
+            Effect(*key, sum(one.removed for one in own), np.sum([one.nats for one in own], axis=0) / len(seeds))
             for key, own in effects.items()
         ],
     )
@@ -257,8 +241,6 @@ def rows(findings: MaskFindings, columns: Mapping[str, Any], recipe: Anatomy, ba
         where = {key: value for key, value in group._asdict().items() if value is not None}
         counted = number._asdict() if isinstance(number, Tally) else {}
         found.append({**columns, **where, **counted, **number.figures(recipe.confidence)})
-    if not findings.effects:
-        return found
     nats = np.stack([one.nats for one in findings.effects])
     measured = ratios_of_sums(nats, tokens, recipe.bootstrap, recipe.confidence, recipe.seed)
     for effect, (cost, low, high) in zip(findings.effects, measured.tolist(), strict=True):

@@ -19,13 +19,13 @@ Row = Mapping[str, Any]
 _LINES = ("outputs", "inputs", "heads")
 
 
-def write(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) -> None:
-    """Write `section.md` and its figures."""
+def section(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) -> str:
+    """Return the Markdown body; those of its figures for which there is something to show are written into `out`."""
     parts = ["## Where the masks cut", *_where(rows, labels, confidence, out)]
     if any(row["part"] == "overlap" for row in rows):
         parts += ["### Do the masks agree?", *_agreement(rows, labels, confidence, out)]
     parts += ["### What the removed weights did", *_costs(rows, labels, confidence, out)]
-    (out / "section.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
 def _where(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) -> list[str]:
@@ -39,7 +39,7 @@ def _where(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) ->
         "beyond chance, relative to their mean. Seeds are counted together.",
         table(header, [_where_line(variants[name], name) for name in variants]),
         *_small_weights(variants),
-        *_left_out(rows, labels),
+        *_left_out(rows),
     ]
     captions = {
         anatomy_figures.deciles: "Share removed of each decile of the base weights' magnitude, relative to chance.",
@@ -104,20 +104,10 @@ def _small_weights(variants: Mapping[str, Sequence[Row]]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _left_out(rows: Sequence[Row], labels: Labels) -> list[str]:
+def _left_out(rows: Sequence[Row]) -> list[str]:
     """Name what could not be looked at, and why."""
-    found = []
     unknown = unique(row["module"] for row in rows if row["part"] == "heads left out")
-    if unknown:
-        found.append(f"Heads of {', '.join(unknown)} are left out: their layout in this family is not known.")
-    measured = {row["variant"] for row in rows if row["part"] == "loss"}
-    foreign = [labels.mask(mask) for mask in labels.described if mask["variant"] not in measured]
-    if foreign:
-        found.append(
-            f"Made for another base checkpoint, and so looked at by position only: {', '.join(foreign)}; the deciles, "
-            "signs and losses of their own base are not shown here."
-        )
-    return found
+    return [f"Heads of {', '.join(unknown)} are left out: their layout in this family is not known."] if unknown else []
 
 
 def _agreement(rows: Sequence[Row], labels: Labels, confidence: float, out: Path) -> list[str]:
@@ -138,8 +128,6 @@ def _agreement(rows: Sequence[Row], labels: Labels, confidence: float, out: Path
     apart = len(labels.described) * (len(labels.described) - 1) // 2 - len(pairs)
     if apart:
         parts.append(f"{apart} pairs of masks have no matrix in common and are left out.")
-    if not all(row["same_base"] for row in pairs):
-        parts.append("Masks of different base checkpoints are compared by position: the weights there differ.")
     return parts + _figure(
         "overlap", "Every pair of masks.", partial(anatomy_figures.overlap, rows, labels, confidence), out
     )

@@ -14,7 +14,7 @@ over the hypergeometric one, 1 by chance. Both kinds of number add up, over matr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import sqrt
 from typing import Literal, NamedTuple, TypeVar
 
@@ -108,6 +108,14 @@ def add(first: T | None, second: T) -> T:
     return second if first is None else type(second)._make(map(sum, zip(first, second, strict=True)))
 
 
+def summed(numbers: Iterable[tuple[Group, Tally | Spread]]) -> Measures:
+    """Add up the numbers of every group."""
+    found: Measures = {}
+    for group, number in numbers:
+        found[group] = add(found.get(group), number)  # type: ignore[type-var]  # a part has numbers of one kind
+    return found
+
+
 def chance(weights: int, zeros: int, size: int) -> tuple[float, float]:
     """Return mean and variance of how many of `zeros` weights removed out of `weights` fall into a group of `size`."""
     share = zeros / weights
@@ -116,33 +124,29 @@ def chance(weights: int, zeros: int, size: int) -> tuple[float, float]:
 
 
 def dissect(
-    mask: Mask, sites: Mapping[str, Site], heads: Mapping[str, HeadLayout], base: Mapping[str, Tensor] | None
+    mask: Mask, sites: Mapping[str, Site], heads: Mapping[str, HeadLayout], base: Mapping[str, Tensor]
 ) -> Measures:
     """Count what a mask removes.
 
     Args:
         sites: of the whole model, by name.
         heads: the layouts that are known, by site name.
-        base: the parameters of the mask's base by name; None where it is another model: then no deciles and signs.
+        base: the parameters of the mask's base, by name.
     """
-    found: Measures = {}
 
-    def record(group: Group, number: Tally | Spread) -> None:
-        found[group] = add(found.get(group), number)  # type: ignore[type-var]  # a part has numbers of one kind
+    def inside_matrices() -> Iterator[tuple[Group, Tally | Spread]]:
+        for masked in mask.config.sites:
+            site = sites[masked.name]
+            weight = site.of(base).detach()
+            removed = ~mask.kept[site.name].to(weight.device)
+            across = removed.t() if site.transposed else removed
+            yield from _lines(site, across, masked.zeros, heads.get(site.name))
+            for group, size, count in _by_value(weight, removed):
+                number = Tally(count, size, *chance(masked.numel, masked.zeros, size))
+                yield group, number
+                yield group._replace(module=site.module), number
 
-    for masked in mask.config.sites:
-        site = sites[masked.name]
-        weight = None if base is None else site.of(base)
-        removed = ~mask.kept[site.name].to("cpu" if weight is None else weight.device)
-        zeros, weights = masked.zeros, masked.numel
-        for group, number in _lines(site, removed.t() if site.transposed else removed, zeros, heads.get(site.name)):
-            record(group, number)
-        if weight is not None:
-            for group, size, count in _by_value(weight.detach(), removed):
-                number = Tally(count, size, *chance(weights, zeros, size))
-                record(group, number)
-                record(group._replace(module=site.module), number)
-    return _shares(mask, sites) | found
+    return _shares(mask, sites) | summed(inside_matrices())
 
 
 def deciles(weight: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ def _lines(
     site: Site, removed: Tensor, zeros: int, layout: HeadLayout | None
 ) -> Iterator[tuple[Group, Tally | Spread]]:
     """Yield what the rows, columns and heads of one matrix (outputs, inputs) give."""
-    by_axis = {"outputs": _counted(removed, 1), "inputs": _counted(removed, 0)}
+    by_axis = {axis: removed.sum(over).cpu().numpy() for axis, over in (("outputs", 1), ("inputs", 0))}
     for axis, counts in by_axis.items():
         for module in (None, site.module):
             yield Group("spread", module=module, lines=axis), _spread(counts, removed.numel())
@@ -174,10 +178,6 @@ def _lines(
         spread = _spread(counts, size * len(counts))
         yield Group("spread", module=site.module, projection=projection, lines=f"{projection} heads"), spread
         yield Group("spread", lines="heads"), spread
-
-
-def _counted(removed: Tensor, over: int) -> Counts:
-    return removed.sum(over).cpu().numpy()
 
 
 def _spread(counts: Counts, weights: int) -> Spread:
@@ -208,7 +208,6 @@ def _shares(mask: Mask, sites: Mapping[str, Site]) -> Measures:
         for at in ((None, None), (layer, None), (None, module), (layer, module)):
             zeros[Group("share", *at)] += masked.zeros
             weights[Group("share", *at)] += masked.numel
-    whole = Group("share")
     return {
-        group: Tally(zeros[group], size, *chance(weights[whole], zeros[whole], size)) for group, size in weights.items()
+        group: Tally(zeros[group], size, *chance(mask.weights, mask.zeros, size)) for group, size in weights.items()
     }

@@ -44,11 +44,9 @@ class Study:
         self.described: list[Row] = []
         self.told: list[Progress] = []
 
-    def add(
-        self, method: str, sparsity: float, seed: int | None = None, base: Path | None = None, **columns: Any
-    ) -> None:
+    def add(self, method: str, sparsity: float, seed: int | None = None, **columns: Any) -> None:
         """Add a mask of layers 1 and 2."""
-        files = WeightFiles(base or self.model)
+        files = WeightFiles(self.model)
         sites = choose_sites(find_sites(skeleton(files.directory)), (1, 2), columns.get("modules", "both"))
         weights = list(files.tensors([site.name for site in sites]))
         generator = torch.Generator().manual_seed(seed or 0)
@@ -198,21 +196,6 @@ def test_other_families_are_looked_at_too(family: str, tmp_path: Path) -> None:
     assert whole["cost"] == tenth["cost"]
 
 
-def test_masks_of_another_base_are_compared_by_position_only(tmp_path: Path) -> None:
-    study = Study(tmp_path)
-    study.add("random", 0.2, 0)
-    study.add("random", 0.2, 1, base=save_checkpoint(tmp_path / "other", seed=1), domain="words")
-    out = study.run()
-    rows = study.rows(out)
-    assert {row["domain"] for row in rows if row["part"] in ("loss", "decile", "sign")} == {"sums"}
-    assert {row["domain"] for row in rows if row["part"] in ("head", "spread", "share")} == {"sums", "words"}
-    assert [row["same_base"] for row in _only(rows, part="overlap")] == [False]
-    section = (out / "section.md").read_text()
-    assert (
-        "Made for another base checkpoint, and so looked at by position only: random mask 20% words seed 1" in section
-    )
-
-
 def test_masks_without_a_common_matrix_have_no_overlap(tmp_path: Path) -> None:
     study = Study(tmp_path)
     study.add("random", 0.2, 0, modules="attention")
@@ -227,7 +210,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     study.add("random", 0.2, 0)
     other = save_checkpoint(tmp_path / "other", seed=1)
     right, study.inputs["model"] = study.inputs["model"], other
-    with pytest.raises(ConfigError, match="no mask was made for this model"):
+    with pytest.raises(ConfigError, match=r"made for other weights .*; apply it to the checkpoint that it was"):
         study.run("foreign")
     study.inputs["model"] = save_checkpoint(tmp_path / "wider", intermediate_size=96)
     with pytest.raises(ConfigError, match=r"mask-0: the model has no matrix .*gate_proj.* of shape \(64, 32\)"):

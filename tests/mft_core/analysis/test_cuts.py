@@ -164,12 +164,6 @@ def test_signs_layers_and_modules_are_counted(llama: PreTrainedModel) -> None:
     assert measures[Group("share", layer=2)].figures(0.95)["ratio"] == pytest.approx(2)
 
 
-def test_a_mask_of_another_base_has_no_deciles_and_signs(llama: PreTrainedModel) -> None:
-    sites = {site.name: site for site in find_sites(llama)}
-    found = dissect(_cut(llama, _smallest(0.1)), sites, find_heads(llama), None)
-    assert {group.part for group in found} == {"share", "head", "spread"}
-
-
 def test_where_nothing_is_removed_there_is_nothing_to_compare(llama: PreTrainedModel) -> None:
     measures = _dissect(llama, _cut(llama, lambda _, weight: torch.zeros_like(weight, dtype=torch.bool)))
     for number in measures.values():
