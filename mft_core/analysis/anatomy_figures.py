@@ -145,7 +145,7 @@ def evenness(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure |
     scale = Normalize(0, max(0.05, float(np.nanmax(values, initial=0.0))))
     figure = Figure(figsize=(2.6 + 0.55 * len(variants), 1.9 + 0.24 * len(lines)), layout="constrained")
     axes = figure.subplots()
-    heat(axes, values, texts, scale, AMOUNT)
+    heat(axes, values, texts, scale)
     axes.set_yticks(range(len(lines)), [f"{module}: {line}" for module, line in lines])
     axes.set_xticks(range(len(variants)), variants, rotation=40, ha="right", rotation_mode="anchor")
     for edge, (above, below) in enumerate(itertools.pairwise(lines)):
@@ -190,7 +190,11 @@ def _ratios(rows: Sequence[Row], labels: Labels, confidence: float, column: str,
         ys, xs = np.nonzero(np.abs(score) > stats.norm.isf((1 - confidence) / 2 / score.size))
         axes.plot(xs, ys, "o", color="black", markersize=2.5, markeredgecolor="white", markeredgewidth=0.5)
         axes.set_title(textwrap.fill(variant, int(14 * width)), fontsize=8)
-        _thin_ticks(axes, across, layers)
+        axes.tick_params(length=0, labelsize=7)
+        axes.spines[:].set_visible(False)
+        _name_places(axes, across, most=8, rotation=60)
+        step = math.ceil(len(layers) / 10)
+        axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     figure.supylabel("decoder layer", fontsize=9)
     figure.supxlabel(xlabel, fontsize=9)
     bar = figure.colorbar(ScalarMappable(scale, ABOUT_CHANCE), ax=grid, shrink=0.8, aspect=30,
@@ -214,15 +218,12 @@ def _table(rows: Sequence[Row], column: str, across: Sequence[Any]) -> tuple[lis
         return layers, zeros / expected, (zeros - expected) / np.sqrt(variance)
 
 
-def _thin_ticks(axes: Axes, across: Sequence[Any], layers: Sequence[int]) -> None:
-    axes.tick_params(length=0, labelsize=7)
-    axes.spines[:].set_visible(False)
-    words = isinstance(across[0], str)
-    step = 1 if words else math.ceil(len(across) / 8)
-    axes.set_xticks(range(0, len(across), step), [str(value) for value in across[::step]], rotation=60 if words else 0,
-                    ha="right" if words else "center", rotation_mode="anchor" if words else "default")  # fmt: skip
-    step = math.ceil(len(layers) / 10)
-    axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+def _name_places(axes: Axes, places: Sequence[Any], most: int, rotation: int) -> None:
+    """Name the places on the x axis: all of them, turned, if they are words, and of numbers not more than `most`."""
+    words = any(isinstance(place, str) for place in places)
+    step = 1 if words else max(1, math.ceil(len(places) / most))
+    turned: dict[str, Any] = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if words else {}
+    axes.set_xticks(range(0, len(places), step), [str(place) for place in places[::step]], **turned)
 
 
 def overlap(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure | None:
@@ -245,7 +246,7 @@ def overlap(rows: Sequence[Row], labels: Labels, confidence: float) -> Figure | 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     scale = Normalize(0, 1)
-    heat(axes, values, texts, scale, AMOUNT)
+    heat(axes, values, texts, scale)
     names = [labels.mask(mask) for mask in masks]
     axes.set_yticks(range(len(masks)), names)
     axes.set_xticks(range(len(masks)), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -314,9 +315,5 @@ def _loss_panel(axes: Axes, rows: Sequence[Row], kind: str, places: Sequence[Any
                 axes.plot([x, x], [row["cost_low"], row["cost_high"]], color=color, linewidth=1.4, zorder=2)
                 axes.plot(x, row["cost"], marker, color=color, markersize=4 if len(places) < 16 else 2.5, zorder=3)
     axes.set_xlim(-0.6, len(places) - 0.4)
-    step = 1 if kind == "module" else max(1, -(-len(places) // 12))
-    axes.set_xticks(range(0, len(places), step), [str(place) for place in places[::step]])
+    _name_places(axes, places, most=12, rotation=50)
     axes.tick_params(labelsize=8)
-    if kind == "module":
-        for tick in axes.get_xticklabels():
-            tick.set(rotation=50, ha="right", rotation_mode="anchor")

@@ -77,19 +77,13 @@ def _distributions(n: int) -> tuple[Array, Array]:
     rng = np.random.default_rng(n)
     first, second = rng.standard_normal((2, _SIMULATED, n))
     ranks = _ranks(first)
-    samples = np.stack([_pearson(ranks, _ranks(r * first + np.sqrt(1 - r * r) * second)) for r in _GRID])
+    squares = [np.square(ranks - _ranks(r * first + np.sqrt(1 - r * r) * second)).sum(-1) for r in _GRID]
+    samples = 1 - 6 * np.stack(squares) / (n * (n * n - 1))  # Spearman's, of ranks without ties
     return 6 / np.pi * np.arcsin(_GRID / 2), samples  # Spearman's of a bivariate normal (Pearson 1907)
 
 
 def _ranks(values: Array) -> Array:
     return values.argsort(-1).argsort(-1).astype(float)
-
-
-def _pearson(one: Array, other: Array) -> Array:
-    """Return the correlation of untied ranks along the last axis."""
-    n = one.shape[-1]
-    correlation: Array = 1 - 6 * np.square(one - other).sum(-1) / (n * (n * n - 1))
-    return correlation
 
 
 def least_p_value(n: int) -> float:

@@ -140,8 +140,4 @@ def effects(
 
 
 def _others(chosen: Chosen) -> Chosen:
-    def others(site: Site) -> bool | Tensor:
-        which = chosen(site)
-        return ~which if isinstance(which, Tensor) else not which
-
-    return others
+    return lambda site: chosen(site) ^ True  # of a bool as of a bool tensor

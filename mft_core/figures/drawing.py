@@ -64,13 +64,13 @@ def panels(count: int, across: int, size: tuple[float, float]) -> tuple[Figure, 
     return figure, grid[:count]
 
 
-def heat(axes: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], scale: Normalize, colours: str) -> None:
-    """Draw a table of coloured cells, NaN without colour, with a text in each, black or white as can be read."""
+def heat(axes: Axes, values: np.ndarray, texts: Sequence[Sequence[str]], scale: Normalize) -> None:
+    """Draw a table of amounts as coloured cells, NaN without colour, with a text in each that can be read on it."""
     axes.set_facecolor(ABSENT)
-    axes.imshow(values, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
+    axes.imshow(values, cmap=AMOUNT, norm=scale, aspect="auto", interpolation="nearest")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    lightness = matplotlib.colormaps[colours](scale(np.nan_to_num(values)))[..., :3] @ (0.2126, 0.7152, 0.0722)
+    lightness = matplotlib.colormaps[AMOUNT](scale(np.nan_to_num(values)))[..., :3] @ (0.2126, 0.7152, 0.0722)
     for (y, x), light in np.ndenumerate(lightness):
         dark = light < 0.45 and not np.isnan(values[y, x])
         axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=7, color="white" if dark else "0.15")

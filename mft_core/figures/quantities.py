@@ -64,7 +64,7 @@ class Quantity:
 
     def of(self, row: Row) -> Any:
         """Return the row's value, or None."""
-        return next((row[column] for column in self.columns if row.get(column) is not None), None)
+        return _value(row, self.columns)
 
     def text(self, value: Any) -> str:
         """Return a value as a tick of the axis says it."""
@@ -109,7 +109,7 @@ def quantities(rows: Sequence[Row]) -> list[Quantity]:
     for columns in _merged(rows):
         families: dict[tuple[str, str], list[Any]] = {}
         for row in rows:
-            value = next((row[column] for column in columns if row.get(column) is not None), None)
+            value = _value(row, columns)
             if value is not None:
                 families.setdefault((row["method"], row["domain"]), []).append(value)
         if any(len(set(values)) > 1 for values in families.values()):
@@ -125,7 +125,8 @@ def _merged(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     for column in settings(rows):
         for group in groups:
             same = group[0].split(".")[-1] == column.split(".")[-1]
-            if same and not any(_has(row, column) and any(_has(row, other) for other in group) for row in rows):
+            both = (_value(row, [column]) is not None and _value(row, group) is not None for row in rows)
+            if same and not any(both):
                 group.append(column)
                 break
         else:
@@ -133,8 +134,9 @@ def _merged(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups]
 
 
-def _has(row: Row, column: str) -> bool:
-    return row.get(column) is not None
+def _value(row: Row, columns: Sequence[str]) -> Any:
+    """Return the row's value in the first of these columns that has one, or None."""
+    return next((row[column] for column in columns if row.get(column) is not None), None)
 
 
 def axis_of(quantity: Quantity) -> Axis:

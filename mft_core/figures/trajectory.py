@@ -97,12 +97,8 @@ def _curve(axes: Axes, method: str, origin: Row, points: Sequence[Row], kept: in
     at = next(index for index, row in enumerate(points, start=1) if row["step"] == kept)
     axes.plot(steps[at], values[at], look.marker, color=look.color, markersize=5, zorder=4)
     best = max(range(1, len(values)), key=lambda index: values[index])
-    axes.plot(steps[best], values[best] + _above(axes), "*", color=look.color, markersize=6, zorder=5)
-
-
-def _above(axes: Axes) -> float:
     low, high = axes.get_ylim()
-    return 0.04 * (high - low)
+    axes.plot(steps[best], values[best] + 0.04 * (high - low), "*", color=look.color, markersize=6, zorder=5)
 
 
 def _look(method: str) -> style.Style:

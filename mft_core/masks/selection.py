@@ -137,16 +137,12 @@ class Rows:
     def masks(self, scores: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the masks one at a time."""
         for score in scores:
-            yield self._mask(_ranked(score, self.signed))
-
-    def _mask(self, values: Tensor) -> Tensor:
-        if bool(values.isnan().any()):
-            raise ValueError("scores contain NaN: no mask can be selected from them")
-        rows = len(values)
-        total = masked_count(self.sparsity, values.numel())
-        upto = torch.arange(rows + 1, device=values.device) * total // rows
-        rank = values.argsort(dim=1, stable=True).argsort(dim=1)
-        return rank >= (upto[1:] - upto[:-1]).unsqueeze(1)
+            values = _ranked(score, self.signed)
+            if bool(values.isnan().any()):
+                raise ValueError("scores contain NaN: no mask can be selected from them")
+            upto = torch.arange(len(values) + 1, device=values.device) * masked_count(self.sparsity, values.numel())
+            of_row = (upto // len(values)).diff()
+            yield values.argsort(dim=1, stable=True).argsort(dim=1) >= of_row.unsqueeze(1)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,7 @@ def choose(job: Job) -> Choice:
     check_inputs(job.sites)
     model = job.model()
     norms = _input_norms(job, model)
-    scores = (
-        _by_output(site, weight.abs().float() * _per_input(site, norms[site.name])) for site, weight in job.weights()
-    )
+    scores = (_by_output(site, weight).abs().float() * norms[site.name] for site, weight in job.weights())
     masks = Rows(job.recipe.sparsity).masks(scores)
     return Choice(
         {site.name: _by_output(site, mask) for site, mask in zip(job.sites, masks, strict=True)}, scope="rows"
@@ -51,10 +49,6 @@ def check_inputs(sites: Sequence[Site]) -> None:
 def _by_output(site: Site, matrix: Tensor) -> Tensor:
     """Turn a stored matrix into one with a row per output, or back."""
     return matrix.t().contiguous() if site.transposed else matrix
-
-
-def _per_input(site: Site, norms: Tensor) -> Tensor:
-    return norms.unsqueeze(1) if site.transposed else norms
 
 
 @torch.no_grad()
