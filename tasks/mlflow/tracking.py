@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec
 
 from PIL import Image
 
@@ -68,6 +68,7 @@ ALL_RUNS = 50_000
 """runs that MLflow gives in one answer, at most"""
 
 log = logging.getLogger("mft")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,16 @@ class Writer:
             self.client.search_experiments(max_results=1)
 
 
+def _queued(job: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    """Leave a method to the writer's thread; nothing is done once the result is known to be recorded."""
+
+    @functools.wraps(job)
+    def put(self: Tracker, *given: P.args, **named: P.kwargs) -> None:
+        self._writer.put(lambda: None if self._found else job(self, *given, **named))
+
+    return put
+
+
 class Tracker:
     """A result of a study in MLflow; every method returns at once, except `link`.
 
@@ -200,15 +211,14 @@ class Tracker:
             "mlflow.source.git.commit": provenance.describe()["git_commit"],
             OWNER: owner(),
         }
-        self._put(self._open_result, experiment, description, plan, result)
-        self._put(self._open, "", name, params or {}, {PLAN: plan})
+        self._find_result(experiment, description, plan, result)
+        self._open_result(name, params or {}, plan)
 
-    # -- what the caller says -------------------------------------------------------------------------------------
-
+    @_queued
     def variant(self, key: str, name: str, params: Mapping[str, Any]) -> None:
         """Open the nested run of a variant if there is none; later calls name it by `key`. None values are left out."""
         color = METHODS.get(str(params.get("method")), OTHER).color
-        self._put(self._open, key, name, params, {VARIANT: key, "mlflow.runColor": color})
+        self._open(key, name, params, {VARIANT: key, "mlflow.runColor": color})
 
     def log_point(self, key: str, row: Mapping[str, Any]) -> bool:
         """Add a point while training runs, a row of `history.jsonl`; False if dropped, too close behind another one."""
@@ -216,7 +226,7 @@ class Tracker:
         if "validation_loss" not in row and now - self._last_point.get(key, 0.0) < LIVE_SECONDS:
             return False
         self._last_point[key] = now
-        self._put(self._write, key, {}, _points([row]), {})
+        self._log_points(key, [row])
         return True
 
     def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]], sent: Iterable[int] = ()) -> None:
@@ -228,8 +238,20 @@ class Tracker:
         stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
         kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
         lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in set(sent))]
-        self._put(self._write, key, {}, _points(lacking), {})
+        self._log_points(key, lacking)
 
+    @_queued
+    def _log_points(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send points of a training curve, rows of `history.jsonl`, as metrics with their step."""
+        points = [
+            (f"train/{name}", value, int(row["step"]))
+            for row in rows
+            for name, value in row.items()
+            if name not in ("step", "tokens") and is_number(value)
+        ]
+        self._send(self._runs[key], metrics=points)
+
+    @_queued
     def write(
         self,
         key: str,
@@ -239,7 +261,7 @@ class Tracker:
     ) -> None:
         """Set params, final numbers and tags of a variant ("" is the result itself); None values are left out."""
         final = [(name, value, 0) for name, value in (metrics or {}).items() if is_number(value)]
-        self._put(self._write, key, params or {}, final, tags or {})
+        self._send(self._runs[key], params, final, tags)
 
     def log_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows of the report: for each variant its columns as params, for each benchmark its numbers."""
@@ -253,28 +275,57 @@ class Tracker:
             note = "\n".join(f"- {row['benchmark']}: {cell(row)}" for row in own)
             self.write(key, columns(own[0]), metrics, {**tags, NOTE: note})
 
+    @_queued
     def log_model(self, key: str, directory: Path) -> None:
         """Name the checkpoint of a variant, a directory that stays where it is."""
-        self._put(self._model, key, directory)
+        from mlflow.entities import LoggedModelOutput
 
+        run_id, tags = self._runs[key], {"checkpoint": str(directory)}
+        name = re.sub(r"[/:%\"']", "_", key.partition("/")[2]).replace(".", ",")  # what MLflow takes for a name
+        model = self._client.create_logged_model(self._experiment_id, name, source_run_id=run_id, tags=tags)
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+
+    @_queued
     def save_view(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Save a view of the experiment's variants for the rows of the report: a table, and charts of their gains."""
-        self._put(self._view, rows)
+        self._client.set_experiment_tag(self._experiment_id, views.TAG, views.saved(rows))
 
+    @_queued
     def log_data(self, key: str, data: Sequence[DataSet]) -> None:
         """Name the data sets of a variant."""
-        self._put(self._data, key, data)
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        given = [
+            DatasetInput(
+                Dataset(one.name, one.digest[:36], "local", one.source),  # MLflow keeps no longer ones
+                [InputTag("mlflow.data.context", one.context)],
+            )
+            for one in data
+        ]
+        self._client.log_inputs(self._runs[key], datasets=given)
+
+    @_queued
     def describe(self, text: str) -> None:
         """Set the result's description, Markdown; `artifact:PATH` in it is the address of an attached file.
 
         `view:chart` and `view:table` are those of the saved view, as in an experiment's description.
         """
-        self._put(self._note, text)
+        text = text.replace("](artifact:", f"](get-artifact?run_uuid={self._runs['']}&path=")
+        text = _linked(text, self._experiment_id)
+        if len(text) > LONGEST["tag"]:
+            text = text[: LONGEST["tag"] - len(_REST)].rpartition("\n")[0] + _REST
+        self._client.set_tag(self._runs[""], NOTE, text)
 
+    @_queued
     def attach_small(self, figure: Path, name: str) -> None:
         """Attach a figure, as small as a description shows it, as the file `name`."""
-        self._put(self._small, figure, name)
+        folder, _, file = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as made, Image.open(figure) as drawn:
+            small = drawn.convert("RGB")
+            small.thumbnail((_PICTURE, small.height))
+            small.save(Path(made) / file)
+            self._client.log_artifact(self._runs[""], str(Path(made) / file), folder)
 
     def attach(self, folder: Path, name: str) -> None:
         """Attach the files of a folder as the folder `name`."""
@@ -283,9 +334,13 @@ class Tracker:
             if path.is_file() and not inside.parts[0].startswith("."):
                 self.attach_file(path, "/".join((name, *inside.parent.parts)))
 
+    @_queued
     def attach_file(self, path: Path, folder: str | None = None) -> None:
         """Attach a file."""
-        self._put(self._file, path, folder)
+        if path.is_file():
+            self._client.log_artifact(self._runs[""], str(path), folder)
+        else:
+            log.warning("%s is gone, and so not attached in MLflow", path)
 
     def link(self, seconds: float = 5.0) -> str | None:
         """Return the address of the result's run in the MLflow UI, if it is known within `seconds`."""
@@ -293,9 +348,10 @@ class Tracker:
         run = f"experiments/{self._experiment_id}/runs/{self._runs['']}" if "" in self._runs else None
         return run and f"{self._ui}/#/{run}?workflowType=machine_learning"  # else MLflow opens its view of LLM traces
 
+    @_queued
     def recorded(self, result: str) -> None:
         """Write nothing more if the result, now known, was recorded before: then this execution's runs are deleted."""
-        self._put(self._settle, result)
+        self._settle(result)
 
     def finish(self, status: Status, result: str | None = None, execution: str = "") -> None:
         """Close all runs.
@@ -308,12 +364,8 @@ class Tracker:
             self.recorded(result)
         self._writer.put(functools.partial(self._close, status, result, execution))
 
-    # -- what the thread does -------------------------------------------------------------------------------------
-
-    def _put(self, job: Callable[..., None], *given: Any) -> None:
-        self._writer.put(lambda: None if self._found else job(*given))
-
-    def _open_result(self, experiment: str, description: str, plan: str, result: str | None) -> None:
+    @_queued
+    def _find_result(self, experiment: str, description: str, plan: str, result: str | None) -> None:
         """Find the run of the result, or that of an execution of the plan that did not finish."""
         self._experiment_id = self._experiment(experiment, description)
         for run in self._search("attributes.status = 'RUNNING'"):
@@ -349,55 +401,9 @@ class Tracker:
             self._runs[key] = run.info.run_id
             self._send(run.info.run_id, params)
 
-    def _write(
-        self, key: str, params: Mapping[str, Any], metrics: Sequence[tuple[str, float, int]], tags: Mapping[str, Any]
-    ) -> None:
-        self._send(self._runs[key], params, metrics, tags)
-
-    def _data(self, key: str, data: Sequence[DataSet]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        given = [
-            DatasetInput(
-                Dataset(one.name, one.digest[:36], "local", one.source),  # MLflow keeps no longer ones
-                [InputTag("mlflow.data.context", one.context)],
-            )
-            for one in data
-        ]
-        self._client.log_inputs(self._runs[key], datasets=given)
-
-    def _note(self, text: str) -> None:
-        text = text.replace("](artifact:", f"](get-artifact?run_uuid={self._runs['']}&path=")
-        text = _linked(text, self._experiment_id)
-        if len(text) > LONGEST["tag"]:
-            text = text[: LONGEST["tag"] - len(_REST)].rpartition("\n")[0] + _REST
-        self._client.set_tag(self._runs[""], NOTE, text)
-
-    def _view(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._client.set_experiment_tag(self._experiment_id, views.TAG, views.saved(rows))
-
-    def _model(self, key: str, directory: Path) -> None:
-        from mlflow.entities import LoggedModelOutput
-
-        run_id, tags = self._runs[key], {"checkpoint": str(directory)}
-        name = re.sub(r"[/:%\"']", "_", key.partition("/")[2]).replace(".", ",")  # what MLflow takes for a name
-        model = self._client.create_logged_model(self._experiment_id, name, source_run_id=run_id, tags=tags)
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-
-    def _small(self, figure: Path, name: str) -> None:
-        folder, _, file = name.rpartition("/")
-        with tempfile.TemporaryDirectory() as made, Image.open(figure) as drawn:
-            small = drawn.convert("RGB")
-            small.thumbnail((_PICTURE, small.height))
-            small.save(Path(made) / file)
-            self._client.log_artifact(self._runs[""], str(Path(made) / file), folder)
-
-    def _file(self, path: Path, folder: str | None) -> None:
-        if path.is_file():
-            self._client.log_artifact(self._runs[""], str(path), folder)
-        else:
-            log.warning("%s is gone, and so not attached in MLflow", path)
+    @_queued
+    def _open_result(self, name: str, params: Mapping[str, Any], plan: str) -> None:
+        self._open("", name, params, {PLAN: plan})
 
     def _settle(self, result: str) -> None:
         """Leave it at the finished run of the result, if there is one."""
@@ -435,23 +441,21 @@ class Tracker:
             [some[i : i + _MOST[kind]] for i in range(0, len(some), _MOST[kind])] for kind, some in records.items()
         ]
         for portion in itertools.zip_longest(*portions, fillvalue=[]):
-            batch = dict(zip(records, portion, strict=True))
-            try:
-                self._client.log_batch(run_id, **batch)
-            except Exception as error:
-                if not is_refusal(error):
-                    raise
-                self._send_one_by_one(run_id, batch)
+            self._send_batch(run_id, dict(zip(records, portion, strict=True)))
 
-    def _send_one_by_one(self, run_id: str, batch: Mapping[str, list[Any]]) -> None:
-        for kind, some in batch.items():
-            for record in some:
-                try:
-                    self._client.log_batch(run_id, **{kind: [record]})
-                except Exception as error:
-                    if not is_refusal(error):
-                        raise
-                    log.warning("MLflow refused a record, the rest goes on: %s", cause(error))
+    def _send_batch(self, run_id: str, batch: Mapping[str, list[Any]]) -> None:
+        """Send records in one request; if it is refused, each in one of its own."""
+        try:
+            self._client.log_batch(run_id, **batch)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            singles = [{kind: [record]} for kind, some in batch.items() for record in some]
+            if len(singles) == 1:
+                log.warning("MLflow refused a record, the rest goes on: %s", cause(error))
+                return
+            for single in singles:
+                self._send_batch(run_id, single)
 
     def _search(self, wanted: str) -> list[Any]:
         return list(self._client.search_runs([self._experiment_id], wanted, max_results=ALL_RUNS))
@@ -465,13 +469,3 @@ def _linked(text: str, experiment: str) -> str:
     """Put the addresses of the experiment's saved view into a description."""
     text = text.replace("](view:chart)", f"]({views.link(experiment, chart=True)})")
     return text.replace("](view:table)", f"]({views.link(experiment)})")
-
-
-def _points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:
-    """Return points of a training curve, rows of `history.jsonl`, as metrics with their step."""
-    return [
-        (f"train/{name}", value, int(row["step"]))
-        for row in rows
-        for name, value in row.items()
-        if name not in ("step", "tokens") and is_number(value)
-    ]
