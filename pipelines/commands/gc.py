@@ -30,9 +30,12 @@ from mft_core.errors import ConfigError
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.servers.runs import LOCK, runs
-from pipelines.servers.services import mlflow_store, prefect_home
+from pipelines.servers.services import prefect_home
+from tasks.mlflow.client import tracking_uri
 
 ROOTS = "artifacts.json"
+_ALL = 10**9
+"""runs of MLflow"""
 _ROWS = (
     "FROM flow_run WHERE parent_task_run_id IS NULL AND state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') "
 )
@@ -196,22 +199,15 @@ def _prefect_runs(home: Path, before: float) -> int:
 
 def _mlflow_runs(home: Path, before: float, results: set[str]) -> list[str]:
     """Return the runs of old results that are not kept, with the runs nested in them, and those deleted before."""
-    if not (home / "mlflow.db").is_file() or not mlflow_store(home).startswith("sqlite:"):
+    if not (home / "mlflow.db").is_file() or not tracking_uri(home).startswith("sqlite:"):
         return []
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_store(home)
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(home)
+    import mlflow
     from mlflow.entities import ViewType
-    from mlflow.tracking import MlflowClient
 
-    token = None
-    found: list[Any] = []
     try:
-        client = MlflowClient()
-        experiments = [experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)]
-        while experiments:
-            page = client.search_runs(experiments, run_view_type=ViewType.ALL, max_results=1000, page_token=token)
-            found += page
-            if not (token := page.token):
-                break
+        experiments = [experiment.experiment_id for experiment in mlflow.search_experiments(view_type=ViewType.ALL)]
+        found = mlflow.search_runs(experiments, "", ViewType.ALL, max_results=_ALL, output_format="list")
     except Exception as error:  # MLflow and what it stands on raise whatever they meet in a damaged file
         raise ConfigError(
             f"{home / 'mlflow.db'} cannot be read ({type(error).__name__}: {str(error).strip():.100}); move it away: "

@@ -38,6 +38,7 @@ from mft_core.errors import ConfigError, StageError
 from mft_core.names import without_secrets, without_user
 from mft_core.processes import Child, Family
 from mft_core.store.artifacts import ArtifactStore
+from tasks.mlflow.client import tracking_uri
 
 START_SECONDS = 180.0
 """a server that is not healthy by then has failed; a first start on a busy machine takes half a minute"""
@@ -74,11 +75,6 @@ def prefect_home(home: Path) -> Path:
     path = home.absolute() / "prefect"
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def mlflow_store(home: Path) -> str:
-    """Return the MLflow tracking URI: `MLFLOW_TRACKING_URI` if set, else the sqlite database under `MFT_HOME`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute() / 'mlflow.db'}"
 
 
 def living_server(home: Path) -> dict[str, Any] | None:
@@ -293,7 +289,7 @@ def start_mlflow(home: Path, family: Family, port: int) -> Child:
     command += ["--artifacts-destination", artifacts.as_uri()]
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]
     environment = {
-        "MLFLOW_BACKEND_STORE_URI": mlflow_store(home),
+        "MLFLOW_BACKEND_STORE_URI": tracking_uri(home),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
@@ -412,7 +408,7 @@ def _start_servers(
     Returns:
         the Prefect API's URL, MLflow's, and where those that were started say that they are healthy.
     """
-    prefect, mlflow = os.environ.get("PREFECT_API_URL"), mlflow_store(home)
+    prefect, mlflow = os.environ.get("PREFECT_API_URL"), tracking_uri(home)
     if prefect:
         check_answers()
     store = ArtifactStore(home)

@@ -1,9 +1,10 @@
-"""The client of an MLflow store, as the record (`tasks.mlflow.tracking`) and its readers (`results`) open it."""
+"""Where results are recorded, and MLflow's client of it, for those who write (`tasks.mlflow.tracking`) and read."""
 
 from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 _SETTINGS = {
@@ -12,6 +13,11 @@ _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+
+
+def tracking_uri(home: Path) -> str:
+    """Return the MLflow tracking URI: `MLFLOW_TRACKING_URI` if set, else the sqlite database under `MFT_HOME`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.absolute() / 'mlflow.db'}"
 
 
 def load() -> Any:

@@ -14,7 +14,6 @@ import functools
 import itertools
 import logging
 import math
-import os
 import queue
 import re
 import sqlite3
@@ -95,7 +94,7 @@ class Writer:
         self, home: Path, study: str, warn: Callable[[str], None] = log.warning, *, patience: float = 60.0
     ) -> None:
         self.home = home.absolute()
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.home / 'mlflow.db'}"
+        self.uri = mlflow_client.tracking_uri(home)
         self.problem: str | None = None
         """why nothing more is recorded, or None"""
         self.client: Any = None
