@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,8 +29,8 @@ from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.profile import load_profile
 from pipelines.config.study import Study, VariantSpec, load_studies, load_study
 from pipelines.graph.nodes import Edge, Node, closure
-from pipelines.plan.analyses import analysis_nodes, answers
-from pipelines.plan.plan import Plan, comparison_node, make_plans
+from pipelines.plan.analyses import answers
+from pipelines.plan.plan import Plan, make_plans
 from pipelines.plan.preflight import checked_plans
 from pipelines.report.asked import Asked
 from pipelines.report.command import check_choices, write_index, write_part
@@ -148,7 +148,7 @@ def run_study(
             display.expect(len({node.id for node in nodes} | done))
         outcomes = run_nodes(nodes, place, display, rerun, done)
         cached = {node_id for node_id, outcome in outcomes.items() if outcome.cached}
-        reports = [_report(plan, store, outcomes) for plan in plans]
+        reports = [read_report(plan, store, cached) for plan in plans]
         pages = [write_part(report, whole, asked, store) for report in reports]
         for report, page, recorder in zip(reports, pages, recorders, strict=True):
             recorder.record(report, cached, page.parent)
@@ -198,13 +198,6 @@ def _search(
         if plan.search:
             run_search(plan.search, place.store, run, recorder, display)
     return done
-
-
-def _report(plan: Plan, store: ArtifactStore, outcomes: Mapping[str, Outcome]) -> Report:
-    """Read a study's report from what has been run."""
-    cached = {node_id: outcome.cached for node_id, outcome in outcomes.items()}
-    analyses = {name: outcomes[node.id].artifact.local_path(store) for name, node in analysis_nodes(plan).items()}
-    return read_report(plan, store, outcomes[comparison_node(plan).id].artifact, cached, analyses)
 
 
 def _show(report: Report, links: str) -> None:

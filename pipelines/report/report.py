@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +25,7 @@ from pipelines.config.setup import own_training
 from pipelines.cost import measured as costs
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant
-from pipelines.plan.analyses import answers
+from pipelines.plan.analyses import analysis_nodes, answers
 from pipelines.plan.plan import Plan, comparison_node
 from pipelines.report.attempt import attempt
 from pipelines.report.chosen import chosen
@@ -114,24 +114,20 @@ def _asked_for(plan: Plan) -> list[Node]:
     return [*answers(plan), *(plan.search.nodes if plan.search else ())]
 
 
-def find_report(
-    plan: Plan, store: ArtifactStore, analyses: Mapping[str, Node] | None = None, command: str | None = None
-) -> Report:
+def find_report(plan: Plan, store: ArtifactStore, command: str | None = None) -> Report:
     """Read the report of a study that has been run.
 
     Args:
-        analyses: the study's further nodes by name.
         command: that runs it.
 
     Raises:
         StageError: the study has not been run (whole) with these settings.
     """
     missing = [step.node.label for step in plan.to_compute]
-    named = {"its comparison": comparison_node(plan), **(analyses or {})}
+    named = {"its comparison": comparison_node(plan), **analysis_nodes(plan)}
     manifests = _manifests(closure(named.values()), store)
-    found = {name: store.find(node.stage, manifests[node.id]["key"]) if node.id in manifests else None
-             for name, node in named.items()}  # fmt: skip
-    lacking = [name for name, ref in found.items() if ref is None]
+    lacking = [name for name, node in named.items()
+               if node.id not in manifests or store.find(node.stage, manifests[node.id]["key"]) is None]  # fmt: skip
     if missing or lacking:
         page = store.home / "reports" / f"{plan.study.name}-{plan.profile.name}" / "report.html"
         what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
@@ -140,41 +136,36 @@ def find_report(
             + (command or f"mft run {plan.study.name} --profile {plan.profile.name}")
             + (f". Its last run had others: {page}" if page.is_file() else "")
         )
-    comparison, *others = [ref for ref in found.values() if ref is not None]
-    directories = {name: ref.local_path(store) for name, ref in zip(analyses or {}, others, strict=True)}
-    return read_report(plan, store, comparison, dict.fromkeys(manifests, True), directories)
+    return read_report(plan, store, manifests)
 
 
-def read_report(
-    plan: Plan,
-    store: ArtifactStore,
-    ref: ArtifactRef,
-    cached: Mapping[str, bool],
-    analyses: Mapping[str, Path] | None = None,
-) -> Report:
+def read_report(plan: Plan, store: ArtifactStore, cached: Container[str]) -> Report:
     """Join the comparison's rows with study, profile, cost, validation loss, and whether the evaluation was cached.
 
     Args:
-        ref: the comparison.
-        cached: by node id, for each evaluation, whether it was served from the cache in this run.
-        analyses: directories of the study's analyses by name.
+        cached: ids of the nodes that were served from the cache in this run.
     """
-    directory = ref.local_path(store)
-    rows = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
-    further = [node for item in plan.variants for node in item.validations.values()]
-    further += plan.search.nodes if plan.search else []
-    manifests = _manifests(closure([comparison_node(plan), *further]), store)
+    comparison, analyses = comparison_node(plan), analysis_nodes(plan)
+    behind = [comparison, *(node for item in plan.variants for node in item.validations.values())]
+    behind += plan.search.nodes if plan.search else []
+    found = _manifests(closure([*behind, *analyses.values()]), store)
+    manifests = {node.id: found[node.id] for node in closure(behind) if node.id in found}
+
+    def directory_of(node: Node) -> Path:
+        return store.fetched(node.stage, found[node.id]["key"])
+
+    directory = directory_of(comparison)
+    rows = _read_rows(directory / "rows.json")
     evaluations = {(item.name, item.setup.domain, name): (item, node) for item in plan.variants
                    for name, node in item.evaluations.items()}  # fmt: skip
     for row in rows:
         row |= {"study": plan.study.name, "profile": plan.profile.name}
         row.setdefault("replicate", 0)
         row |= dict.fromkeys(("cached", "seconds", "validation_loss"))
-        found = evaluations.get((row["variant"], row["domain"], row["benchmark"]))
-        if found:
-            item, node = found
+        if evaluated := evaluations.get((row["variant"], row["domain"], row["benchmark"])):
+            item, node = evaluated
             own = {n.id for n in (item.trained, node) if n is not None}
-            row["cached"] = cached.get(node.id, False)
+            row["cached"] = node.id in cached
             row["seconds"] = round(sum(manifests[n]["provenance"]["seconds"] for n in own if n in manifests), 3)
             if item.validations:
                 measured = [manifests[node.id]["summary"]["accuracy"] for node in item.validations.values()]
@@ -182,8 +173,9 @@ def read_report(
             if item.trained and item.trained.id in manifests:
                 row |= _of_training(item, manifests[item.trained.id])
     table = (directory / "table.md").read_text(encoding="utf-8")
-    looks = earlier_looks(manifests[comparison_node(plan).id], store)
-    return Report(rows, table, directory, plan, manifests, looks, analyses or {})
+    looks = earlier_looks(manifests[comparison.id], store)
+    payloads = {name: directory_of(node) for name, node in analyses.items()}
+    return Report(rows, table, directory, plan, manifests, looks, payloads)
 
 
 def _of_training(item: Variant, manifest: dict[str, Any]) -> Row:
