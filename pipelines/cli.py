@@ -124,17 +124,13 @@ def plan(
 ) -> None:
     """Show what a study would run: runs, stages, what is cached, time, memory and disk. Computes nothing."""
     from mft_core.store.artifacts import ArtifactStore
-    from pipelines.config.profile import load_profile
-    from pipelines.config.study import load_studies
     from pipelines.cost.plan_view import as_dict, show, show_together
     from pipelines.cost.predicted import bills, device_of
     from pipelines.cost.probe import probe
-    from pipelines.plan.plan import make_plans
     from pipelines.plan.preflight import check_weights_named
 
     asked, store = _asked(study, profile, budget, overrides, seeds, replicates), ArtifactStore.from_environment()
-    settings = asked.overrides, asked.seeds, asked.replicates, asked.looks
-    plans = make_plans(load_studies(study), load_profile(asked.profile), store, *settings, unpinned=True)
+    plans = asked.plans(store, unpinned=True)
     for each in plans:
         check_weights_named(each)
     device = device_of(plans[0].runtime)
@@ -408,13 +404,8 @@ def _asked(
 
 def _checked_plans(asked: Asked, rerun: list[str] | None) -> tuple[list[Plan], ArtifactStore]:
     """Plan, and refuse here all that can be known to fail, before a server or a model is started."""
-    from pipelines.config.profile import load_profile
-    from pipelines.config.study import load_studies
-    from pipelines.plan.preflight import checked_plans
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the study runs there is nothing to stop and nothing to say
-    settings = asked.overrides, asked.seeds, rerun or [], asked.replicates, asked.looks
-    return checked_plans(load_studies(asked.study), load_profile(asked.profile), *settings)
+    return asked.checked_plans(rerun or [])
 
 
 def _run_flow(

@@ -27,7 +27,7 @@ from mft_core.stages import STAGES
 from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.profile import load_profile
-from pipelines.config.study import Study, VariantSpec, load_studies, load_study
+from pipelines.config.study import Study, VariantSpec, load_study
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.plan.analyses import answers
 from pipelines.plan.plan import Plan, make_plans
@@ -83,8 +83,7 @@ def mft_ablation(
         the rows of the report, its table in Markdown, and its HTML page.
     """
     asked = Asked(study, profile, overrides, seeds, replicates)
-    planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun, replicates)
-    return run_study(*planned, load_study(study), asked, rerun)
+    return run_study(*asked.checked_plans(rerun), load_study(study), asked, rerun)
 
 
 @flow(name="mft-pipeline", flow_run_name="{method} on {profile}", task_runner=_runner(), persist_result=False)
@@ -232,9 +231,8 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         rerun: list[str] = [],  # noqa: B006
         replicates: int | None = None,
     ) -> list[dict[str, str]]:
-        planned = checked_plans(load_studies(study), load_profile(profile), overrides, seeds, rerun, replicates)
         asked = Asked(study, profile, overrides, seeds, replicates)
-        return run_stage(stage, *planned, asked, rerun)
+        return run_stage(stage, *asked.checked_plans(rerun), asked, rerun)
 
     return stage_flow
 

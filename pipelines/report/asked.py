@@ -1,4 +1,4 @@
-"""What was asked for, as the user wrote it: study, profile, overrides, seeds. Makes the exact command again."""
+"""What was asked for, as the user wrote it: study, profile, overrides, seeds. Makes its plans and the command."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mft_core.store.artifacts import ArtifactStore
+from pipelines.config.profile import load_profile
+from pipelines.config.study import load_studies
+from pipelines.plan.plan import Plan, make_plans
+from pipelines.plan.preflight import checked_plans
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,18 @@ class Asked:
     """numbers of replicates at which it is declared to be read; this is one of them"""
     started_by: str | None = None
     """the command, where it is not `mft run`"""
+
+    def plans(self, store: ArtifactStore, *, unpinned: bool = False) -> list[Plan]:
+        """Plan it; `unpinned`: to be looked at, not run."""
+        design = self.seeds, self.replicates, self.looks
+        return make_plans(
+            load_studies(self.study), load_profile(self.profile), store, self.overrides, *design, unpinned=unpinned
+        )
+
+    def checked_plans(self, rerun: Sequence[str] = ()) -> tuple[list[Plan], ArtifactStore]:
+        """Plan it, and refuse all that can be known to fail before a server or a model is started."""
+        design = self.seeds, rerun, self.replicates, self.looks
+        return checked_plans(load_studies(self.study), load_profile(self.profile), self.overrides, *design)
 
     @property
     def command(self) -> str:

@@ -14,9 +14,7 @@ from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import keep
 from pipelines.config import yaml_to_setups
-from pipelines.config.profile import load_profile
-from pipelines.config.study import Study, load_studies, load_study
-from pipelines.plan.plan import make_plans
+from pipelines.config.study import Study, load_study
 from pipelines.report.asked import Asked
 from pipelines.report.chosen import for_profile, refuse_edges
 from pipelines.report.composite import composite_report
@@ -55,9 +53,7 @@ def write(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Pat
 
 def _reports(asked: Asked, store: ArtifactStore) -> list[Report]:
     """Read a study that has been run, or the parts that it is made of."""
-    design = asked.seeds, asked.replicates, asked.looks
-    plans = make_plans(load_studies(asked.study), load_profile(asked.profile), store, asked.overrides, *design)
-    return [find_report(plan, store, asked.command) for plan in plans]
+    return [find_report(plan, store, asked.command) for plan in asked.plans(store)]
 
 
 def undecided_contrasts(asked: Asked) -> list[str]:
