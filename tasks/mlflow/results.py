@@ -15,11 +15,12 @@ directory, or of the nearest directory above it that has one, so that a notebook
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,7 +84,8 @@ def studies(profile: str = "tiny") -> list[Execution]:
     Raises:
         ConfigError: the store cannot be read.
     """
-    return sorted(_ask(lambda client: _studies(client, profile)), key=lambda found: found.study)
+    with _client() as client:
+        return sorted(_studies(client, profile), key=lambda found: found.study)
 
 
 def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
@@ -97,15 +99,12 @@ def rows(study: str, profile: str = "tiny") -> pd.DataFrame:
     Raises:
         ConfigError: no finished execution, or the store cannot be read.
     """
-
-    def read(client: Any) -> pd.DataFrame:
+    with _client() as client:
         run = _newest(client, study, profile)
         frame = _read(run, "rows").drop(columns="cached")
-        frame = frame.replace("None", pd.NA).convert_dtypes()  # a setting that one variant has as a word
-        frame.attrs["question"] = run.data.params["question"]
-        return frame
-
-    return _ask(read)
+    frame = frame.replace("None", pd.NA).convert_dtypes()  # a setting that one variant has as a word
+    frame.attrs["question"] = run.data.params["question"]
+    return frame
 
 
 def tables(study: str, profile: str = "tiny") -> list[str]:
@@ -116,7 +115,8 @@ def tables(study: str, profile: str = "tiny") -> list[str]:
     Raises:
         ConfigError: no finished execution, or the store cannot be read.
     """
-    return list(_ask(lambda client: _described(_newest(client, study, profile))).tables)
+    with _client() as client:
+        return list(_described(_newest(client, study, profile)).tables)
 
 
 def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
@@ -125,8 +125,7 @@ def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
     Raises:
         ConfigError: no finished execution, no such table in it, or the store cannot be read.
     """
-
-    def read(client: Any) -> pd.DataFrame:
+    with _client() as client:
         run = _newest(client, study, profile)
         names = _described(run).tables
         if name not in names:
@@ -137,8 +136,6 @@ def table(study: str, name: str, profile: str = "tiny") -> pd.DataFrame:
             )
         return _read(run, name)
 
-    return _ask(read)
-
 
 def curves(study: str, profile: str = "tiny") -> pd.DataFrame:
     """Return the training curves, a row per variant and step: `VARIANT`, what the study varies, and `CURVE`.
@@ -148,16 +145,13 @@ def curves(study: str, profile: str = "tiny") -> pd.DataFrame:
     Raises:
         ConfigError: no finished execution, or the store cannot be read.
     """
-
-    def read(client: Any) -> pd.DataFrame:
+    with _client() as client:
         parent = _newest(client, study, profile)
         nested = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
         order = ["attributes.start_time ASC"]
         variants = client.search_runs([parent.info.experiment_id], nested, max_results=ALL_RUNS, order_by=order)
         settings = [name for name in _read(parent, "rows").columns if "." in name]
         return pd.DataFrame([row for run in variants for row in _curve(client, run, settings)]).convert_dtypes()
-
-    return _ask(read)
 
 
 def records(frame: pd.DataFrame) -> list[Row]:
@@ -169,15 +163,16 @@ def records(frame: pd.DataFrame) -> list[Row]:
     return [dict(zip(frame.columns, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _ask(question: Callable[[Any], Any]) -> Any:
-    """Put a question to the store; what goes wrong there is told in one line."""
+@contextlib.contextmanager
+def _client() -> Iterator[Any]:
+    """Give MLflow's client of the store; what goes wrong there is told in one line."""
     uri = tracking_uri()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "IProgress not found")  # of a progress bar that is not shown
         from mlflow.exceptions import MlflowException
 
     try:
-        return question(open_client(uri))
+        yield open_client(uri)
     except MlflowException as error:
         raise ConfigError(
             f"MLflow at {uri} cannot be read: {str(error).splitlines()[0]}. Start its server, or set "
