@@ -296,21 +296,13 @@ def start_mlflow(home: Path, family: Family, port: int) -> Child:
     return family.start("MLflow server", command, home / "logs" / "mlflow.log", environment)
 
 
-def up(
-    home: Path,
-    *,
-    prefect_port: int = 4200,
-    mlflow_port: int = 5000,
-    deployments: str = "pipelines.deployments",
-    say: Callable[[str], None] = print,
-) -> None:
+def up(home: Path, *, prefect_port: int = 4200, deployments: str = "pipelines.deployments") -> None:
     """Start the servers, serve the deployments, and stay until Ctrl-C or SIGTERM; stops what it started.
 
     Args:
         home: the `MFT_HOME`.
-        prefect_port: preferred; another free one is taken if it is in use. Likewise `mlflow_port`.
+        prefect_port: preferred; another free one is taken if it is in use.
         deployments: module that serves the deployments when it is run.
-        say: prints a line for people.
 
     Raises:
         ConfigError: another `mft up` is at work here; or the server that the user named does not answer.
@@ -326,19 +318,19 @@ def up(
         stack.callback(signal.signal, signal.SIGINT, before)
         stack.callback(_stop_all, family, record)
         with contextlib.suppress(KeyboardInterrupt):
-            prefect, mlflow, own = _start_servers(home, family, prefect_port, mlflow_port, say)
+            prefect, mlflow, own = _start_servers(home, family, prefect_port)
             _start_deployments(home, family, prefect, deployments)
             ours = f"{prefect}/health" in own
             record.write_text(
                 json.dumps({"pid": os.getpid(), "prefect": prefect, "mlflow": mlflow, "own": ours}) + "\n"
             )
-            say(f"Prefect  {_ui(prefect)}\nMLflow   {mlflow}{_TRAININGS}\nlogs     {home / 'logs'}")
+            print(f"Prefect  {_ui(prefect)}\nMLflow   {mlflow}{_TRAININGS}\nlogs     {home / 'logs'}")
             if ours:
-                say(f"Prefect's page asks for a password: what is in {prefect_home(home) / 'auth'}")
-            say("in another terminal, from this directory:  prefect deployment run mft-ablation --watch")
-            say("Ctrl-C stops everything")
-            _stay(family, own, say)
-        say("stopping")
+                print(f"Prefect's page asks for a password: what is in {prefect_home(home) / 'auth'}")
+            print("in another terminal, from this directory:  prefect deployment run mft-ablation --watch")
+            print("Ctrl-C stops everything")
+            _stay(family, own)
+        print("stopping")
 
 
 @contextlib.contextmanager
@@ -369,7 +361,7 @@ def _only_one(home: Path) -> Iterator[None]:
         yield
 
 
-def _stay(family: Family, own: list[str], say: Callable[[str], None]) -> None:
+def _stay(family: Family, own: list[str]) -> None:
     """Watch the services and start again those that die, until somebody interrupts.
 
     Raises:
@@ -381,7 +373,7 @@ def _stay(family: Family, own: list[str], say: Callable[[str], None]) -> None:
         except ChildProcessError as error:
             raise StageError(str(error)) from None
         for line in lines:
-            say(line)
+            print(line)
         if not lines:
             time.sleep(0.5)
             continue
@@ -400,9 +392,7 @@ def _leave(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _start_servers(
-    home: Path, family: Family, prefect_port: int, mlflow_port: int, say: Callable[[str], None]
-) -> tuple[str, str, list[str]]:
+def _start_servers(home: Path, family: Family, prefect_port: int) -> tuple[str, str, list[str]]:
     """Start those servers that the environment does not name.
 
     Returns:
@@ -418,16 +408,16 @@ def _start_servers(
             port = free_port(prefect_port)
             prefect = _api(port)
             os.environ.update(address_of(home, {"prefect": prefect, "own": True}))
-            _set_damaged_aside(home, say)
+            _set_damaged_aside(home, print)
             start_prefect(home, family, port, ui=True)
             own.append(f"{prefect}/health")
         if not mlflow.startswith("http"):
-            port = free_port(mlflow_port)
+            port = free_port(5000)
             start_mlflow(home, family, port)
             mlflow = f"http://127.0.0.1:{port}"
             own.append(f"{mlflow}/health")
         if own:
-            say("starting the servers (10 to 30 seconds)")
+            print("starting the servers (10 to 30 seconds)")
         for address in own:
             wait_healthy(family.children, address)
     return prefect, without_user(mlflow), own
@@ -464,25 +454,17 @@ def wait_healthy(children: list[Child], address: str) -> None:
 def _wait(ready: Callable[[], bool], children: list[Child], complaint: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not ready():
-        raise_if_ended(children)
+        if endings := [text for child in children if (text := child.how_it_ended())]:
+            raise StageError("\n".join(endings))
         if time.monotonic() > deadline:
             tails = "\n".join(f"{child.name}, {child.log}:\n{child.tail()}" for child in children)
             raise StageError(f"{complaint} within {START_SECONDS:.0f} seconds\n{tails}")
         time.sleep(0.1)
 
 
-def raise_if_ended(children: list[Child]) -> None:
-    """Raise a StageError if one of the services has died: how, and the end of its log."""
-    endings = [text for child in children if (text := child.how_it_ended())]
-    if endings:
-        raise StageError("\n".join(endings))
-
-
 def free_port(preferred: int | None) -> int:
     """Return the preferred port if it is free on loopback, else any free one."""
-    for port in (preferred, 0):
-        if port is None:
-            continue
+    for port in (preferred or 0, 0):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is no obstacle
             try:
