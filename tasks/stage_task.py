@@ -41,8 +41,8 @@ class StageCall:
     sources: Mapping[str, Source]
     parts: Mapping[str, str]
     """for each input that another stage made: the part of its payload that is taken"""
-    rerun: bool = False
-    node: str = ""
+    rerun: bool
+    node: str
     """names the work in the plan that it is part of; labels are for people"""
 
 
@@ -54,8 +54,8 @@ class Workplace:
     runtime: Runtime
     cluster: Cluster
     """computes heavy stages"""
-    report: Callable[[StageCall, Progress], None] = lambda call, progress: None
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    report: Callable[[StageCall, Progress], None]
+    notes: Mapping[str, Any]
     """provenance of the flow run, e.g. its MLflow run id"""
     promised: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """by node id, what the plan says that a stage takes which is to be computed; kept in its provenance, from which the

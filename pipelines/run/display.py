@@ -79,7 +79,7 @@ class Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._overall: TaskID | None = None
+        self._overall = self._progress.add_task("stages", total=total, detail="")
         self._ended = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._promised: dict[str, float] = {}
@@ -87,7 +87,6 @@ class Display:
 
     def __enter__(self) -> Display:
         self._progress.start()
-        self._overall = self._progress.add_task("stages", total=self._total, detail="")
         self._ticker.start()
         return self
 
@@ -116,8 +115,7 @@ class Display:
         """Take a new total: a search knows its stages only as it goes."""
         with self._lock:
             self._total = total
-            if self._overall is not None:
-                self._progress.update(self._overall, total=total)
+            self._progress.update(self._overall, total=total)
 
     def promise(self, seconds: Mapping[str, float]) -> None:
         """Learn how long stages were said to take, by label: shares of the work."""
@@ -165,8 +163,7 @@ class Display:
                 self._progress.remove_task(known.bar)
             if outcome in ("computed", "failed") or (outcome == "stopped" and known is not None):
                 self.say(f"{outcome:<8} {label}" + (f": {why}" if why else ""))
-            if self._overall is not None:
-                self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")
+            self._progress.update(self._overall, completed=self._done, detail=f"{self._cached} cached")
 
     def _tick(self) -> None:
         """Write down now and then what every running stage is at, and print it where there are no bars."""

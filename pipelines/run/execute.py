@@ -163,8 +163,7 @@ def workplace(
         display.update(call.label, progress)
         record(call, progress)
 
-    run_id = getattr(flow_run, "id", None)
-    notes = {"prefect_flow_run": run_id}
+    notes = {"prefect_flow_run": getattr(flow_run, "id", None)}
     runtime = plans[0].runtime
     with contextlib.closing(Cluster(store.home, runtime, display.say)) as cluster:
         yield promised(Workplace(store, runtime, cluster, report, notes), plans, display)
