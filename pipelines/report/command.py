@@ -64,15 +64,13 @@ def undecided_contrasts(asked: Asked) -> list[str]:
 
 def write_last_look(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Path]:
     """As `write`, at the last of the declared looks that has been run."""
-    found: tuple[list[Report], Path] | None = None
-    for look in declared(asked):
+    first, *later = declared(asked)
+    found = write(first, out, sync)
+    for look in later:
         try:
             found = write(look, out, sync)
         except StageError:
-            if found is None:
-                raise
             break
-    assert found is not None  # there is a first look
     return found
 
 

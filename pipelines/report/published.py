@@ -20,10 +20,8 @@ Values = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 @functools.cache
-def _content() -> dict[str, Any]:
-    path = Path(__file__).parent / "published.yaml"
-    loaded: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return loaded
+def _content() -> Any:
+    return yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
 
 
 def gains(profile: str) -> dict[tuple[str, str], float]:
@@ -58,14 +56,12 @@ def _sources(profile: str) -> dict[str, Values]:
 
 def note(profile: str) -> str | None:
     """Return what has to be said of the published numbers on a profile, or None."""
-    found = _content()["notes"].get(profile)
-    return None if found is None else str(found)
+    return _content()["notes"].get(profile)
 
 
 def finding(study: str) -> str | None:
     """Return what the paper says about a study's question, or None."""
-    found = _content()["findings"].get(study)
-    return None if found is None else str(found)
+    return _content()["findings"].get(study)
 
 
 def side_by_side(reports: Sequence[Report], profile: str) -> str:

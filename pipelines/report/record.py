@@ -239,13 +239,12 @@ def _settings(item: Variant) -> dict[str, Any]:
     """Return what else people filter and plot by: backbone and the numbers of the variant's own training."""
     setup = item.setup
     recipe = item.trained.recipe if item.trained else None
-    found: dict[str, Any] = {"backbone": setup.backbone, "data_fraction": setup.data.fraction}
-    found["engine"] = setup.answered_by
+    found: dict[str, Any] = {"backbone": setup.backbone, "data_fraction": setup.data.fraction,
+                             "engine": setup.answered_by}  # fmt: skip
     if isinstance(recipe, FineTune | LearnMask) and recipe.training:
         found |= {f"training.{name}": value for name, value in recipe.training.model_dump().items()}
     if isinstance(recipe, FineTune) and recipe.lora:
         found |= {f"lora.{name}": value for name, value in recipe.lora.model_dump().items()}
     if isinstance(recipe, LearnMask):
-        others = recipe.model_dump(exclude={"training", *item.columns}, exclude_none=True)
-        found |= others
+        found |= recipe.model_dump(exclude={"training", *item.columns}, exclude_none=True)
     return found

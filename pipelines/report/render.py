@@ -103,8 +103,15 @@ def _inline(image: Token, folder: Path) -> bool:
     return True
 
 
-def grid(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table of any values; None is a dash."""
+def grid(header: Sequence[str], lines: Sequence[Sequence[Any]], optional: str | None = None) -> str:
+    """Return a Markdown table of any values; None is a dash.
+
+    Args:
+        optional: the column that is left out unless it has several values.
+    """
+    if optional and len({line[header.index(optional)] for line in lines}) < 2:
+        at = header.index(optional)
+        header, *lines = ([*line[:at], *line[at + 1 :]] for line in (header, *lines))
     return table(header, [[_cell(value) for value in line] for line in lines])
 
 

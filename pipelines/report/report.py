@@ -73,10 +73,9 @@ class Report:
         }
         for name, directory in self.analyses.items():
             parts[slug(name)] = functools.partial(_read_rows, directory / "rows.json")
-        nothing: list[Row] = []
-        found = {name: attempt(f"table {name}", make, nothing) for name, make in parts.items()}
+        found = {name: attempt(f"table {name}", make, list[Row]()) for name, make in parts.items()}
         if search := self.plan.search:
-            of_search: dict[str, list[Row]] = {}
+            of_search = dict[str, list[Row]]()
             found |= attempt("the search's tables", lambda: search_tables(search, self.manifests), of_search)
         return {name: rows for name, rows in found.items() if rows}
 

@@ -71,15 +71,13 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what validation chooses."""
     measure = next(name for name in ("validation_loss", "validation_accuracy") if name in rows[0])
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
-    several = len({row["domain"] for row in rows}) > 1
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         shown = f"{row[measure]:.4f}" if measure == "validation_loss" else f"{100 * row[measure]:.1f}"
-        head = [row["variant"], *([row["domain"]] if several else []), str(row["variants"]), shown, row["edge"] or "-"]
+        head = [row["variant"], row["domain"], str(row["variants"]), shown, row["edge"] or "-"]
         line = lines.setdefault((row["domain"], row["variant"]), head + ["-"] * len(benchmarks))
         line[len(head) + benchmarks.index(row["benchmark"])] = cell(row)
-    header = ["variant", *(["domain"] if several else []), "of", measure.replace("_", " "), "on an edge of its grid",
-              *benchmarks]  # fmt: skip
+    header = ["variant", "domain", "of", measure.replace("_", " "), "on an edge of its grid", *benchmarks]
     by = "least loss on validation rows (nats per token"
     if measure == "validation_accuracy":
         by = "greatest accuracy on validation items (%, mean over benchmarks"
@@ -87,7 +85,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
         f"Of each method's variants the one of {by}, mean over seeds), and its gain on the benchmarks, which had no "
         "part in the choice; tests and verdicts are those of the table above."
     )
-    return f"{note}\n\n{grid(header, list(lines.values()))}\n\n```yaml\n{for_profile(rows)}```"
+    return f"{note}\n\n{grid(header, list(lines.values()), 'domain')}\n\n```yaml\n{for_profile(rows)}```"
 
 
 def _points(report: Report) -> str:
@@ -135,20 +133,18 @@ def _data(rows: Sequence[Mapping[str, Any]]) -> str:
 def cost(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return what the stages took, and what a percentage point of gain cost."""
     stages = tables.get("cost", [])
-    several = len({row["domain"] for row in stages}) > 1
-    header = ["stage", "method", *(["domain"] if several else []), "runs", "seconds", "tokens", "tokens/s",
-              "peak memory", "energy"]  # fmt: skip
+    header = ["stage", "method", "domain", "runs", "seconds", "tokens", "tokens/s", "peak memory", "energy"]
     lines = [
-        [row["stage"], row["method"] if row["method"] == SHARED else method_label(row["method"]),
-         *([row["domain"]] if several else []), row["runs"], _seconds(row["seconds"]), _count(row["tokens"]),
-         _count(row["tokens_per_second"]), _memory(row["peak_memory_bytes"]), _energy(row["energy_joules"])]
+        [row["stage"], row["method"] if row["method"] == SHARED else method_label(row["method"]), row["domain"],
+         row["runs"], _seconds(row["seconds"]), _count(row["tokens"]), _count(row["tokens_per_second"]),
+         _memory(row["peak_memory_bytes"]), _energy(row["energy_joules"])]
         for row in stages
     ]  # fmt: skip
     total = sum(row["total_seconds"] for row in stages)
     parts = [
         f"Means over the runs of each stage; seconds are those of the whole stage, loading and validation included. "
         f"Everything together: {_seconds(total)} s of computing, whether or not it was served from the cache here.",
-        grid(header, lines),
+        grid(header, lines, "domain"),
     ]
     lacking = [name for name, key in (("peak memory", "peak_memory_bytes"), ("energy", "energy_joules"))
                if all(row[key] is None for row in stages)]  # fmt: skip
@@ -164,11 +160,9 @@ def cost(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _per_point(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
-    several = len({row["domain"] for row in rows}) > 1
-    header = ["variant", *(["domain"] if several else []), "benchmark", "gain over", "gain", "seconds",
-              "seconds per point"]  # fmt: skip
+    header = ["variant", "domain", "benchmark", "gain over", "gain", "seconds", "seconds per point"]
     lines = [
-        [row["variant"], *([row["domain"]] if several else []), row["benchmark"], row["over"],
+        [row["variant"], row["domain"], row["benchmark"], row["over"],
          "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[key] + 0.0 for key in ("gain", "gain_low", "gain_high"))),
          _seconds(row["seconds"]), _price(row)]
         for row in sorted(rows, key=lambda row: row["method"] != "fft")
@@ -177,7 +171,7 @@ def _per_point(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "Seconds of the treatment's own training or selection (and merging) for each percentage point gained; in "
         "brackets the prices at the ends of the gain's interval. A gain that is not above zero has none."
     )
-    return ["### Cost of a gained point", note, grid(header, lines)]
+    return ["### Cost of a gained point", note, grid(header, lines, "domain")]
 
 
 def _price(row: Mapping[str, Any]) -> str | None:
