@@ -90,7 +90,7 @@ def verified_cache_key(context: TaskRunContext, parameters: dict[str, Any]) -> s
     key = place.store.key(stage, call.recipe, inputs)
     record = place.results / key
     if record.exists():
-        found = None if call.rerun else place.store.find(stage.name, key, inputs)
+        found = None if call.rerun else place.store.share(stage.name, key, inputs)
         if found is None and not call.rerun:
             damage = place.store.damage(stage.name, key, inputs)
             logging.getLogger("mft").warning("%s: cached artifact is not usable: %s", call.label, damage)
@@ -125,7 +125,7 @@ def run_stage(label: str, call: StageCall, made: dict[str, Made], place: Workpla
     """
     stage, inputs, store = get_stage(call.stage), inputs_of(call, made), place.store
     key = store.key(stage, call.recipe, inputs)
-    if not call.rerun and (found := store.find(stage.name, key, inputs)):
+    if not call.rerun and (found := store.share(stage.name, key, inputs)):
         return Made(artifact=found.model_dump(), computed=False)
     notes = {**place.notes, "promised": place.promised.get(call.node)}
     report, given = partial(place.report, call), (call.recipe, inputs, place.runtime)

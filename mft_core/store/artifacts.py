@@ -84,10 +84,9 @@ class ArtifactRef(BaseModel):
 
     def problem(self, store: ArtifactStore) -> str | None:
         """Say why the artifact is no longer what the digest names, or None if it is."""
-        damage = store.damage(self.stage, self.key)
-        manifest = None if damage else store.manifest(self.stage, self.key)
+        damage, manifest = store.look(self.stage, self.key)
         changed = manifest is not None and manifest["digest"] != self.digest
-        return "another result has taken its place" if changed else damage
+        return damage or ("another result has taken its place" if changed else None)
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class ArtifactStore:
         if self.shared and self._own_damage(stage, key):
             with self.lock(key):
                 if self._own_damage(stage, key):  # no other process has done it meanwhile
-                    self.shared.pull(stage, key, final, logging.getLogger("mft"))
+                    self.shared.pull(stage, key, final)
         return final
 
     def work(self, key: str) -> Path:
@@ -189,19 +188,67 @@ class ArtifactStore:
         return [found for key in sorted(keys) if (found := self.manifest(stage, key))]
 
     def find(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> ArtifactRef | None:
-        """Return the artifact if it is there, whole and not outdated (see `damage`), else None.
+        """Return the artifact if it is there, whole and not outdated (see `look`), else None."""
+        manifest = self.whole(stage, key, inputs)
+        return ArtifactRef.of(manifest) if manifest else None
 
-        Its manifest is touched: `mft gc` goes by when somebody last asked for it.
+    def whole(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> dict[str, Any] | None:
+        """Return the manifest of an artifact that is there, whole and not outdated, else None.
+
+        It is touched: `mft gc` goes by when somebody last asked for it.
         """
-        if self.damage(stage, key, inputs):
+        damage, manifest = self.look(stage, key, inputs)
+        if damage:
             return None
         with contextlib.suppress(OSError):  # it lies in the shared store alone, or may only be read
             os.utime(self.directory(stage, key) / MANIFEST)
-        manifest = self.manifest(stage, key)
-        return ArtifactRef.of(manifest) if manifest else None
+        return manifest
 
-    def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}, held: bool = False) -> str | None:
-        """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole.
+    def share(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> ArtifactRef | None:
+        """Return as `find` does, for a run: what is whole here is also in the shared store then.
+
+        Where that has another result under the key, it is what all machines take.
+
+        Raises:
+            StageError: the shared store cannot be written to.
+        """
+        found = self.find(stage, key, inputs)
+        if found is None or self.shared is None or not self.directory(stage, key).exists():
+            return found
+        there = self.shared.manifest(stage, key)
+        if there is not None and there["digest"] == found.digest:
+            return found
+        with self.lock(key):
+            damage, manifest = self.look(stage, key, inputs, held=True)
+            return None if damage or manifest is None else ArtifactRef.of(self._shared(manifest, inputs))
+
+    def _shared(self, manifest: dict[str, Any], inputs: Mapping[str, Input]) -> dict[str, Any]:
+        """Return the manifest that stands on all machines in place of a whole artifact's, whose lock is held."""
+        stage, key = manifest["stage"], manifest["key"]
+        own = self.directory(stage, key)
+        if self.shared is None or not own.exists():
+            return manifest
+        there = self.shared.manifest(stage, key)
+        if there is None or (there["digest"] != manifest["digest"] and self._outdated(there, inputs)):
+            if self.shared.push(stage, key, own, manifest, replace=there is not None):
+                return manifest
+            there = self.shared.manifest(stage, key)
+        if there is None or there["digest"] == manifest["digest"]:
+            return manifest
+        logging.getLogger("mft").warning(
+            "%s %s: the shared store has another result, which is taken in place of the one here", stage, key[:12]
+        )
+        manifests.discard(own)
+        return there
+
+    def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> str | None:
+        """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole."""
+        return self.look(stage, key, inputs)[0]
+
+    def look(
+        self, stage: str, key: str, inputs: Mapping[str, Input] = {}, held: bool = False
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Return what is wrong with the artifact (None if it is whole), and its manifest if there is a sound one.
 
         Whole is what has every file of the manifest, and no other. What the shared store has is whole unless its
         manifest is not: files are verified when they are fetched. Of a whole one, what a mended fault left in it.
@@ -210,18 +257,19 @@ class ArtifactStore:
             inputs: what the key was made of; without them, some faults cannot be told.
             held: the caller holds the key's lock, which is not to be waited for.
         """
-        problem = self._own_damage(stage, key) or self._outdated(manifests.read(self.directory(stage, key)), inputs)
+        own = manifests.read(self.directory(stage, key))
+        problem = self._own_damage(stage, key) or self._outdated(own, inputs)
         shared = self.shared.manifest(stage, key) if problem and self.shared else None
         if shared is None:
-            return problem
+            return problem, None if problem else own
         if wrong := self._outdated(shared, inputs):
-            return wrong
+            return wrong, shared
         if problem != "missing":
             with contextlib.nullcontext() if held else self.lock(key):
                 own = manifests.read(self.directory(stage, key))
                 if self._own_damage(stage, key) or self._outdated(own, inputs):  # nobody has fetched it again meanwhile
                     manifests.discard(self.directory(stage, key))
-        return None
+        return None, shared
 
     def _outdated(self, manifest: dict[str, Any] | None, inputs: Mapping[str, Input]) -> str | None:
         def given(name: str) -> Path | None:
@@ -288,19 +336,18 @@ class ArtifactStore:
         log = log or logging.getLogger("mft")
         key = self.key(stage, recipe, inputs)
         note = self.home / "locks" / f"{key}.lease"
-        held = self.shared.lease(key, note, log, report) if self.shared else contextlib.nullcontext()
+        held = self.shared.lease(key, note, report) if self.shared else contextlib.nullcontext()
         with self.lock(key, report), held:
-            problem = "rerun asked for" if force else self.damage(stage.name, key, inputs, held=True)
+            problem, manifest = ("rerun asked for", None) if force else self.look(stage.name, key, inputs, held=True)
             if problem is None:
-                manifest = self.manifest(stage.name, key)
                 assert manifest is not None
+                manifest = self._shared(manifest, inputs)
                 return Built(ArtifactRef.of(manifest), False, manifest)
             if problem != "missing":
                 log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
             if force:
                 self._begin_rerun(key)
-            # a sound manifest that the shared store has in spite of the problem is outdated
-            replace = force or bool(self.shared and self.shared.manifest(stage.name, key))
+            replace = force or manifest is not None  # that of the shared store, which is outdated
             context = StageContext(runtime, self.work(key), report, log)
             return self._compute(stage, key, recipe, inputs, context, notes or {}, replace)
 
@@ -346,11 +393,17 @@ class ArtifactStore:
         }
         compare(notes.get("promised"), meter.used, f"{stage.name} {key[:12]}", log)
         manifest = manifests.seal(content)
-        if self.shared and not self.shared.push(stage.name, key, temporary, manifest, replace):
-            log.info("another machine has finished %s %s meanwhile: its artifact is taken", stage.name, key)
-            self.shared.pull(stage.name, key, final, log)
-            manifest = self.manifest(stage.name, key) or manifest
-        else:
+        try:
+            stands = self.shared is None or self.shared.push(stage.name, key, temporary, manifest, replace)
+            if self.shared and not stands:
+                log.info("another machine has finished %s %s meanwhile: its artifact is taken", stage.name, key)
+                self.shared.pull(stage.name, key, final)
+                shutil.rmtree(temporary)
+                manifest = manifests.read(final) or manifest
+        except Exception:  # of the shared store: what was computed is kept here, and the next run shares it
+            manifests.commit(temporary, final, manifest)
+            raise
+        if stands:
             manifests.commit(temporary, final, manifest)
         log.info("finished %s %s", stage.name, key)
         shutil.rmtree(work, ignore_errors=True)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.recipes import Evaluate, Runtime
+from mft_core.store import shared
 from mft_core.store.artifacts import ArtifactStore
+from mft_core.store.shared import SharedStore
 from tests.mft_core.store.test_artifacts import make_stage
 from tests.mft_core.store.test_outdated import OUTDATED
 from tests.support.faults import KILLS
@@ -178,6 +181,182 @@ def test_rerun_replaces_what_the_shared_store_has(tmp_path, url):
     assert again.computed
     assert again.ref == ref
     assert machine(tmp_path, url, "second").manifest("evaluate", ref.key) == again.manifest
+    assert len([name for name in store.shared._files.find(url) if name.endswith("numbers.txt")]) == 1
+
+
+def test_a_copy_from_before_there_was_a_shared_store_is_put_there_by_the_next_run(tmp_path, url):
+    runs = tmp_path / "runs"
+    ref = build(ArtifactStore(tmp_path / "first"), runs).ref
+    first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
+    assert first.find("evaluate", ref.key) == ref
+    assert second.find("evaluate", ref.key) is None, "who only looks uploads nothing"
+    assert first.share("evaluate", ref.key) == ref
+    assert ref.problem(second) is None
+    assert (ref.local_path(second) / "numbers.txt").read_text().startswith("a\n")
+    assert computed(runs) == ["a"]
+
+
+@pytest.mark.parametrize("again", ["share", "build"])
+def test_a_whole_copy_heals_what_was_altered_in_the_shared_store(tmp_path, url, again):
+    runs = tmp_path / "runs"
+    first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
+    ref = build(first, runs).ref
+    files = first.shared._files
+    (path,) = [name for name in files.find(url) if name.endswith("numbers.txt")]
+    files.pipe_file(path, b"other")
+    with pytest.raises(StageError, match="run the same command again: a machine that has a whole copy shares it"):
+        ref.local_path(second)
+    assert (first.share("evaluate", ref.key) if again == "share" else build(first, runs).ref) == ref
+    assert (ref.local_path(second) / "numbers.txt").read_text().startswith("a\n")
+    assert computed(runs) == ["a"]
+
+
+def test_where_a_copy_differs_from_what_the_machines_share_all_take_the_shared_one(tmp_path, url):
+    runs, recipe = tmp_path / "runs", Evaluate(task="a")
+    other = make_stage(change=lambda recipe, inputs, out, context: (out / "numbers.txt").write_text("mine") and {})
+    mine = ArtifactStore(tmp_path / "first").build(other, recipe, {}, RUNTIME).ref
+    theirs = build(machine(tmp_path, url, "second"), runs).ref
+    first = machine(tmp_path, url, "first")
+    assert (mine.key, mine.digest == theirs.digest) == (theirs.key, False)
+    assert first.share("evaluate", mine.key) == theirs
+    assert (theirs.local_path(first) / "numbers.txt").read_text().startswith("a\n")
+
+
+def test_what_is_replaced_while_it_is_fetched_is_fetched_again(tmp_path, url, monkeypatch):
+    runs = tmp_path / "runs"
+    first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
+    ref = build(first, runs).ref
+    fetch = second.shared._fetch
+
+    def late(*given):
+        monkeypatch.setattr(second.shared, "_fetch", fetch)
+        build(first, runs, force=True)
+        return fetch(*given)
+
+    monkeypatch.setattr(second.shared, "_fetch", late)
+    assert (ref.local_path(second) / "numbers.txt").read_text().startswith("a\n")
+    assert ref.problem(machine(tmp_path, url, "third")) is None
+
+
+def refusing(store, monkeypatch, error, after):
+    """Have a store's exclusive creation raise an error once, after it was carried out or instead."""
+    create = store.shared._write_new
+
+    def write(path, data):
+        monkeypatch.setattr(store.shared, "_write_new", create)
+        if after:
+            create(path, data)
+        raise error
+
+    monkeypatch.setattr(store.shared, "_write_new", write)
+
+
+@pytest.mark.parametrize("after", [True, False], ids=["carried out", "not carried out"])
+@pytest.mark.parametrize("error", [FileExistsError(), OSError(22, "Precondition Failed"), OSError(5, "Conflict")])
+def test_an_answer_that_was_lost_or_says_nothing_destroys_no_result(tmp_path, url, monkeypatch, error, after):
+    store, runs = machine(tmp_path, url, "first"), tmp_path / "runs"
+    push = store.shared.push
+
+    def refused(*given, **named):
+        refusing(store, monkeypatch, error, after)
+        return push(*given, **named)
+
+    monkeypatch.setattr(store.shared, "push", refused)
+    refusing(store, monkeypatch, error, after)  # of the lease
+    built = build(store, runs)
+    assert built.computed
+    second = machine(tmp_path, url, "second")
+    assert second.manifest("evaluate", built.ref.key) == built.manifest
+    assert (built.ref.local_path(second) / "numbers.txt").read_text().startswith("a\n")
+    assert not any("/locks/" in name for name in store.shared._files.find(url))
+
+
+def test_a_result_that_cannot_be_shared_is_kept_and_shared_by_the_next_run(tmp_path, url, monkeypatch):
+    store, runs = machine(tmp_path, url, "first"), tmp_path / "runs"
+
+    def unreachable(*given, **named):
+        raise ConnectionError("connection reset by peer")
+
+    create = store.shared._write_new
+    with monkeypatch.context() as broken:
+        broken.setattr(store.shared, "_write_new", lambda *to: (create if "/locks/" in to[0] else unreachable)(*to))
+        broken.setattr(store.shared, "_mine", unreachable)  # the lease cannot be given back either
+        with pytest.raises(StageError, match=r"cannot be written to \(connection reset by peer\).* same command goes"):
+            build(store, runs)
+    again = build(store, runs)
+    assert (again.computed, computed(runs)) == (False, ["a"])
+    assert machine(tmp_path, url, "second").manifest("evaluate", again.ref.key) == again.manifest
+
+
+def test_a_lease_that_cannot_be_given_back_fails_no_stage(tmp_path, url, monkeypatch, caplog):
+    store, runs = machine(tmp_path, url, "first"), tmp_path / "runs"
+
+    def unreachable(*given):
+        raise ConnectionError("connection reset by peer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store.shared, "_mine", unreachable)
+        assert build(store, runs).computed
+    assert "could not be given back" in caplog.text
+    told = []
+    assert not build(store, runs, report=told.append).computed
+    assert not [progress.doing for progress in told if progress.doing], "nobody waits for himself"
+
+
+def test_of_two_who_take_over_a_silent_lease_one_holds_it(tmp_path, url, monkeypatch):
+    monkeypatch.setattr(shared, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(shared, "LOST_SECONDS", 2.0)
+    stores = [SharedStore(url) for _ in range(3)]
+    inside, most, done = [], [], []
+
+    def hold(number):
+        with stores[number].lease("key", tmp_path / f"note-{number}", lambda progress: None):
+            inside.append(number)
+            time.sleep(0.3)
+            most.append(len(inside))
+            inside.remove(number)
+        done.append(number)
+
+    stores[0]._create(f"{stores[0]._root}/locks/key", b"gone, process 1, 0")
+    create, both = SharedStore._create, threading.Barrier(2)
+
+    def together(store, path, data):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(5)  # both have seen the silence
+        return create(store, path, data)
+
+    monkeypatch.setattr(SharedStore, "_create", together)
+    threads = [threading.Thread(target=hold, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [1, 2]
+    assert set(most) == {1}
+    assert not any("/locks/" in name for name in stores[0]._files.find(url))
+
+
+def test_a_store_without_exclusive_creation_is_said_to_have_none(tmp_path, url, monkeypatch, caplog):
+    store = machine(tmp_path, url, "first")
+    store.check_writable()
+    assert "this service" not in caplog.text
+    monkeypatch.setattr(store.shared, "_write_new", store.shared._files.pipe_file)
+    store.check_writable()
+    assert caplog.text.count("this service writes over a file that it was asked only to create") == 1
+
+
+def test_a_path_is_the_same_store_from_every_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert SharedStore("shared").url == SharedStore(f"file://{tmp_path}/shared").url == str(tmp_path / "shared")
+
+
+def test_a_look_at_what_others_have_computed_asks_the_shared_store_once(tmp_path, url, monkeypatch):
+    first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
+    ref = build(first, tmp_path / "runs").ref
+    asked, read = [], second.shared._read
+    monkeypatch.setattr(second.shared, "_read", lambda path: asked.append(path) or read(path))
+    assert second.find("evaluate", ref.key) == ref
+    assert len(asked) == 1
 
 
 def test_two_machines_that_race_for_keys_compute_each_once(tmp_path, url):
