@@ -38,12 +38,12 @@ def look_up(nodes: Sequence[Node], store: ArtifactStore, known: Sequence[Step] =
             name: ((ref := found.get(given.node.id)) and ref.at(given.part)) if isinstance(given, Edge) else given
             for name, given in node.inputs.items()
         }
-        artifact = None
+        manifest = None
         if None not in inputs.values():
             stage = STAGES[node.stage]
             key = store.key(stage, node.recipe, inputs)  # type: ignore[arg-type]
-            artifact = store.find(stage.name, key, inputs)  # type: ignore[arg-type]
-        manifest = store.manifest(artifact.stage, artifact.key) if artifact else None
+            manifest = store.whole(stage.name, key, inputs)  # type: ignore[arg-type]
+        artifact = ArtifactRef.of(manifest) if manifest else None
         if artifact:
             found[node.id] = artifact
         other = manifest is not None and manifest["provenance"].get("source_digest") != provenance.source_digest()
