@@ -2,8 +2,9 @@
 
 Prefect's task of a stage (`tasks.stage_task`) looks into the cache and waits here; what crosses to the worker is a
 `tasks.job.Job`. The cluster is made when the first stage has to be computed, so that a cached run imports no Dask and
-starts no process. Dask places the stages, restarts workers and runs the stage of a lost one again, from its resumable
-state; this module counts that, and gives a stage up that has lost its worker again and again.
+starts no process. Dask places the stages, restarts workers and runs the stage of a lost one again, from the resumable
+state in the `$MFT_HOME` of the machine that takes it up; this module counts that, and gives a stage up that has lost
+its worker again and again.
 
 Not Prefect's own runner for Dask: its workers import Prefect and talk to its server, and six tasks of one second on two
 workers took 39 s with it, 8 s so.
@@ -186,7 +187,7 @@ class Cluster:
                 if len(begun) > 1:
                     text = (
                         f"{label}: {lost.format(begun[-2])}; it is started again ({len(begun) - 1} of {RESTARTS}) "
-                        f"on {begun[-1]}, from where it was last kept"
+                        f"on {begun[-1]}, from where it was last kept{' there' if job.shared else ''}"
                     )
                     log.warning("%s", text)
                     self._say(text)

@@ -39,7 +39,7 @@ _ONE = threading.Lock()
 
 @dataclass(frozen=True)
 class Job:
-    """One artifact to build: all that a worker needs besides the home or the store that it shares with the sender."""
+    """One artifact to build: all that a worker needs besides local sources, and the home or store of the sender."""
 
     home: Path
     holder: str

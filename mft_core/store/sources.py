@@ -1,13 +1,14 @@
 """What comes from outside: models, tokenizers, data files, benchmarks; known by content or by pinned revision.
 
 A `Source` says where something is (never part of a key) and what it is (its digest). Local files and directories are
-hashed; a hub repository is pinned to the commit that its revision names now. Made by `pipelines` when a study is
-planned, taken by stages as inputs.
+hashed, and lie at the same path on every machine that computes: no store carries them. A hub repository is pinned to
+the commit that its revision names now. Made by `pipelines` when a study is planned, taken by stages as inputs.
 """
 
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -87,7 +88,8 @@ class Source(BaseModel):
         root = Path(self.location)
         missing = [name for name in self.files if not (root / name).is_file()]
         if missing:
-            return f"{missing[0] or 'the file'} is missing"
+            what = f"{missing[0] or 'the file'} is missing on {platform.node()}"
+            return f"{what}: put it there; local files lie at the same path on every machine that computes"
         if self.kind == "model" or self.kind == "tokenizer":
             added = set(parts(self.kind, root)) - set(self.files) if self.files else ()
             if added:

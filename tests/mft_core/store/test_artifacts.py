@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import signal
@@ -367,7 +368,7 @@ def make_inputs(store, tmp_path):
 DAMAGES = [
     ("artifact", truncate, "part/numbers.txt: 5 bytes, not 6"),
     ("rows", truncate, "its content was changed"),
-    ("rows", Path.unlink, "the file is missing"),
+    ("rows", Path.unlink, f"the file is missing on {platform.node()}: put it there"),
     ("model", truncate, "its content was changed"),
     ("model", Path.unlink, "config.json is missing"),
     ("model", add_a_template, "chat_template.jinja was added"),
