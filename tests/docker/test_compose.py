@@ -38,9 +38,9 @@ OTHERS = ("postgres", "store", "vllm")
 """services of other images than ours"""
 
 
-def compose_services() -> dict[str, dict[str, Any]]:
+def compose_services(**more: str) -> dict[str, dict[str, Any]]:
     """Return the services with anchors resolved, `${...}` filled in and `$$` read as `$`."""
-    given = {"POSTGRES_PASSWORD": PASSWORD, "PREFECT_AUTH_STRING": AUTH, "STORE_PASSWORD": STORE_PASSWORD}
+    given = {"POSTGRES_PASSWORD": PASSWORD, "PREFECT_AUTH_STRING": AUTH, "STORE_PASSWORD": STORE_PASSWORD, **more}
 
     def fill(match: re.Match[str]) -> str:
         if match[0] == "$$":
@@ -82,6 +82,14 @@ def test_all_who_compute_see_one_home_and_one_store() -> None:
         own = SERVICES[name]["environment"]
         assert own["AWS_ENDPOINT_URL"] == "http://store:9000"
         assert own["AWS_SECRET_ACCESS_KEY"] == SERVICES["store"]["environment"]["MINIO_ROOT_PASSWORD"] == STORE_PASSWORD
+
+
+def test_who_names_a_store_of_their_own_has_all_who_compute_speak_to_it() -> None:
+    theirs = {"MFT_STORE": "s3://bucket/folder", "STORE_URL": "https://s3.example", "STORE_USER": "AKIA"}
+    services = compose_services(**theirs)
+    for name in ("worker", "dask-worker"):
+        own = services[name]["environment"]
+        assert [own[one] for one in ("MFT_STORE", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID")] == list(theirs.values())
 
 
 def test_no_secret_has_a_default() -> None:
