@@ -168,6 +168,13 @@ class ArtifactStore:
                     self.shared.pull(stage, key, final)
         return final
 
+    def read(self, stage: str, key: str, name: str) -> bytes | None:
+        """Return one file of an artifact, to be shown, without fetching the others; None: it has no such file."""
+        own = self.directory(stage, key) / name
+        if self.shared and not own.parent.exists():
+            return self.shared.read(stage, key, name)
+        return own.read_bytes() if own.is_file() else None
+
     def work(self, key: str) -> Path:
         """Return the directory of the key's resumable state."""
         return self.home / "work" / key

@@ -99,6 +99,13 @@ class SharedStore:
         with self._reached("read"):
             return {Path(str(path)).stem for path in self._files.glob(f"{self._root}/artifacts/{stage}/*.json")}
 
+    def read(self, stage: str, key: str, name: str) -> bytes | None:
+        """Return one file of an artifact, to be shown: it is not verified; None where the artifact has no such file."""
+        with self._reached("read"):
+            entry = self._entry(stage, key)
+            listed = entry is not None and name in entry["manifest"]["files"]
+            return self._read(f"{self._folder(stage, key)}/{entry['payload']}/{name}") if entry and listed else None
+
     def push(self, stage: str, key: str, payload: Path, manifest: Mapping[str, Any], replace: bool) -> bool:
         """Upload a payload, then its manifest; returns whether it is this one that stands.
 

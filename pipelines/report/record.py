@@ -141,7 +141,7 @@ class Recorder:
             if tags["checkpoint"]:
                 self._tracker.log_model(key, tags["checkpoint"])
             if item.trained and self._owners[item.trained.id] == key:
-                self._send_curve(key, self._store.fetched(item.trained.stage, training["key"]))
+                self._send_curve(key, item.trained.stage, training["key"])
         if self._plan.search:
             self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
@@ -187,12 +187,15 @@ class Recorder:
             self._tracker.write(trial.name, tags={f"artifact.{trial.node.stage}": manifest["key"],
                                                 "trial_state": search.state(trial)})  # fmt: skip
             self.trial_ended(trial, trial.loss)
-            self._send_curve(trial.name, self._store.fetched(trial.node.stage, manifest["key"]))
+            self._send_curve(trial.name, trial.node.stage, manifest["key"])
 
-    def _send_curve(self, key: str, directory: Path) -> None:
+    def _send_curve(self, key: str, stage: str, artifact: str) -> None:
         """Send what has not been seen live of a curve."""
-        path = directory / "history.jsonl"  # random and magnitude masks have none
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+        def rows() -> list[dict[str, Any]]:
+            history = self._store.read(stage, artifact, "history.jsonl")  # random and magnitude masks have none
+            return [json.loads(line) for line in (history or b"").splitlines()]
+
         self._tracker.log_curve(key, rows, self._sent[key])
 
     def links(self, page: Path) -> str:

@@ -162,6 +162,16 @@ class Writer:
             self.client.search_experiments(max_results=1)
 
 
+def _points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, int]]:
+    """Return points of a training curve, rows of `history.jsonl`, as metrics with their step."""
+    return [
+        (f"train/{name}", value, int(row["step"]))
+        for row in rows
+        for name, value in row.items()
+        if name not in ("step", "tokens") and is_number(value)
+    ]
+
+
 def _queued(job: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
     """Leave a method to the writer's thread; nothing is done once the result is known to be recorded."""
 
@@ -225,30 +235,28 @@ class Tracker:
         if "validation_loss" not in row and now - self._last_point.get(key, 0.0) < LIVE_SECONDS:
             return False
         self._last_point[key] = now
-        self._log_points(key, [row])
+        self._log_row(key, row)
         return True
 
-    def log_curve(self, key: str, rows: Sequence[Mapping[str, Any]], sent: Iterable[int] = ()) -> None:
-        """Add a curve, rows of `history.jsonl`: evenly spaced ones, all validations and the last.
+    def log_curve(self, key: str, read: Callable[[], Sequence[Mapping[str, Any]]], sent: Iterable[int] = ()) -> None:
+        """Add a curve: evenly spaced rows, all validations and the last.
 
         Args:
             sent: steps that arrived live; then what is before the first of them, and the last, are added.
         """
-        stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
-        kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
-        lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in set(sent))]
-        self._log_points(key, lacking)
+        self._log_curve(key, read, frozenset(sent))
 
     @_queued
-    def _log_points(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Send points of a training curve, rows of `history.jsonl`, as metrics with their step."""
-        points = [
-            (f"train/{name}", value, int(row["step"]))
-            for row in rows
-            for name, value in row.items()
-            if name not in ("step", "tokens") and is_number(value)
-        ]
-        self._send(self._runs[key], metrics=points)
+    def _log_curve(self, key: str, read: Callable[[], Sequence[Mapping[str, Any]]], sent: frozenset[int]) -> None:
+        rows = read()
+        stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
+        kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
+        lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in sent)]
+        self._send(self._runs[key], metrics=_points(lacking))
+
+    @_queued
+    def _log_row(self, key: str, row: Mapping[str, Any]) -> None:
+        self._send(self._runs[key], metrics=_points([row]))
 
     @_queued
     def write(

@@ -96,6 +96,9 @@ def test_what_one_machine_has_computed_another_takes(tmp_path, url):
     assert second.find("evaluate", made.ref.key) == made.ref
     assert not second.directory("evaluate", made.ref.key).exists()  # until somebody reads it
     assert not build(second, runs).computed
+    assert second.read("evaluate", made.ref.key, "numbers.txt") == b"a\n" * 20_000
+    assert second.read("evaluate", made.ref.key, "history.jsonl") is None
+    assert not second.directory("evaluate", made.ref.key).exists()  # one file is read where it lies
     numbers = made.ref.local_path(second) / "numbers.txt"
     assert numbers.read_bytes() == (made.ref.local_path(first) / "numbers.txt").read_bytes()
     assert machine(tmp_path, url, "third").manifests("evaluate") == [made.manifest]

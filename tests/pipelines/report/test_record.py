@@ -45,8 +45,8 @@ class FakeTracker:
         self.points.append((key, row["loss"]))
         return True
 
-    def log_curve(self, key: str, rows: Any, sent: Any) -> None:
-        self.points += [(key, row["loss"]) for row in rows if row["step"] not in sent]
+    def log_curve(self, key: str, read: Any, sent: Any) -> None:
+        self.points += [(key, row["loss"]) for row in read() if row["step"] not in sent]
 
     def not_noted(self, *args: Any, **named: Any) -> None:
         """Take what no test asks for."""

@@ -72,7 +72,7 @@ def record(home: Path, rows: list[Row], profile: str = "tiny", study: str = "dat
         if rows:
             tracker.attach(pages, "report")
             tracker.write("", tags={"mft.tables": "winners"})
-            tracker.log_curve(variant_key(rows[1]), CURVE)
+            tracker.log_curve(variant_key(rows[1]), lambda: CURVE)
         tracker.finish("FINISHED" if rows else "FAILED", result)
     assert writer.problem is None
 

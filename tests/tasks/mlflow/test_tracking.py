@@ -93,7 +93,7 @@ def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(ho
         tracker.variant("sums/mft 0.1", "mft 0.1", {"sparsity": 0.1})
         tracker.write("sums/mft 0.1", tags={"artifact/learn-mask": "abc", "cached": True})
         curve = [{"step": step, "loss": 1.0, "tokens": 64} for step in range(1, 151)]
-        tracker.log_curve("sums/mft 0.1", curve, sent=[100, 120])
+        tracker.log_curve("sums/mft 0.1", lambda: curve, sent=[100, 120])
         tracker.log_rows(ROWS)
         tracker.log_data("sums/mft 0.1", [DataSet("sums", "d" * 64, "/data", "training")])
         tracker.attach(pages, "report")
@@ -131,9 +131,16 @@ def test_a_result_is_found_again_and_written_once_whoever_computes_it_again(home
             tracker.finish("FINISHED", ends, f"execution of {ends}")
         assert writer.problem is None
 
+    def must_not_be_read() -> Any:
+        raise AssertionError
+
     execute(None, "one")
     before = [run.info.run_id for run in runs_of(home)]
-    execute("one", "one")  # cached
+    with Writer(home, "sparsity") as writer:  # cached
+        tracker = track(writer, "sparsity on tiny", result="one")
+        tracker.log_curve("v", must_not_be_read)
+        tracker.finish("FINISHED", "one")
+    assert writer.problem is None
     execute(None, "one")  # computed again with the same outcome: its own runs are deleted
     assert [run.info.run_id for run in runs_of(home)] == before
     execute(None, "other")
