@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
+import json
 import logging
 import math
 import queue
@@ -58,8 +58,6 @@ CURVE_POINTS = 50
 """of a curve that is sent as a whole"""
 LIVE_SECONDS = 0.5
 """between the points of a curve that is sent while it grows"""
-_MOST = {"metrics": 800, "params": 100, "tags": 100}
-"""of one request; MLflow takes 1,000 in all"""
 _REST = "\n\n... the rest: `report/report.html` among the artifacts"
 _PICTURE = 760
 """pixels that a figure in a description is wide; a wider one pushes what stands beside it out of MLflow's page"""
@@ -305,7 +303,8 @@ class Tracker:
 
         given = [
             DatasetInput(
-                Dataset(one.name, one.digest[:36], "local", one.source),  # MLflow keeps no longer ones
+                # MLflow keeps no longer digests
+                Dataset(one.name, one.digest[:36], "local", json.dumps({"uri": one.source})),
                 [InputTag("mlflow.data.context", one.context)],
             )
             for one in data
@@ -435,20 +434,16 @@ class Tracker:
         metrics: Sequence[tuple[str, float, int]] = (),
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        """Send numbers and words in as few requests as possible; one that is refused takes no other along."""
+        """Send numbers and words, which MLflow's client divides into requests; a refused one takes no other along."""
         from mlflow.entities import Metric, Param, RunTag
 
         now = int(time.time() * 1000)
-        records: dict[str, list[Any]] = {
+        batch: dict[str, list[Any]] = {
             "metrics": [Metric(name, float(value), now, step) for name, value, step in metrics],
             "params": [Param(*item) for item in texts("param", params or {}).items()],
             "tags": [RunTag(*item) for item in texts("tag", tags or {}).items()],
         }
-        portions = [
-            [some[i : i + _MOST[kind]] for i in range(0, len(some), _MOST[kind])] for kind, some in records.items()
-        ]
-        for portion in itertools.zip_longest(*portions, fillvalue=[]):
-            self._send_batch(run_id, dict(zip(records, portion, strict=True)))
+        self._send_batch(run_id, batch)
 
     def _send_batch(self, run_id: str, batch: Mapping[str, list[Any]]) -> None:
         """Send records in one request; if it is refused, each in one of its own."""

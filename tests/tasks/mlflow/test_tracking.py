@@ -84,6 +84,8 @@ def curve_of(home: Path, run: Any, name: str) -> list[int]:
 
 
 def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(home: Path, tmp_path: Path) -> None:
+    import mlflow.data
+
     pages = tmp_path / "pages"
     (pages / "inner").mkdir(parents=True)
     (pages / "inner" / "table.md").write_text("| a |")
@@ -116,7 +118,8 @@ def test_a_study_is_recorded_as_an_experiment_with_one_nested_run_per_variant(ho
     assert first.data.tags["artifact/learn-mask"] == "abc"
     assert first.data.metrics["gain_low/gcd"] == 0.05
     assert first.data.metrics["p_value/sums"] == 0.01
-    assert [one.dataset.name for one in first.inputs.dataset_inputs] == ["sums"]
+    [data] = first.inputs.dataset_inputs
+    assert (data.dataset.name, mlflow.data.get_source(data).uri) == ("sums", "/data")
     steps = curve_of(home, first, "train/loss")
     assert steps == [*range(1, 100, 3), 150], "before what had been sent, and the last"
     assert list((home / "mlartifacts" / "sparsity").rglob("report/inner/table.md"))
