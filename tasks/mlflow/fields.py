@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ import psutil
 from mft_core.statistics.tables import settings
 
 LONGEST = {"param": 6000, "tag": 8000}
+SILENT_SECONDS = 180.0
+"""after which a process of another machine counts as dead; clocks may differ a little"""
 Row = Mapping[str, Any]
 
 
@@ -90,12 +93,12 @@ def owner() -> str:
     return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
 
 
-def is_dead(owner: str) -> bool:
-    """Whether the owner was a process of this machine that is gone; unknown owners are left alone."""
+def is_dead(owner: str, heard: float) -> bool:
+    """Whether the owner is a process of this machine that is gone, or one elsewhere that was last heard of long ago."""
     host, _, rest = owner.rpartition(":")[0].rpartition(":")
     started = owner.rpartition(":")[2]
     if host != platform.node() or not rest.isdigit():
-        return False
+        return time.time() - heard > SILENT_SECONDS
     try:
         return f"{psutil.Process(int(rest)).create_time():.2f}" != started
     except psutil.NoSuchProcess:

@@ -51,11 +51,15 @@ from tasks.mlflow.fields import (
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 OWNER, RESULT, PLAN, VARIANT, EXECUTED = "mft.owner", "mft.result", "mft.plan", "mft.variant", "mft.executed"
-"""tags: the process that writes, the key of a finished result, what was planned, the nested run's key, when last run"""
+HEARD = "mft.heard"
+"""tags: the process that writes, the key of a finished result, what was planned, the nested run's key, when last run,
+and, of a run that is not finished, when its writer was last heard of"""
 NOTE = "mlflow.note.content"
 _TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}
 CURVE_POINTS = 50
 """of a curve that is sent as a whole"""
+BEAT_SECONDS = 30.0
+"""between two signs of life of a run that is not finished"""
 LIVE_SECONDS = 0.5
 """between the points of a curve that is sent while it grows"""
 _REST = "\n\n... the rest: `report/report.html` among the artifacts"
@@ -97,10 +101,13 @@ class Writer:
         """why nothing more is recorded, or None"""
         self.client: Any = None
         """MLflow's, for jobs"""
+        self.beats: list[Callable[[], None]] = []
+        """jobs that are done again and again"""
         self._study, self._warn, self._patience = study, warn, patience
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._heard = threading.Condition()
         self._answered = time.monotonic()
+        self._due = self._answered + BEAT_SECONDS
         self._done = False
         mlflow_client.load()  # in this thread: two that import at once may see half of a module
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -130,8 +137,20 @@ class Writer:
         if not self._done:
             self._give_up(f"no answer within {self._patience:.0f} s")
 
+    def _next(self) -> Callable[[], None] | None:
+        """Return the next job, or the round of beats as soon as it is due."""
+        if (left := self._due - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                return self._jobs.get(timeout=left)
+        return self._beat
+
+    def _beat(self) -> None:
+        self._due = time.monotonic() + BEAT_SECONDS
+        for beat in self.beats:
+            beat()
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None and self.problem is None:
+        while (job := self._next()) is not None and self.problem is None:
             try:
                 job()
             except Exception as failed:  # whatever MLflow, its store or its network throw: the study goes on
@@ -217,9 +236,11 @@ class Tracker:
             "mlflow.source.type": "LOCAL",
             "mlflow.source.git.commit": provenance.describe()["git_commit"],
             OWNER: owner(),
+            HEARD: time.time(),
         }
         self._find_result(experiment, description, plan, result)
         self._open_result(name, params or {}, plan)
+        writer.beats.append(self._beat)
 
     @_queued
     def variant(self, key: str, name: str, params: Mapping[str, Any]) -> None:
@@ -240,6 +261,7 @@ class Tracker:
         """Add a curve: evenly spaced rows, all validations and the last.
 
         Args:
+            read: returns the rows of `history.jsonl`; called only if they are to be written.
             sent: steps that arrived live; then what is before the first of them, and the last, are added.
         """
         self._log_curve(key, read, frozenset(sent))
@@ -374,9 +396,13 @@ class Tracker:
     def _find_result(self, experiment: str, description: str, plan: str, result: str | None) -> None:
         """Find the run of the result, or that of an execution of the plan that did not finish."""
         self._experiment_id = self._experiment(experiment, description)
+        running: dict[str, list[Any]] = {}
         for run in self._search("attributes.status = 'RUNNING'"):
-            if is_dead(run.data.tags.get(OWNER, "")):
-                self._client.set_terminated(run.info.run_id, "KILLED")
+            running.setdefault(run.data.tags.get(OWNER, ""), []).append(run)
+        for whose, runs in running.items():
+            if is_dead(whose, max(float(run.data.tags.get(HEARD, math.inf)) for run in runs)):
+                for run in runs:
+                    self._client.set_terminated(run.info.run_id, "KILLED")
         if result:
             self._settle(result)
         unfinished = f"tags.`{PLAN}` = '{plan}' and attributes.status != 'FINISHED' and attributes.status != 'RUNNING'"
@@ -418,7 +444,12 @@ class Tracker:
                 self._client.delete_run(run_id)
             self._runs, self._found = {"": runs[0].info.run_id}, True
 
+    def _beat(self) -> None:
+        if "" in self._runs and not self._found:
+            self._send(self._runs[""], tags={HEARD: time.time()})
+
     def _close(self, status: Status, result: str | None, execution: str) -> None:
+        self._writer.beats.remove(self._beat)
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")  # no name of a tag has a +
         self._send(self._runs[""], tags={EXECUTED: now, f"execution {now}": execution})
         if not self._found:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tasks.mlflow.fields import is_number, metric_name, variant_key
-from tasks.mlflow.tracking import DataSet, Tracker, Writer
+from tasks.mlflow.tracking import HEARD, DataSet, Tracker, Writer
 from tests.mft_core.stages.test_compare import Study, changed, mask
 
 ROOT = Path(__file__).parents[3]
@@ -430,6 +430,33 @@ def test_runs_of_a_killed_process_are_closed_by_the_next_execution(home: Path) -
         another.finish("FAILED")
     status = {run.info.run_name: run.info.status for run in runs_of(home)}
     assert (status["living"], status["another"]) == ("FINISHED", "FAILED")
+
+
+def test_runs_of_a_process_elsewhere_are_closed_and_gone_on_with_once_it_has_been_silent(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.mlflow.tracking.BEAT_SECONDS", 0.1)
+    with monkeypatch.context() as elsewhere, Writer(home, "sparsity") as writer:
+        elsewhere.setattr("tasks.mlflow.tracking.owner", lambda: "elsewhere:7:1.00")
+        track(writer, "killed").variant("v", "v", {})
+        deadline = time.monotonic() + 60
+        while len(runs := runs_of(home)) < 2 or float(runs[0].data.tags[HEARD]) <= float(runs[1].data.tags[HEARD]):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with Writer(home, "sparsity") as other:
+            track(other, "beside it", plan="another").finish("FINISHED")
+        assert {run.info.run_name: run.info.status for run in runs_of(home)} == {
+            "killed": "RUNNING", "v": "RUNNING", "beside it": "FINISHED",
+        }  # fmt: skip
+    monkeypatch.setattr("tasks.mlflow.fields.SILENT_SECONDS", 0.0)
+    with Writer(home, "sparsity") as writer:
+        again = track(writer, "killed")
+        again.variant("v", "v", {})
+        again.finish("FINISHED")
+    assert {run.info.run_name: run.info.status for run in runs_of(home)} == dict.fromkeys(
+        ("killed", "v", "beside it"), "FINISHED"
+    )
+    assert len(runs_of(home)) == 3
 
 
 @pytest.mark.slow
