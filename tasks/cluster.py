@@ -4,7 +4,8 @@ Prefect's task of a stage (`tasks.stage_task`) looks into the cache and waits he
 `tasks.job.Job`. The cluster is made when the first stage has to be computed, so that a cached run imports no Dask and
 starts no process. Dask places the stages, restarts workers and runs the stage of a lost one again, from the resumable
 state in the `$MFT_HOME` of the machine that takes it up; this module counts that, and gives a stage up that has lost
-its worker again and again.
+its worker again and again without getting further. Workers of a cluster that Dask makes are asked for again when they
+are lost, as at the end of a job's time.
 
 Not Prefect's own runner for Dask: its workers import Prefect and talk to its server, and six tasks of one second on two
 workers took 39 s with it, 8 s so.
@@ -33,6 +34,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mft_core.errors import ConfigError, StageError, validated
+from mft_core.processes import RESTARTS
 from mft_core.recipes import Runtime
 from mft_core.stage import Progress
 from mft_core.store.artifacts import ArtifactRef, ArtifactStore
@@ -43,12 +45,14 @@ if TYPE_CHECKING:
 
     from tasks.job import Job
 
-RESTARTS = 3
-"""of one stage whose worker is lost, before it is given up"""
+LOSSES = 3
+"""of the worker of one stage that gets no further between them, at the last of which it is given up"""
 TURN, OUTPUT = "MFT_TURN", "MFT_OUTPUT"
 """what a worker here finds in its environment: the lock that it computes under, and the file for what it prints"""
 _SECONDS_TO_ANSWER = 20
 """for a scheduler that an address names"""
+_SECONDS_TO_LOOK = 15.0
+"""of silence of a stage, after which one looks whether workers are lost"""
 
 log = logging.getLogger("mft")
 
@@ -62,6 +66,12 @@ class ClusterFile(BaseModel):
     made_by: str | None = Field(None, alias="class", description="e.g. 'dask_jobqueue.SLURMCluster'")
     kwargs: dict[str, Any] = Field({}, description="of the class, e.g. n_workers")
     security: dict[str, Any] | None = Field(None, description="of Dask's Security: TLS files")
+
+    @property
+    def workers(self) -> int:
+        """Workers that Dask is asked for; 0 where the file does not say."""
+        asked = self.kwargs.get("n_workers")
+        return asked if isinstance(asked, int) else 0
 
     @model_validator(mode="after")
     def _one_way(self) -> ClusterFile:
@@ -139,7 +149,10 @@ class Cluster:
         self._stack = contextlib.ExitStack()
         self._connector = ThreadPoolExecutor(1)
         self._client: Future[Client] | None = None
-        self._resource: dict[str, float] = {}
+        self._offered: set[str] = set()
+        """kinds of resources that the workers had when there last were any"""
+        self._asked = 0
+        """workers that a cluster which Dask makes is to have; it gives those up that take long to start again"""
         self._gave_up = False
 
     def stop(self) -> None:
@@ -171,32 +184,38 @@ class Cluster:
             BaseException: what `report` raised, after the stage has stopped at a report.
         """
         from distributed import KilledWorker
+        from distributed.client import ClosedClientError
 
-        client, begun = self.begin().result(), []
-        lost = "its worker {} was lost (killed? out of memory?)"
+        client = self.begin().result()
+        worker, losses, furthest, furthest_before = "", 0, 0, -1
 
         def hear(message: Any) -> None:
+            nonlocal worker, furthest
             if isinstance(message, Progress):
+                furthest = max(furthest, message.step)
                 report(message)
             elif isinstance(message, logging.LogRecord):
                 log.handle(message)
             else:  # the name of a worker that has begun
-                begun.append(message)
-                if len(begun) > RESTARTS + 1:
-                    raise given_up()
-                if len(begun) > 1:
-                    text = (
-                        f"{label}: {lost.format(begun[-2])}; it is started again ({len(begun) - 1} of {RESTARTS}) "
-                        f"on {begun[-1]}, from where it was last kept{' there' if job.shared else ''}"
-                    )
-                    log.warning("%s", text)
-                    self._say(text)
+                count_loss()
+                worker = message
 
-        def given_up() -> StageError:
-            self._gave_up = True
-            where = f"What its workers printed: {self._home / 'logs'}/worker-*, or where the cluster keeps it."
-            worker = begun[RESTARTS]
-            return StageError(f"{label}: {lost.format(worker)}; it was started again {RESTARTS} times before. {where}")
+        def count_loss() -> None:
+            nonlocal worker, losses, furthest_before
+            if not worker:
+                return
+            losses = 1 if furthest > furthest_before else losses + 1
+            furthest_before = furthest
+            lost = f"{label}: its worker {worker} was lost (killed? out of memory? its time over?)"
+            if losses == LOSSES:
+                self._gave_up = True
+                where = f"What its workers printed: {self._home / 'logs'}/worker-*, or where the cluster keeps it."
+                raise StageError(f"{lost}, the {LOSSES}rd time without getting further, and is given up. {where}")
+            where = " on the machine that takes it up" if job.shared else ""
+            text = f"{lost}; it is started again, from where it was last kept{where} ({losses} of {LOSSES - 1})"
+            log.warning("%s", text)
+            self._say(text)
+            worker = ""
 
         store, reason = ArtifactStore(job.home), BaseException()
 
@@ -207,10 +226,9 @@ class Cluster:
         while True:
             try:
                 return self._ask(client, job, label, hear)
-            except KilledWorker as error:  # perhaps while it only waited for its turn on that worker
-                if len(begun) > RESTARTS:
-                    raise given_up() from error
-            except CancelledError as error:
+            except KilledWorker:  # by Dask's count, which knows of no progress
+                count_loss()
+            except (CancelledError, ClosedClientError) as error:
                 raise StageError(
                     f"{label}: the scheduler of {self._runtime.cluster or 'Dask'} is gone. "
                     "Start it again; the same command goes on from what is kept."
@@ -229,13 +247,20 @@ class Cluster:
         if self._ending.is_set():
             messages.put(Progress(0, 0))
         log.info("%s: waiting for a worker of %s", label, self._runtime.cluster or "this machine")
-        future = client.submit(work, job, self._topic, key=task, pure=False, resources=self._resource)
+        future = client.submit(work, job, self._topic, key=task, pure=False, resources=self._resources(client))
         future.add_done_callback(lambda future: messages.put(None))
         try:
-            for message in iter(messages.get, None):
+            while True:
+                try:
+                    message = messages.get(timeout=_SECONDS_TO_LOOK)
+                except queue.Empty:
+                    if lack := self._look(client):
+                        hear(Progress(0, 0, doing=lack))
+                    continue
+                if message is None:
+                    ref: ArtifactRef = future.result()
+                    return ref
                 hear(message)
-            ref: ArtifactRef = future.result()
-            return ref
         finally:
             del self._waiting[task]
             future.cancel()  # of no effect on what is done
@@ -246,7 +271,9 @@ class Cluster:
         theirs = logging.getLogger(distributed.__name__)
         theirs.handlers, theirs.propagate = log.handlers, False
         theirs.setLevel(logging.WARNING)
-        client = self._stack.enter_context(self._client_of(described(self._runtime)))
+        file = described(self._runtime)
+        client = self._stack.enter_context(self._client_of(file))
+        self._asked = file.workers if file else len(client.cluster.worker_spec)
         client.subscribe_topic(self._topic, self._deliver)
         if not (workers := client.scheduler_info(n_workers=-1)["workers"]):
             text = f"waiting for the first worker of {self._runtime.cluster}"
@@ -255,10 +282,22 @@ class Cluster:
         while not (workers := workers or client.scheduler_info(n_workers=-1)["workers"]):
             if self._ending.wait(0.2):
                 raise StageError(f"no worker of {self._runtime.cluster} has come")
-        offered = {name for worker in workers.values() for name in worker["resources"]}
-        wanted = ["cpu"] if self._runtime.device == "cpu" else ["gpu", "cpu"]
-        self._resource = dict.fromkeys([name for name in wanted if name in offered][:1], 1.0)
         return client
+
+    def _resources(self, client: Client) -> dict[str, float]:
+        """Return what a stage asks of its worker: a GPU as soon as one worker has it, whoever came first."""
+        workers = client.scheduler_info(n_workers=-1).get("workers", {}).values()
+        self._offered = {name for worker in workers for name in worker["resources"]} if workers else self._offered
+        wanted = ["cpu"] if self._runtime.device == "cpu" else ["gpu", "cpu"]
+        return dict.fromkeys([name for name in wanted if name in self._offered][:1], 1.0)
+
+    def _look(self, client: Client) -> str | None:
+        """Ask again for workers that are lost; say so where none is left."""
+        there: int = client.scheduler_info().get("n_workers", 0)
+        if there < self._asked:
+            with self._lock:
+                client.cluster.scale(self._asked)
+        return None if there else f"no worker of {self._runtime.cluster or 'this machine'} is left; waiting for one"
 
     def _client_of(self, file: ClusterFile | None) -> Client:
         from distributed import Client, Security
@@ -334,7 +373,7 @@ def _local(home: Path, runtime: Runtime) -> Iterator[Any]:
                 "preload": "tasks.job",
             }
             workers[name] = {"cls": Nanny, "options": options}
-    options = {**inside, "dashboard": False, "allowed_failures": RESTARTS, "worker_ttl": None}
+    options = {**inside, "dashboard": False, "allowed_failures": LOSSES - 1, "worker_ttl": None}
     with (
         dask.config.set({"distributed.nanny.pre-spawn-environ": common}),
         SpecCluster(workers, {"cls": Scheduler, "options": options}, security=security) as cluster,

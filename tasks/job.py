@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from distributed import Worker, get_worker
+from distributed import Reschedule, Worker, get_worker
 from tqdm import tqdm
 
 from mft_core.errors import StageError
@@ -62,7 +62,7 @@ def work(job: Job, topic: str) -> ArtifactRef:
     """Build the artifact in this worker, and tell how it goes under the topic.
 
     Raises:
-        NotWanted: at a report, after which the stage has kept its state.
+        NotWanted, Reschedule: at a report, after which the stage has kept its state.
         Exception: whatever the stage raises.
     """
     worker = get_worker()
@@ -74,8 +74,10 @@ def work(job: Job, topic: str) -> ArtifactRef:
     def report(progress: Progress) -> None:
         tell(progress)
         task = worker.state.tasks.get(key)
-        if task is None or task.state != "executing" or worker.status.name != "running":
+        if task is None or task.state != "executing":
             raise NotWanted
+        if worker.status.name != "running":  # it ends, as at the end of a job's time: another one goes on
+            raise Reschedule
 
     with _ONE:
         tell(f"{worker.address} on {platform.node()}")  # has begun

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import signal
@@ -18,9 +19,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import dask
 import psutil
 import pytest
 import torch
+from distributed import Scheduler, SpecCluster, Worker
 
 from mft_core.errors import ConfigError, StageError
 from mft_core.recipes import LearnMask, Runtime
@@ -36,7 +39,8 @@ from tasks.job import Job
 from tests.support.small_training import make_recipe, save_data
 from tests.support.tiny import save_checkpoint
 
-RUNTIME = Runtime(device="cpu", threads=1, heavy_slots=2, checkpoint_seconds=0.0)
+SETTINGS: dict[str, Any] = {"device": "cpu", "threads": 1, "heavy_slots": 2, "checkpoint_seconds": 0.0}
+RUNTIME = Runtime(**SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -166,26 +170,123 @@ def test_a_stage_whose_worker_is_killed_goes_on_from_its_state_in_another(inputs
     (line,) = said
     assert "learn-mask: its worker tls://127.0.0.1:" in line
     assert "was lost" in line
-    assert "started again (1 of 3)" in line
+    assert "started again, from where it was last kept (1 of 2)" in line
     assert all(gone(process.pid) for process in left)
     assert not list(tmp_path.glob("logs/worker-*.log"))
 
 
 @pytest.mark.slow
-def test_a_stage_whose_worker_is_killed_again_and_again_is_given_up_and_others_go_on(inputs, tmp_path: Path) -> None:
+def test_a_stage_that_loses_its_worker_three_times_without_getting_further_is_given_up_and_others_go_on(
+    inputs, tmp_path: Path
+) -> None:
     said: list[str] = []
+    kills = 0
 
-    def kill_the_workers(progress: Progress) -> None:
-        for process in processes(cluster):
-            process.kill()
+    def kill_the_workers_before_the_first_step(progress: Progress) -> None:
+        nonlocal kills
+        if not progress.doing:
+            kills += 1
+            for process in processes(cluster):
+                process.kill()
 
     with closing(Cluster(tmp_path, RUNTIME, said.append)) as cluster:
-        with pytest.raises(StageError, match=r"learn-mask: its worker .* was lost .* started again 3 times before"):
-            build(cluster, job(tmp_path, inputs, epochs=40), kill_the_workers)
-        assert len(said) == 3
+        call = job(tmp_path, inputs, epochs=40)
+        key = ArtifactStore(tmp_path).key(get_stage(call.stage), call.recipe, call.inputs)
+        with pytest.raises(StageError, match=r"learn-mask: its worker .* was lost .* the 3rd time .* is given up"):
+            cluster.build(call, call.stage, key, kill_the_workers_before_the_first_step)
+        assert (kills, len(said)) == (3, 2)
         assert not list((tmp_path / "artifacts" / "learn-mask").glob("[!.]*"))
         build(cluster, job(tmp_path, inputs))
     assert len(list(tmp_path.glob("logs/worker-*.log"))) == 2, "what the workers printed"
+
+
+@pytest.mark.slow
+def test_losses_of_a_stage_that_gets_further_between_them_are_not_added_up(inputs, tmp_path: Path) -> None:
+    said: list[str] = []
+    to_kill_at = [40, 80, 120, 160]
+
+    def kill_the_workers_now_and_then(progress: Progress) -> None:
+        if to_kill_at and progress.step >= to_kill_at[0]:
+            del to_kill_at[0]
+            for process in processes(cluster):
+                process.kill()
+
+    with closing(Cluster(tmp_path, RUNTIME, said.append)) as cluster:
+        build(cluster, job(tmp_path, inputs, epochs=40), kill_the_workers_now_and_then)
+    assert not to_kill_at
+    assert [line.endswith("(1 of 2)") for line in said] == [True] * 4
+
+
+def test_lost_workers_of_a_cluster_that_dask_makes_are_asked_for_again_and_missed_aloud(
+    inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.cluster._SECONDS_TO_LOOK", 0.5)
+    kwargs = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps({"class": "distributed.LocalCluster", "kwargs": kwargs}))
+    told: list[str] = []
+
+    def end_the_worker_once(progress: Progress) -> None:
+        if progress.step == 1 and not told:
+            told.append("")
+            client = cluster.begin().result()
+            client.retire_workers(list(client.scheduler_info(n_workers=-1)["workers"]), close_workers=True)
+        if progress.doing:
+            told.append(progress.doing)
+
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "3s"}),
+        closing(Cluster(tmp_path, Runtime(cluster=str(file), **SETTINGS), print)) as cluster,
+    ):
+        call = job(tmp_path, inputs, epochs=40)
+        key = ArtifactStore(tmp_path).key(get_stage(call.stage), call.recipe, call.inputs)
+        disturbed = cluster.build(call, call.stage, key, end_the_worker_once)
+    store = ArtifactStore(tmp_path / "ours")
+    assert disturbed == store.build(get_stage(call.stage), call.recipe, call.inputs, call.runtime).ref
+    assert f"no worker of {file} is left; waiting for one" in told
+
+
+def test_workers_here_that_are_too_slow_to_come_again_for_dask_are_started_anew(
+    inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.cluster._SECONDS_TO_LOOK", 0.5)
+    killed: list[psutil.Process] = []
+
+    def kill_the_workers_once(progress: Progress) -> None:
+        if not killed:
+            killed.extend(processes(cluster))
+            for process in killed:
+                process.kill()
+
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "0s"}),
+        closing(Cluster(tmp_path, RUNTIME.model_copy(update={"heavy_slots": 1}), print)) as cluster,
+    ):
+        build(cluster, job(tmp_path, inputs), kill_the_workers_once)
+        assert killed
+
+
+def test_a_gpu_is_asked_for_as_soon_as_one_worker_has_it_whoever_came_first(tmp_path: Path) -> None:
+    def worker(kind: str) -> dict[str, Any]:
+        return {"cls": Worker, "options": {"nthreads": 1, "resources": {kind: 1}, "dashboard": False}}
+
+    scheduler = {"cls": Scheduler, "options": {"dashboard": False, "dashboard_address": "127.0.0.1:0"}}
+    with (
+        SpecCluster({"first": worker("cpu")}, scheduler) as there,
+        closing(Cluster(tmp_path, Runtime(cluster=there.scheduler_address), print)) as cluster,
+    ):
+        client = cluster.begin().result()
+        assert cluster._resources(client) == {"cpu": 1}
+        there.worker_spec["second"] = worker("gpu")
+        there.scale(2)
+        assert soon(lambda: cluster._resources(client) == {"gpu": 1})
+
+
+def test_a_scheduler_that_went_before_the_stage_is_told_as_one_that_goes_during_it(inputs, tmp_path: Path) -> None:
+    with closing(Cluster(tmp_path, RUNTIME, print)) as cluster:
+        cluster.begin().result().close()
+        with pytest.raises(StageError, match=r"the scheduler of Dask is gone\. Start it again; the same"):
+            build(cluster, job(tmp_path, inputs))
 
 
 def test_a_worker_that_is_killed_while_it_starts_is_started_again(inputs, tmp_path: Path) -> None:
