@@ -314,13 +314,6 @@ class Runtime(BaseModel):
     )
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two resumable states")
 
-    @property
-    def at_once(self) -> int:
-        """Heavy stages at one time, as far as the settings say: of devices 'auto' and of a cluster, those of one."""
-        return self.heavy_slots * (
-            1 if self.devices == "auto" else max(1, len(self.devices.split(",")) // self.processes)
-        )
-
 
 class Anatomy(Recipe):
     """Recipe of the stage `anatomy`: where masks cut, how far they agree, and what the removed weights did."""

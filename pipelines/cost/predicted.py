@@ -31,7 +31,7 @@ from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes
 from pipelines.plan.analyses import answers
-from pipelines.plan.needs import accelerator_here
+from pipelines.plan.needs import accelerators_here, at_once
 from pipelines.plan.plan import Plan
 from pipelines.search import view
 
@@ -82,7 +82,7 @@ def device_of(runtime: Runtime, on: str | None = None) -> Device:
     """
     if on is not None and on not in ON:
         raise unknown("--on", on, ON)
-    found = on or (None if runtime.device == "cpu" else accelerator_here()) or "cpu"
+    found = on or ("cpu" if runtime.device == "cpu" else next(iter(accelerators_here()), "cpu"))
     if found == "cpu":
         cores = runtime.threads or psutil.cpu_count() or 1
         rate = _CORE * cores
@@ -228,7 +228,7 @@ class Bill:
         for step in (*self.plan.steps, *self.answers):
             before = [given.node.id for given in step.node.inputs.values() if isinstance(given, Edge)]
             ends[step.node.id] = self.costs[step.node.id].to_come + max((ends.get(key, 0) for key in before), default=0)
-        return max(self.to_come / self.plan.runtime.at_once, *ends.values())
+        return max(self.to_come / at_once(self.plan.runtime), *ends.values())
 
 
 def bills(

@@ -29,6 +29,7 @@ from mft_core.stage import Facts
 from mft_core.stages import STAGES
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.cost.predicted import Device, likes
+from pipelines.plan.needs import at_once
 from pipelines.plan.plan import Plan
 
 _FLOPS = {True: 3e11, False: 2e13}
@@ -69,7 +70,7 @@ def probe(plans: Sequence[Plan], store: ArtifactStore, device: Device, say: Call
     say(f"measuring this machine: {', '.join(missing)}")
     work = [(recipe, facts) for _, _, recipe, facts in missing.values()]
     try:
-        measured = _measure(work, plans[0].runtime.at_once if work[0][1].cpu else 1)
+        measured = _measure(work, at_once(plans[0].runtime) if work[0][1].cpu else 1)
     except (subprocess.SubprocessError, OSError) as error:
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().rpartition("\n")[2]
         kind, _, fault = told.partition(": ")

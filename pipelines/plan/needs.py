@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from mft_core.errors import ConfigError
 from mft_core.recipes import LearnMask, Runtime
 from mft_core.stage import Facts
 from pipelines.config.setup import Resolved, datas
 from pipelines.graph.nodes import Edge, Node
 from pipelines.plan import workload
+from tasks.cluster import described
 
 
 def facts_of(
@@ -40,7 +44,7 @@ def facts_of(
     elif node.stage == "evaluate":
         amounts = workload.items(node, owner.model)
     longest = max((data.max_length for data in datas(owner.setup)), default=0)
-    cpu = runtime.device == "cpu" or accelerator_here() is None
+    cpu = runtime.device == "cpu" or not accelerators_here()
     return Facts(geometry, runtime, owner.tuned_precision, longest, cpu, mask=_mask(node), **amounts)
 
 
@@ -55,11 +59,26 @@ def _mask(node: Node) -> LearnMask | None:
 
 
 @functools.cache
-def accelerator_here() -> str | None:
-    """Return the name of this machine's first CUDA device, as torch has it, without torch."""
+def accelerators_here() -> tuple[str, ...]:
+    """Return the names of this machine's CUDA devices, as torch has them, without torch."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return None
+        return ()
     asked = [command, "--query-gpu=name", "--format=csv,noheader"]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+    return tuple(map(str.strip, done.stdout.splitlines())) if done.returncode == 0 else ()
+
+
+def at_once(runtime: Runtime) -> int:
+    """Return how many heavy stages run at one time; on a scheduler that runs already, which is not asked, one."""
+    if runtime.cluster:
+        file = None
+        with contextlib.suppress(ConfigError):  # who computes is told
+            file = described(runtime)
+        return max(1, file.workers) if file else 1
+    devices = len(accelerators_here()) if runtime.device in ("auto", "cuda") else 0
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        devices = min(devices, len(list(filter(None, visible.split(",")))))
+    if runtime.devices != "auto":
+        devices = len(runtime.devices.split(","))
+    return runtime.heavy_slots * max(1, devices // runtime.processes)

@@ -34,7 +34,7 @@ from pipelines.config.study import Study
 from pipelines.graph.lookup import Step, look_up
 from pipelines.graph.nodes import Edge, Node, closure
 from pipelines.graph.variants import Variant, unique_nodes, variant
-from pipelines.plan.needs import facts_of
+from pipelines.plan.needs import at_once, facts_of
 from pipelines.plan.priors import with_priors
 from pipelines.search.trials import Point, Search, Trial, space_of, walk
 
@@ -104,7 +104,7 @@ class Plan:
         missing = [step.node for step in self.to_compute] + (self.search.to_come if self.search else [])
         needs = [self.needs(node) for node in missing]
         states = sorted((one.state for one in needs), reverse=True)
-        return sum(one.left for one in needs) + sum(states[: self.runtime.at_once])
+        return sum(one.left for one in needs) + sum(states[: at_once(self.runtime)])
 
     def needs(self, node: Node) -> Needs:
         """Return what computing a stage of the plan, or one that answers it, needs."""

@@ -28,7 +28,7 @@ from pipelines.graph.lookup import look_up
 from pipelines.graph.nodes import Node, closure
 from pipelines.graph.variants import Variant, unique_nodes
 from pipelines.plan import workload
-from pipelines.plan.needs import accelerator_here
+from pipelines.plan.needs import accelerators_here
 from pipelines.plan.plan import Plan, make_plan
 from pipelines.run import interrupt
 from pipelines.run.display import Display
@@ -113,7 +113,7 @@ def _in_memory(plan: Plan) -> tuple[list[Variant], list[str]]:
     there, told, variants = psutil.virtual_memory().total, [], []
     for item in plan.variants:
         peak = max(sum(plan.needs(node).memory.values()) for node in unique_nodes([item]))
-        if accelerator_here() is not None or peak <= there:
+        if accelerators_here() or peak <= there:
             variants.append(item)
         else:
             told.append(f"left out: {item.name}: needs {peak / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are there")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from pipelines.config.study import load_studies, load_study
 from pipelines.cost import plan_view
 from pipelines.cost.plan_view import as_dict, show, show_together
 from pipelines.cost.predicted import bills, device_of, promises, stages
+from pipelines.plan.needs import accelerators_here, at_once
 from pipelines.plan.plan import make_plan, make_plans
 from pipelines.plan.workload import TURN, _beginning, _part, sequences
 from tests.support.mini import write_profile, write_study
@@ -289,6 +291,33 @@ def test_as_many_trainings_as_there_are_slots_run_at_a_time_each_after_what_it_n
     assert four.to_come / 4 <= four.wall < one.wall
     longest = max(cost.hours for cost in four.costs.values())
     assert four.wall > longest
+
+
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({}, 4),
+        ({"heavy_slots": 2, "processes": 2}, 4),
+        ({"device": "cpu", "heavy_slots": 2}, 2),
+        ({"devices": "0,3"}, 2),
+        ({"cluster": "slurm.yaml"}, 8),
+        ({"cluster": "tcp://head:8786"}, 1),
+        ({"cluster": "gone.yaml"}, 1),
+    ],
+)
+def test_every_device_here_and_every_worker_that_dask_is_asked_for_is_a_place_for_a_stage(
+    settings, places, tmp_path, monkeypatch
+):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nyes 'NVIDIA A100-SXM4-80GB' | head -n 4\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("pipelines.plan.needs.accelerators_here", accelerators_here.__wrapped__)
+    monkeypatch.chdir(tmp_path)
+    Path("slurm.yaml").write_text("{class: distributed.LocalCluster, kwargs: {n_workers: 8}}")
+    assert at_once(Runtime(**settings)) == places
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert at_once(Runtime()) == 1
 
 
 def test_one_study_is_shown_with_the_time_of_every_stage_their_sum_and_what_is_assumed(mini, capsys):
