@@ -36,9 +36,9 @@ from tasks.mlflow.client import tracking_uri
 ROOTS = "artifacts.json"
 _ALL = 10**9
 """runs of MLflow"""
-_ROWS = (
-    "FROM flow_run WHERE parent_task_run_id IS NULL AND state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') "
-)
+_ENDED = "state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') AND end_time < :until"
+_KILLED = "state_type IN ('RUNNING', 'PENDING', 'CANCELLING') AND coalesce(start_time, created) < :until"
+"""what Prefect has of flow runs that nobody could tell it the end of: no run lives here"""
 
 
 class _Root(BaseModel):
@@ -189,11 +189,15 @@ def _prefect_runs(home: Path, before: float) -> int:
     if not database.is_file():
         return 0
     with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
-        until = datetime.fromtimestamp(before, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        rows = f"SELECT count(*) FROM flow_run WHERE parent_task_run_id IS NULL AND ({_ENDED} OR {_KILLED})"
         try:
-            return int(connection.execute(f"SELECT count(*) {_ROWS} AND end_time < ?", (until,)).fetchone()[0])
+            return int(connection.execute(rows, _until(before)).fetchone()[0])
         except sqlite3.DatabaseError:  # no server has filled it yet; or it is damaged, and the next one makes it anew
             return 0
+
+
+def _until(before: float) -> dict[str, str]:
+    return {"until": datetime.fromtimestamp(before, UTC).strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def _mlflow_runs(home: Path, before: float, results: set[str]) -> list[str]:
@@ -241,13 +245,16 @@ def _delete(store: ArtifactStore, waste: Waste, days: int) -> None:
 
 
 def _delete_from_mlflow(run_ids: Sequence[str]) -> None:
-    """Delete runs for good, with their files, by MLflow's own command."""
+    """Delete runs for good, with their files and the models that they have logged, by MLflow's own command."""
     from mlflow.cli import cli
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient()
     for run_id in run_ids:
-        if client.get_run(run_id).info.lifecycle_stage == "active":
+        run = client.get_run(run_id)
+        for model in run.outputs.model_outputs if run.outputs else ():
+            client.delete_logged_model(model.model_id)
+        if run.info.lifecycle_stage == "active":
             client.delete_run(run_id)
     with contextlib.redirect_stdout(io.StringIO()):
         for at in range(0, len(run_ids), 500):
@@ -258,6 +265,9 @@ def _delete_from_mlflow(run_ids: Sequence[str]) -> None:
 
 def _delete_from_prefect(home: Path, days: int) -> None:
     """Delete old flow runs by the server's own clean-up, called here: no server need run."""
+    with contextlib.closing(sqlite3.connect(home / "prefect" / "prefect.db")) as connection, connection:
+        end = "state_type = 'CRASHED', state_name = 'Crashed', end_time = coalesce(start_time, created)"
+        connection.execute(f"UPDATE flow_run SET {end} WHERE {_KILLED}", _until(time.time() - days * 86400))
     os.environ["PREFECT_HOME"] = str(prefect_home(home))
     os.environ["PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD"] = str(days * 86400)
     from prefect.server.database import provide_database_interface

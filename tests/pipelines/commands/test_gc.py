@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from contextlib import closing
@@ -22,6 +23,7 @@ from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import ROOTS, collect, keep
 from pipelines.servers.runs import LOCK, runs, told_of
+from tasks.mlflow.tracking import Tracker, Writer
 from tests.pipelines.commands.test_status import FAR
 from tests.support.faults import Study, digests, finished_once, wait_until_gone
 
@@ -196,6 +198,41 @@ def test_a_damaged_list_of_roots_stops_gc_and_no_report_and_is_written_over_by_n
     keep(page, "b", "2", ["evaluate/2"])
     assert set(json.loads(page.with_name(ROOTS).read_text())) == {"a", "b"}
     assert not collect(ArtifactStore(tmp_path), 7, delete=True).paths["artifacts that no kept study reaches"]
+
+
+def test_with_the_records_of_a_killed_run_go_its_models_and_what_prefect_has_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with Writer(tmp_path, "study") as writer:
+        tracker = Tracker(writer, "study", "", "study on tiny", plan="plan")
+        tracker.variant("sums/mft", "mft", {})
+        tracker.log_model("sums/mft", tmp_path / "gone")
+        tracker.finish("KILLED")
+    assert (count(tmp_path / "mlflow.db", "runs"), count(tmp_path / "mlflow.db", "logged_models")) == (2, 1)
+    code = """
+        import asyncio
+        from prefect.server import models, schemas
+        from prefect.server.database import provide_database_interface
+
+        async def run_that_is_killed():
+            database = provide_database_interface()
+            await database.create_db()
+            async with database.session_context(begin_transaction=True) as session:
+                flow = await models.flows.create_flow(session=session, flow=schemas.core.Flow(name="study"))
+                run = schemas.core.FlowRun(flow_id=flow.id, state=schemas.states.Running())
+                await models.flow_runs.create_flow_run(session=session, flow_run=run)
+
+        asyncio.run(run_that_is_killed())
+    """
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)
+    assert count(tmp_path / "prefect" / "prefect.db", "flow_run") == 1
+    assert gc(tmp_path, "--older", "1")["prefect_runs"] == 0
+    deleted = gc(tmp_path, "--delete", "--older", "0")
+    assert (len(deleted["mlflow_runs"]), deleted["prefect_runs"]) == (2, 1)
+    assert (count(tmp_path / "mlflow.db", "runs"), count(tmp_path / "mlflow.db", "logged_models")) == (0, 0)
+    assert count(tmp_path / "prefect" / "prefect.db", "flow_run") == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
