@@ -294,7 +294,7 @@ class Cluster:
     def _look(self, client: Client) -> str | None:
         """Ask again for workers that are lost; say so where none is left."""
         there: int = client.scheduler_info().get("n_workers", 0)
-        if there < self._asked:
+        if client.cluster and there < self._asked:
             with self._lock:
                 client.cluster.scale(self._asked)
         return None if there else f"no worker of {self._runtime.cluster or 'this machine'} is left; waiting for one"

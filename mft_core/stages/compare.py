@@ -221,7 +221,7 @@ def _strata(benchmarks: Sequence[Sequence[_Group]]) -> list[Stratum] | None:
 def _measured(variants: Sequence[_Variant], declared: Sequence[_Declared]) -> dict[str, UnitVariance]:
     """Return how much trainings differ, by method or declared contrast, by domain, fine-tunings and seeds apart."""
     claims: tuple[Over, ...] = ("recipe", "checkpoint")
-    asked = [
+    asked: list[tuple[str, Any, list[Stratum] | None]] = [
         (variant.first.method, variant.first.columns["domain"], _strata(list(variant.benchmarks.values())))
         for variant in variants
         if variant.first.in_question
@@ -304,7 +304,7 @@ class _Declared:
     """one a domain"""
     against: str
     """the control's method"""
-    strata: Sequence[Stratum]
+    strata: list[Stratum]
     tested: Tested
     benchmarks: Mapping[tuple[str, str], Tested]
     """by domain and benchmark"""
@@ -319,7 +319,7 @@ class _Declared:
     @property
     def replicates(self) -> int:
         """All that are there; a look may have decided with fewer."""
-        return min(stratum.differences.shape[0] for stratum in self.strata)
+        return min(int(stratum.differences.shape[0]) for stratum in self.strata)
 
     def rows(self, recipe: Compare) -> Iterator[Row]:
         several = len(self.treatment) > 1
