@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -240,8 +240,12 @@ def save_model(model: PreTrainedModel, directory: Path, dtype: torch.dtype, sour
     for (owner, field), (before, _) in zip(_dropouts(model.config), _dropouts(original), strict=True):
         setattr(owner, field, getattr(before, field))
     torch.nn.Module.to(model, dtype).save_pretrained(directory)  # transformers' own `to` is mistyped
-    copy_files(source, directory, (n for n in parts("model", source) if n != "config.json" and not _holds_weights(n)))
-    copy_files(source, directory, set(terms(source)) - set(parts("model", source)))
+    copy_others(source, directory, lambda name: name == "config.json" or _holds_weights(name))
+
+
+def copy_others(source: Path, directory: Path, written: Callable[[str], bool]) -> None:
+    """Copy what belongs to a checkpoint, its licence and model card too, but for the files that are written anew."""
+    copy_files(source, directory, (n for n in {*parts("model", source), *terms(source)} if not written(n)))
 
 
 def copy_files(source: Path, directory: Path, names: Iterable[str]) -> None:

@@ -21,11 +21,13 @@ lays out what any mask removes. Called by `mft mask`, the figures, and the stage
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from mft_core.errors import ConfigError
@@ -40,16 +42,13 @@ def union(a: Mask, b: Mask) -> Mask:
     Raises:
         ConfigError: the masks belong to different bases.
     """
-    shared = _of_one_base(a, b)
-    only_b = [site for site in b.config.sites if site.name not in shared]
-    sites = sorted([*a.config.sites, *only_b], key=lambda site: site.layer)
+    _of_one_base(a, b)
+    sites = {site.name: site for site in (*a.config.sites, *b.config.sites)}
 
     def kept(name: str) -> Tensor:
-        if name in shared:
-            return a.kept[name] & b.kept[name]
-        return a.kept[name] if name in a.kept else b.kept[name]
+        return functools.reduce(torch.logical_and, (mask.kept[name] for mask in (a, b) if name in mask.kept))
 
-    return _combined(sites, kept, a, b)
+    return _combined(sorted(sites.values(), key=lambda site: site.layer), kept, a, b)
 
 
 def intersection(a: Mask, b: Mask) -> Mask:

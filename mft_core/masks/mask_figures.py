@@ -10,7 +10,7 @@ on it. The same mask gives the same bytes. Used by `mft mask show`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def _draw(mask: Mask) -> Figure:
     height = len(layers) * cell_height
     figure = Figure(figsize=(max(5.5, 1.7 + 1.05 * len(modules)), height + 2.1), layout="constrained")
     axes, bar = figure.subplots(2, 1, height_ratios=(height, 0.15))
-    scale = _scale(list(tiles.values()), mask.config.share)
+    values = np.concatenate([tile.ravel() for tile in tiles.values()])
+    scale, beyond = _scale(values, mask.config.share)
     axes.set_facecolor(drawing.ABSENT)
     for (layer, module), tile in tiles.items():
         row, column = layers.index(layer), modules.index(module)
@@ -77,17 +78,19 @@ def _draw(mask: Mask) -> Figure:
         )  # fmt: skip
     _label(axes, *({name: share(own) for name, own in table.groupby(by, sort=False)} for by in ("layer", "module")))
     figure.suptitle(_title(mask, max(map(len, cells.values()))), fontsize=10)
-    _colour_bar(figure, bar, scale, list(tiles.values()), mask.config.share)
+    _colour_bar(figure, bar, scale, beyond, mask.config.share)
     return figure
 
 
-def _scale(tiles: Sequence[np.ndarray], whole: float) -> Normalize:
-    values = np.concatenate([tile.ravel() for tile in tiles])
+def _scale(values: np.ndarray, whole: float) -> tuple[Normalize, str]:
+    """Return the scale, and beyond which of its ends there are values, as colour bars call that."""
     low, high = np.percentile(values, [0.5, 99.5])
     low, high = min(low, whole), max(high, whole)
     if high - low < 0.01:  # nothing to tell apart: do not blow rounding up to structure
         low, high = whole - 0.005, whole + 0.005
-    return Normalize(max(0.0, low), min(1.0, high))
+    low, high = max(0.0, low), min(1.0, high)
+    ends = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+    return Normalize(low, high), ends[bool(values.min() < low), bool(values.max() > high)]
 
 
 def _label(axes: Axes, layers: Mapping[Any, float], modules: Mapping[Any, float]) -> None:
@@ -119,15 +122,10 @@ def _title(mask: Mask, experts: int) -> str:
     )
 
 
-def _colour_bar(figure: Figure, axes: Axes, scale: Normalize, tiles: Sequence[np.ndarray], whole: float) -> None:
-    least, most = min(tile.min() for tile in tiles), max(tile.max() for tile in tiles)
-    low, high = scale.vmin, scale.vmax
-    assert low is not None
-    assert high is not None
-    beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+def _colour_bar(figure: Figure, axes: Axes, scale: Normalize, beyond: str, whole: float) -> None:
     bar = figure.colorbar(
         ScalarMappable(scale, _COLOURS), cax=axes, orientation="horizontal", format=PercentFormatter(1.0),
-        extend=beyond[bool(least < low), bool(most > high)], extendfrac=0.02,
+        extend=beyond, extendfrac=0.02,
     )  # fmt: skip
     bar.set_label("share of a block's weights that the mask removes")
     bar.ax.axvline(whole, color="#D55E00", linewidth=2)

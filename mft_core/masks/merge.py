@@ -26,13 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mft_core.cache_key import digest_file
-from mft_core.checkpoints.files import WeightFiles, copy_files
+from mft_core.checkpoints.files import WeightFiles, copy_others
 from mft_core.checkpoints.names import Piece
 from mft_core.errors import ConfigError
 from mft_core.masks.mask_file import Mask, load_mask, save_mask
 from mft_core.masks.masked_sites import check_base, tensor_digest
 from mft_core.store.outputs import check_new, whole_or_absent
-from mft_core.store.sources import parts, terms
 
 KEPT, REMOVED = "mask", "removed.safetensors"
 Report = Callable[[int, int], None]
@@ -154,9 +153,7 @@ def _rewrite(files: WeightFiles, mask: Mask, target: Path, report: Report, value
     for site in mask.config.sites:
         for piece, rows in files.rows(site.name):
             regions[files.file_of[piece.tensor]].append((site.name, piece, rows))
-    others = (name for name in parts("model", files.directory) if name not in regions)
-    copy_files(files.directory, target, (name for name in others if not files.holds_other_weights(name)))
-    copy_files(files.directory, target, set(terms(files.directory)) - set(parts("model", files.directory)))
+    copy_others(files.directory, target, lambda name: name in regions or files.holds_other_weights(name))
     for done, name in enumerate(sorted(regions), start=1):
         with safe_open(files.directory / name, framework="pt") as handle:
             metadata = handle.metadata()
