@@ -36,8 +36,8 @@ def chosen(rows: Sequence[Row], by: By = "loss", bounded: Container[str] = ()) -
 
     Returns:
         method, domain, variant, how many `variants` there were, the `validation_loss` or `validation_accuracy` of this
-        one, `edge`: the setting of which it has the least or the greatest value that was tried, its `settings` as a
-        profile has them, and its results.
+        one, `edge`: the setting of which it has the least or the greatest value that was tried, `bound`: likewise, the
+        greatest of what is bounded, its `settings` as a profile has them, and its results.
     """
     measure = f"validation_{by}"
     tried: dict[tuple[str, str, str | None], dict[str, list[Row]]] = {}
@@ -52,7 +52,7 @@ def chosen(rows: Sequence[Row], by: By = "loss", bounded: Container[str] = ()) -
         means = {name: fmean(row[measure] for row in own) for name, own in variants.items()}
         best = min(means, key=lambda name: means[name] if by == "loss" else -means[name])
         described = {"method": method, "domain": domain, "variant": best, "variants": len(variants)}
-        described |= {measure: round(means[best], 6), "edge": _edge(best, variants, bounded)}
+        described |= {measure: round(means[best], 6), **_edges(best, variants, bounded)}
         described["settings"] = _as_profile(method, variants[best][0])
         own = [row for row in pooled(rows) if (row["domain"], without_seed(row["variant"])) == (domain, best)]
         found += [described | {name: row[name] for name in _RESULTS} for row in own]
@@ -82,17 +82,20 @@ def for_profile(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(texts)
 
 
-def _edge(best: str, variants: Mapping[str, Sequence[Row]], bounded: Container[str]) -> str | None:
-    """Say which setting of the chosen variant is the least or the greatest that was tried; None: none is."""
+def _edges(best: str, variants: Mapping[str, Sequence[Row]], bounded: Container[str]) -> dict[str, str | None]:
+    """Say of which setting the chosen variant has the least or the greatest value that was tried; None: of none."""
     firsts = [own[0] for own in variants.values()]
+    found: dict[str, str | None] = {"edge": None, "bound": None}
     for key in ("sparsity", *(key for key in settings(firsts) if not key.endswith("seed"))):  # seeds have no order
         values = {row.get(key) for row in firsts} - {None}
         numbers = sorted(value for value in values if isinstance(value, int | float))
         own = variants[best][0].get(key)
         setting = key if "." in key else f"mask.{key}"
-        if len(numbers) > 1 and (own == numbers[0] or (own == numbers[-1] and setting not in bounded)):
-            return f"{setting} = {own:g} (tried: {', '.join(f'{number:g}' for number in numbers)})"
-    return None
+        if len(numbers) > 1 and own in (numbers[0], numbers[-1]):
+            where = "bound" if setting in bounded and own == numbers[-1] else "edge"
+            tried = f"{setting} = {own:g} (tried: {', '.join(f'{number:g}' for number in numbers)})"
+            found[where] = found[where] or tried
+    return found
 
 
 def refuse_edges(study: str, rows: Sequence[Row]) -> None:

@@ -67,6 +67,11 @@ def _without_heading(table: str) -> str:
     return re.sub(r"\A## .*\n", "", table)
 
 
+def _bound(row: Mapping[str, Any]) -> str:
+    """Say that a choice lies where the study allows no more."""
+    return f"at its bound: {row['bound']}" if row["bound"] else "-"
+
+
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what validation chooses."""
     measure = next(name for name in ("validation_loss", "validation_accuracy") if name in rows[0])
@@ -74,7 +79,7 @@ def _chosen(rows: Sequence[Mapping[str, Any]]) -> str:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         shown = f"{row[measure]:.4f}" if measure == "validation_loss" else f"{100 * row[measure]:.1f}"
-        head = [row["variant"], row["domain"], str(row["variants"]), shown, row["edge"] or "-"]
+        head = [row["variant"], row["domain"], str(row["variants"]), shown, row["edge"] or _bound(row)]
         line = lines.setdefault((row["domain"], row["variant"]), head + ["-"] * len(benchmarks))
         line[len(head) + benchmarks.index(row["benchmark"])] = cell(row)
     header = ["variant", "domain", "of", measure.replace("_", " "), "on an edge of its grid", *benchmarks]

@@ -96,6 +96,7 @@ def test_a_bound_is_an_edge_that_may_be_chosen_at_its_upper_end_alone() -> None:
     bounded = ["mask.training.learning_rate"]
     (greatest,), (least,) = (chosen(tuned(*losses), bounded=bounded) for losses in ((0.4, 0.2), (0.2, 0.4)))
     assert greatest["edge"] is None
+    assert greatest["bound"] == "mask.training.learning_rate = 0.3 (tried: 0.1, 0.3)", "and its page says so"
     assert least["edge"] == "mask.training.learning_rate = 0.1 (tried: 0.1, 0.3)"
 
 
