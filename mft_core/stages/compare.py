@@ -358,10 +358,10 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
     strata = [strata_of(list(zip(*each.values(), strict=True))) for each in pairs]
     replicates = min((stratum.differences.shape[0] for each in strata for stratum in each), default=1)
     priors = [_prior(recipe, *_told(*found[0]), replicates) if len(found) == 1 else None for found in cases.values()]
-    margin, over = recipe.margin / 100, "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
+    margin = recipe.margin / 100
     tested = judge_primaries(strata, margin, recipe.confidence, recipe.looks, priors)
-    alone = [[estimate([stratum], over, recipe.confidence, prior) for stratum in each]  # type: ignore[arg-type]
-             for each, prior in zip(strata, priors, strict=True)]  # fmt: skip
+    alone = [[_of_the_look(stratum, one, prior) for stratum in each]
+             for each, one, prior in zip(strata, tested, priors, strict=True)]  # fmt: skip
     gated = judge_benchmarks(tested, alone, margin)
     return [
         _Declared(
@@ -378,6 +378,12 @@ def _declared(recipe: Compare, variants: Sequence[_Variant]) -> list[_Declared]:
             names, cases.values(), strata, tested, pairs, gated, strict=True
         )
     ]
+
+
+def _of_the_look(stratum: Stratum, tested: Tested, prior: UnitVariance | None) -> Estimate:
+    """Estimate a contrast on one benchmark from what its test on the mean has seen."""
+    over: Over = "recipe" if tested.replicates >= LEAST_REPLICATES else "checkpoint"
+    return estimate([stratum.first(tested.replicates)], over, tested.estimate.confidence, prior)
 
 
 def _told(treated: _Variant, control: _Variant) -> tuple[str, _Group]:

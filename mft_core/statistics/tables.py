@@ -239,7 +239,7 @@ def _recipe_cell(row: Row) -> str:
 
 def _level(row: Row, confidence: float) -> str:
     """Say what a contrast of declared looks rests on, where its interval is not that of the other tables."""
-    if row["family"] != "primary" or row["confidence"] == confidence:
+    if row["confidence"] == confidence:
         return ""
     return f" ({100 * row['confidence']:.4g}% interval, {row['replicates']} fine-tunings)"
 

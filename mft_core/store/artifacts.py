@@ -236,8 +236,10 @@ class ArtifactStore:
         if self.shared is None or not own.exists():
             return manifest
         there = self.shared.manifest(stage, key)
-        if there is None or (there["digest"] != manifest["digest"] and self._outdated(there, inputs)):
+        rerun = (self.work(key) / _RERUN).exists()  # it was computed again, and could not be shared yet
+        if there is None or (there["digest"] != manifest["digest"] and (rerun or self._outdated(there, inputs))):
             if self.shared.push(stage, key, own, manifest, replace=there is not None):
+                shutil.rmtree(self.work(key), ignore_errors=True)
                 return manifest
             there = self.shared.manifest(stage, key)
         if there is None or there["digest"] == manifest["digest"]:
@@ -245,7 +247,7 @@ class ArtifactStore:
         logging.getLogger("mft").warning(
             "%s %s: the shared store has another result, which is taken in place of the one here", stage, key[:12]
         )
-        manifests.discard(own)
+        self.shared.pull(stage, key, own)  # verified before it takes the place of a whole copy
         return there
 
     def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> str | None:
@@ -264,8 +266,9 @@ class ArtifactStore:
             inputs: what the key was made of; without them, some faults cannot be told.
             held: the caller holds the key's lock, which is not to be waited for.
         """
+        problem = self._own_damage(stage, key)
         own = manifests.read(self.directory(stage, key))
-        problem = self._own_damage(stage, key) or self._outdated(own, inputs)
+        problem = problem or ("missing" if own is None else self._outdated(own, inputs))
         shared = self.shared.manifest(stage, key) if problem and self.shared else None
         if shared is None:
             return problem, None if problem else own
@@ -409,6 +412,8 @@ class ArtifactStore:
                 manifest = manifests.read(final) or manifest
         except Exception:  # of the shared store: what was computed is kept here, and the next run shares it
             manifests.commit(temporary, final, manifest)
+            if not replace:
+                shutil.rmtree(work, ignore_errors=True)
             raise
         if stands:
             manifests.commit(temporary, final, manifest)

@@ -123,7 +123,8 @@ class SharedStore:
                 self._files.put_file(str(payload / name), target)
             text = json.dumps({"payload": attempt, "manifest": manifest}, allow_nan=False).encode()
             before = self._entry(stage, key)
-            if replace or (before is None and self._files.exists(path)):  # damaged: not to be kept
+            damaged = before is None and self._files.exists(path) and self._entry(stage, key) is None
+            if replace or damaged:  # not to be kept
                 self._files.pipe_file(path, text)
                 stands = True
             else:

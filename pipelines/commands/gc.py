@@ -247,13 +247,18 @@ def _delete(store: ArtifactStore, waste: Waste, days: int) -> None:
 def _delete_from_mlflow(run_ids: Sequence[str]) -> None:
     """Delete runs for good, with their files and the models that they have logged, by MLflow's own command."""
     from mlflow.cli import cli
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient()
     for run_id in run_ids:
         run = client.get_run(run_id)
         for model in run.outputs.model_outputs if run.outputs else ():
-            client.delete_logged_model(model.model_id)
+            try:
+                client.delete_logged_model(model.model_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # it is gone, and its run is not
+                    raise
         if run.info.lifecycle_stage == "active":
             client.delete_run(run_id)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -4,7 +4,8 @@ Every comparison says in its manifest's summary how much the trainings of each m
 contrast, differed on a domain (`unit_variance`). A new one takes this up, for each of its variants and contrasts by
 itself, from those in the store of the same profile and of another question that measured it on other units: on other
 fine-tunings where the claim is about the recipe, on other trainings of the treatment where it is about a checkpoint.
-Of several that share units one counts. So what else a study compares changes none of its priors. Once computed, a
+Of several that share units one counts. Units are told by their evaluations: models that an earlier study evaluated on
+other benchmarks are taken for others. So what else a study compares changes none of its priors. Once computed, a
 comparison keeps the priors that it had, whatever has been run since, and so its key. Used by `pipelines.plan.plan`.
 """
 
@@ -76,11 +77,12 @@ def _asked(recipe: Compare) -> Iterator[tuple[str, str, Any, set[str]]]:
         if item["method"] not in REFERENCES:
             yield name, str(item["method"]), domain, {name}
     for contrast in map(Contrast.parse, recipe.contrasts):
-        for (treated, domain), ours in columns.items():
-            for (control, _), theirs in columns.items():
-                if contrast.pairs(ours, theirs) and theirs["method"] != "fft":
-                    measured_as = f"{ours['method']} - {theirs['method']}"
-                    yield f"{treated} - {control}", measured_as, domain, {treated, control}
+        found = [(treated, control, domain, f"{ours['method']} - {theirs['method']}")
+                 for (treated, domain), ours in columns.items() if ours["method"] not in REFERENCES
+                 for (control, _), theirs in columns.items() if contrast.pairs(ours, theirs)]  # fmt: skip
+        for treated, control, domain, measured_as in found:
+            if not measured_as.endswith(" - fft") and len({one[2] for one in found}) == 1:
+                yield f"{treated} - {control}", measured_as, domain, {treated, control}
 
 
 def _units(recipe: Compare, evaluated: Sequence[str | None], variants: set[str] | None = None) -> Units:

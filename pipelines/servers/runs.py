@@ -110,7 +110,8 @@ def told_of(store: ArtifactStore, command: str, log: Path, snapshot: Callable[[]
             outcome = {"state": "stopped", "reason": "interrupted; the same command goes on with it"}
             raise
         except BaseException as error:
-            outcome = {"state": "failed", "reason": without_secrets(told(error)) or type(error).__name__}
+            state = "failed" if isinstance(error, Exception) else "stopped"
+            outcome = {"state": state, "reason": without_secrets(told(error)) or type(error).__name__}
             raise
         finally:
             ended.set()

@@ -146,8 +146,9 @@ class Writer:
 
     def _beat(self) -> None:
         self._due = time.monotonic() + BEAT_SECONDS
-        for beat in self.beats:
-            beat()
+        for beat in tuple(self.beats):
+            with contextlib.suppress(Exception):  # a sign of life is no record: what is to be written tells
+                beat()
 
     def _work(self) -> None:
         while (job := self._next()) is not None and self.problem is None:
@@ -268,7 +269,11 @@ class Tracker:
 
     @_queued
     def _log_curve(self, key: str, read: Callable[[], Sequence[Mapping[str, Any]]], sent: frozenset[int]) -> None:
-        rows = read()
+        try:
+            rows = read()
+        except Exception as error:  # of the artifact or of a shared store, not of MLflow
+            log.warning("the curve of %s cannot be read, and is not in MLflow: %s", key, cause(error))
+            return
         stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
         kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
         lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in sent)]

@@ -86,7 +86,7 @@ def _commit(
             "rows": [1_000, 293], "duplicates_removed": 3, "benchmark_questions": 30, "too_long": 1_234, "cut": 5,
             "turns_left_out": 7,
             "benchmark_overlaps_removed": {"equal_question": 1, "shared_13_words": 1}, "left_out_by_fraction": 0,
-            "train": {"examples": 46}, "validation": {"examples": 8},
+            "train": {"examples": 46, "tokens": 4_600}, "validation": {"examples": 8},
         }  # fmt: skip
     if node.stage == "evaluate":
         summary["accuracy"] = _write_answers(folder, accuracy)

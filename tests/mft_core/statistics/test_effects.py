@@ -165,6 +165,16 @@ def test_what_ordinary_trainings_add_fades_as_units_differ_more_and_leaves_no_st
     assert steps.max() < 0.05 * max(halves)
 
 
+def test_what_trainings_differ_by_is_the_same_number_of_one_benchmark_and_of_the_mean_of_many():
+    rng = np.random.default_rng(2)
+    shared = 0.3 * rng.normal(size=(40, 1, 1))
+    parts = [Stratum.of(shared + rng.normal(size=(40, 1, 200))) for _ in range(8)]
+    one, many = unit_variance(parts[:1], "recipe"), unit_variance(parts, "recipe")
+    assert one is not None
+    assert many is not None
+    assert many.relative == pytest.approx(one.relative, rel=0.25)
+
+
 def test_many_units_that_hardly_differ_are_believed_more_than_what_is_ordinary():
     rng = np.random.default_rng(0)
     many = rng.normal(size=(12, 1, 3_000))
