@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mft_core.errors import ConfigError
+from mft_core.evaluation import code_sandbox
 from mft_core.evaluation import lm_eval_harness as evaluation
 from mft_core.evaluation.benchmarks import TASKS
 from mft_core.recipes import Evaluate
@@ -22,6 +24,11 @@ def load(
     """Return the tasks of a name, with local rows in place of the hub's; everything else is as it ships."""
     from lm_eval.tasks import TaskManager
 
+    if recipe.get("metric") == "pass@1":
+        try:
+            code_sandbox.require()
+        except ConfigError as error:
+            pytest.skip(str(error))
     copy = folder / name
     shutil.copytree(TASKS / name, copy)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
