@@ -36,8 +36,10 @@ def main() -> None:
     home, url, runs, *keys = sys.argv[1:]
     shared.BEAT_SECONDS, shared.LOST_SECONDS = 0.2, 1.5
     store, stage = ArtifactStore(Path(home), url), writes(Path(runs))
+    print("building", flush=True)
     for key in keys:
-        store.build(stage, Evaluate(task=key), {}, Runtime())
+        if store.build(stage, Evaluate(task=key), {}, Runtime()).computed:
+            print(key, flush=True)
     print("built", flush=True)
 
 

@@ -366,7 +366,7 @@ def test_two_machines_that_race_for_keys_compute_each_once(tmp_path, url):
     runs = tmp_path / "runs"
     keys = ["a", "b", "c", "d"]
     both = [start(tmp_path, url, "first", runs, *keys), start(tmp_path, url, "second", runs, *reversed(keys))]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["built\n", "built\n"]
+    assert all(process.communicate(timeout=120)[0].endswith("built\n") for process in both)
     assert sorted(computed(runs)) == keys
 
 
@@ -379,7 +379,7 @@ def test_the_lease_of_a_killed_machine_is_taken_over(tmp_path, url):
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = start(tmp_path, url, "second", runs, "a")
-    assert second.communicate(timeout=120)[0] == "built\n"
+    assert second.communicate(timeout=120)[0].endswith("built\n")
     assert not any("/locks/" in name for name in files.find(url))
 
 
@@ -414,14 +414,16 @@ def test_a_url_of_no_known_service_is_refused_in_a_sentence(tmp_path):
 @pytest.mark.slow
 def test_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_path, url):
     runs, draws = tmp_path / "runs", random.Random(7)
-    keys = [f"key-{number}" for number in range(12)]
+    keys = [f"key-{number}" for number in range(KILLS)]
     for kill in range(KILLS):
         process = start(tmp_path, url, f"machine-{kill % 3}", runs, *keys)
-        time.sleep(draws.uniform(2.0, 2.5 + 6 * SECONDS))
+        for _ in range(draws.randint(1, 2)):  # a busy machine starts it slowly, and a kill is to hit the work
+            process.stdout.readline()
+        time.sleep(draws.uniform(0, 2 * SECONDS))
         process.kill()
         process.wait()
         before = computed(runs)
-    assert start(tmp_path, url, "last", runs, *keys).communicate(timeout=300)[0] == "built\n"
+    assert start(tmp_path, url, "last", runs, *keys).communicate(timeout=300)[0].endswith("built\n")
     after = computed(runs)
     whole = machine(tmp_path, url, "reader")
     for key in keys:
