@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.bench.planted import found, one_run
+from tests.bench.planted import is_found, one_run
 
 
 @pytest.mark.slow
@@ -11,4 +11,4 @@ from tests.bench.planted import found, one_run
 def test_a_planted_gain_is_found(kind, tmp_path_factory):
     home = tmp_path_factory.getbasetemp() / "planted"  # one fine-tuning for all kinds
     result = one_run(kind, home, 0)
-    assert found(result), result
+    assert is_found(result), result
