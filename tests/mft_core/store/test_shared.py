@@ -225,6 +225,81 @@ def test_where_a_copy_differs_from_what_the_machines_share_all_take_the_shared_o
     assert (theirs.local_path(first) / "numbers.txt").read_text().startswith("a\n")
 
 
+def test_a_whole_copy_is_not_given_up_for_a_shared_one_that_turns_out_to_be_damaged(tmp_path, url):
+    runs, recipe = tmp_path / "runs", Evaluate(task="a")
+    other = make_stage(change=lambda recipe, inputs, out, context: (out / "numbers.txt").write_text("mine") and {})
+    mine = ArtifactStore(tmp_path / "first").build(other, recipe, {}, RUNTIME).ref
+    build(machine(tmp_path, url, "second"), runs)
+    first = machine(tmp_path, url, "first")
+    files = first.shared._files
+    (path,) = [name for name in files.find(url) if name.endswith("numbers.txt")]
+    files.pipe_file(path, b"other")
+    with pytest.raises(StageError, match=r"numbers\.txt is missing or altered"):
+        first.share("evaluate", mine.key)
+    assert ArtifactStore(tmp_path / "first").find("evaluate", mine.key) == mine
+    assert first.share("evaluate", mine.key) == mine, "the whole one is what all machines take now"
+    assert (mine.local_path(machine(tmp_path, url, "third")) / "numbers.txt").read_text() == "mine"
+
+
+def test_a_manifest_that_arrives_while_one_looks_for_a_damaged_one_stands(tmp_path, url, monkeypatch):
+    runs, theirs = tmp_path / "runs", []
+    first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
+    second.shared.lease = lambda *told: contextlib.nullcontext()  # a lease that was lost
+    files = second.shared._files
+    exists = files.exists
+
+    def late(path, **named):
+        monkeypatch.setattr(files, "exists", exists)
+        theirs.append(build(first, runs))  # finishes between our two looks
+        return exists(path, **named)
+
+    monkeypatch.setattr(files, "exists", late)
+    other = make_stage(change=lambda recipe, inputs, out, context: (out / "numbers.txt").write_text("mine") and {})
+    ours = second.build(other, Evaluate(task="a"), {}, RUNTIME)
+    assert ours.ref == theirs[0].ref
+    assert (ours.ref.local_path(second) / "numbers.txt").read_text().startswith("a\n")
+    assert ours.ref.problem(machine(tmp_path, url, "third")) is None
+
+
+def test_a_rerun_that_cannot_be_uploaded_whole_leaves_the_shared_result_and_the_next_run_shares_its_own(
+    tmp_path, url, monkeypatch
+):
+    def write(text):
+        def run(recipe, inputs, out, context):
+            for name in ("one.txt", "two.txt"):
+                (out / name).write_text(text)
+            return {}
+
+        return make_stage(change=run)
+
+    def read(ref, name):
+        return [path.read_text() for path in sorted(ref.local_path(machine(tmp_path, url, name)).glob("*.txt"))]
+
+    first, recipe = machine(tmp_path, url, "first"), Evaluate(task="a")
+    before = first.build(write("before"), recipe, {}, RUNTIME).ref
+    put = first.shared._files.put_file
+
+    def broken(source, target, **named):
+        if target.endswith("two.txt"):
+            raise ConnectionError("connection reset by peer")
+        return put(source, target, **named)
+
+    with monkeypatch.context() as midway:
+        midway.setattr(first.shared._files, "put_file", broken)
+        with pytest.raises(StageError, match=r"cannot be written to \(connection reset by peer\)"):
+            first.build(write("after"), recipe, {}, RUNTIME, force=True)
+    assert read(before, "second") == ["before", "before"]
+    assert machine(tmp_path, url, "second").find("evaluate", before.key) == before
+    after = ArtifactStore(tmp_path / "first").find("evaluate", before.key)
+    assert after is not None, "what was computed is whole here"
+    assert after != before
+    assert not list(tmp_path.glob("first/artifacts/evaluate/.*"))
+    healed = first.build(write("not computed"), recipe, {}, RUNTIME)
+    assert (healed.computed, healed.ref) == (False, after)
+    assert read(after, "third") == ["after", "after"]
+    assert not first.work(after.key).exists()
+
+
 def test_what_is_replaced_while_it_is_fetched_is_fetched_again(tmp_path, url, monkeypatch):
     runs = tmp_path / "runs"
     first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
