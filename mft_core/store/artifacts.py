@@ -17,6 +17,7 @@ and by anyone who wants a cached stage without Prefect.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import logging
 import os
@@ -441,8 +442,10 @@ class ArtifactStore:
             summary = stage.run(recipe, paths, out, context)
         except Exception as error:  # of a broken input, perhaps; then that is what has to be told
             failure = error
+        here = copy.copy(self)
+        here.shared = None  # it would answer for a copy that was altered while the stage read it
         try:
-            self._check(stage, inputs)
+            here._check(stage, inputs)
         except StageError as changed:
             shutil.rmtree(context.work, ignore_errors=True)  # state made of other content must not be resumed
             raise changed from failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from mft_core.recipes import Evaluate, Runtime
 from mft_core.store import shared
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.shared import SharedStore
-from tests.mft_core.store.test_artifacts import make_stage
+from tests.mft_core.store.test_artifacts import make_stage, truncate
 from tests.mft_core.store.test_outdated import OUTDATED
 from tests.support.faults import KILLS
 from tests.support.shared_builder import SECONDS, writes
@@ -143,6 +144,20 @@ def test_a_damaged_copy_is_replaced_by_the_shared_artifact(tmp_path, url):
     assert store.find("evaluate", ref.key) == ref
     assert (ref.local_path(store) / "numbers.txt").read_text().startswith("a\n")
     assert computed(runs) == ["a"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: shutil.rmtree(path.parent), truncate])
+def test_a_copy_that_changes_while_a_stage_reads_it_is_told_though_the_shared_one_is_whole(tmp_path, url, damage):
+    store = machine(tmp_path, url, "first")
+    ref = store.build(make_stage(), Evaluate(task="upstream"), {}, RUNTIME).ref
+    path = ref.local_path(store) / "other.txt"
+    stage = make_stage(change=lambda recipe, inputs, out, context: damage(path) or {})
+    with pytest.raises(StageError, match=r"its input 'model' .* is not what the plan says: "):
+        store.build(stage, Evaluate(task="a"), {"model": ref}, RUNTIME)
+    key = store.key(stage, Evaluate(task="a"), {"model": ref})
+    assert store.damage("evaluate", key) == "missing"
+    assert store.build(make_stage(), Evaluate(task="a"), {"model": ref}, RUNTIME).computed
+    assert path.read_text() == "whole\n", "fetched again"
 
 
 def test_whoever_computes_over_a_damaged_copy_does_not_wait_for_himself(tmp_path, url):
