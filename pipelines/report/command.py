@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mft_core.errors import StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.commands.gc import keep
 from pipelines.config import yaml_to_setups
@@ -20,7 +19,7 @@ from pipelines.report.chosen import for_profile, refuse_edges
 from pipelines.report.composite import composite_report
 from pipelines.report.looks import declared, undecided
 from pipelines.report.page import write_report
-from pipelines.report.report import Report, find_report, rests_on, result_key
+from pipelines.report.report import NotRun, Report, find_report, rests_on, result_key
 
 
 def write(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Path]:
@@ -69,7 +68,7 @@ def write_last_look(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Re
     for look in later:
         try:
             found = write(look, out, sync)
-        except StageError:
+        except NotRun:
             break
     return found
 

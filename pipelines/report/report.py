@@ -35,6 +35,10 @@ from pipelines.search.tables import tables as search_tables
 Row = dict[str, Any]
 
 
+class NotRun(StageError):  # noqa: N818  not a fault: it may be run yet
+    """A study has not been run (whole) with the settings that a report asks for."""
+
+
 @dataclass(frozen=True)
 class Report:
     """A finished study."""
@@ -120,7 +124,7 @@ def find_report(plan: Plan, store: ArtifactStore, command: str | None = None) ->
         command: that runs it.
 
     Raises:
-        StageError: the study has not been run (whole) with these settings.
+        NotRun: the study has not been run (whole) with these settings.
     """
     missing = [step.node.label for step in plan.to_compute]
     named = {"its comparison": comparison_node(plan), **analysis_nodes(plan)}
@@ -130,7 +134,7 @@ def find_report(plan: Plan, store: ArtifactStore, command: str | None = None) ->
     if missing or lacking:
         page = store.home / "reports" / f"{plan.study.name}-{plan.profile.name}" / "report.html"
         what = f"{len(missing)} stages are missing, first: {missing[0]}" if missing else f"{lacking[0]} is missing"
-        raise StageError(
+        raise NotRun(
             f"study {plan.study.name} on {plan.profile.name}: {what}. Run it (with the same settings): "
             + (command or f"mft run {plan.study.name} --profile {plan.profile.name}")
             + (f". Its last run had others: {page}" if page.is_file() else "")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, StageError
 from mft_core.store.artifacts import ArtifactStore
 from pipelines import cli
 from pipelines.config.profile import load_profile
@@ -126,6 +126,23 @@ def test_a_study_is_read_at_every_look_until_its_contrasts_are_decided(until_dec
     assert read == [3]
     assert contrast["verdict"] == "better"
     assert "undecided" not in told
+
+
+def test_what_goes_wrong_at_a_later_look_is_told_and_sets_the_exit_code(until_decided, monkeypatch, capsys):
+    until_decided(0.51, "--replicates", "5")
+    looks = []
+
+    def sync(plan, store, report, pages):
+        looks.append(len({item.setup.replicate for item in plan.variants}))
+        if looks[-1] == 5:
+            raise StageError("MLflow cannot be used")
+
+    monkeypatch.setattr("pipelines.report.record.sync_to_mlflow", sync)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--sync"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (looks, ended.value.code) == ([3, 5], 1)
+    assert "failed: MLflow cannot be used" in capsys.readouterr().err
 
 
 def test_a_study_that_stays_undecided_ends_with_the_most_that_was_asked_for(until_decided):
