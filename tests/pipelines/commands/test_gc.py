@@ -239,6 +239,38 @@ def test_with_the_records_of_a_killed_run_go_its_models_and_what_prefect_has_of_
     assert count(tmp_path / "prefect" / "prefect.db", "flow_run") == 0
 
 
+def test_a_logged_model_goes_with_its_run_and_one_that_is_gone_already_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.cli import cli
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)  # of tests before
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with Writer(tmp_path, "study", patience=200.0) as writer:
+        tracker = Tracker(writer, "study", "", "study on tiny", plan="plan")
+        for name in ("there", "gone", "deleted"):
+            tracker.variant(f"sums/{name}", name, {})
+            tracker.log_model(f"sums/{name}", tmp_path / "checkpoints" / name)
+        tracker.finish("KILLED")
+    assert writer.problem is None
+    client = MlflowClient(writer.uri)
+    [experiment] = [found.experiment_id for found in client.search_experiments() if found.name == "study"]
+    models = {model.name: model for model in client.search_logged_models([experiment])}
+    files = {name: Path(model.artifact_location.removeprefix("file://")) for name, model in models.items()}
+    files["there"].mkdir(parents=True)
+    (files["there"] / "weights").touch()
+    assert not files["gone"].exists()
+    client.delete_logged_model(deleted := models["deleted"].model_id)  # for good, by MLflow's own gc
+    cli.main(["gc", "--backend-store-uri", writer.uri, "--logged-model-ids", deleted], standalone_mode=False)
+    assert (count(tmp_path / "mlflow.db", "runs"), count(tmp_path / "mlflow.db", "logged_models")) == (4, 2)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as rows, rows:
+        rows.execute("UPDATE runs SET start_time = 0, end_time = 1")
+    assert len(collect(ArtifactStore(tmp_path), 7, delete=True).mlflow_runs) == 4
+    assert (count(tmp_path / "mlflow.db", "runs"), count(tmp_path / "mlflow.db", "logged_models")) == (0, 0)
+    assert not files["there"].exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"junk" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
 def test_a_damaged_database_of_prefect_has_no_rows_and_one_of_mlflow_is_named(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
