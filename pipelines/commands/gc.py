@@ -34,6 +34,8 @@ from pipelines.servers.services import prefect_home
 from tasks.mlflow.client import tracking_uri
 
 ROOTS = "artifacts.json"
+_HALF_MADE = ("artifacts/*/.*", "reports/*/.unf*", "models/.incomplete-*", ".fetch-*")
+"""under `MFT_HOME`: what killed runs and fetches left"""
 _ALL = 10**9
 """runs of MLflow"""
 _ENDED = "state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') AND end_time < :until"
@@ -136,7 +138,7 @@ def _find(store: ArtifactStore, before: float) -> Waste:
         "artifacts that no kept study reaches": unreached,
         "Prefect's references to them": [path for path in references if path.exists()],
         "states of unfinished work": old((home / "work").glob("*")),
-        "what killed runs left half made": old((home / "artifacts").glob("*/.*")) + old(home.glob("reports/*/.unf*")),
+        "what killed runs left half made": [path for what in _HALF_MADE for path in old(home.glob(what))],
         "logs": old((home / "logs").glob("*.log")),
         "records of runs": old((home / "runs").glob("*")),
     }

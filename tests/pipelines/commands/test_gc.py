@@ -29,6 +29,7 @@ from tests.support.faults import Study, digests, finished_once, wait_until_gone
 
 DAY = 86400.0
 STATES = "states of unfinished work"
+HALF_MADE = "what killed runs left half made"
 
 
 def mft(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -269,6 +270,21 @@ def test_a_logged_model_goes_with_its_run_and_one_that_is_gone_already_stops_not
     assert len(collect(ArtifactStore(tmp_path), 7, delete=True).mlflow_runs) == 4
     assert (count(tmp_path / "mlflow.db", "runs"), count(tmp_path / "mlflow.db", "logged_models")) == (0, 0)
     assert not files["there"].exists()
+
+
+def test_what_a_killed_fetch_left_half_made_goes_when_it_is_old(tmp_path: Path) -> None:
+    left = [tmp_path / name for name in (".fetch-x1", "models/.incomplete-a", "artifacts/fine-tune/.fetched-0123")]
+    whole, young = tmp_path / "models" / "a", tmp_path / ".fetch-x2"
+    for folder in (*left, whole, young):
+        folder.mkdir(parents=True)
+        (folder / "part").write_bytes(b"x" * 100)
+        if folder != young:
+            for path in (folder / "part", folder):
+                os.utime(path, (0, 0))
+    waste = collect(ArtifactStore(tmp_path), 7, delete=True)
+    assert sorted(waste.paths[HALF_MADE]) == sorted(left)
+    assert waste.sizes[HALF_MADE] == 300
+    assert [path.exists() for path in (*left, whole, young)] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
