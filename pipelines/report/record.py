@@ -45,11 +45,13 @@ all tables and figures. The runs nested in it are the variants, in the colours o
 class Recorder:
     """Records one execution of a plan; a context manager that closes the runs with the right status."""
 
-    def __init__(self, plan: Plan, store: ArtifactStore, log: Path, writer: Writer, *, rerun: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, store: ArtifactStore, log: Path | None, writer: Writer, *, rerun: bool = False
+    ) -> None:
         """Open the result's run and one nested run per variant, unless they are there.
 
         Args:
-            log: the execution's log file, attached to the run of a result that is computed.
+            log: the execution's log file, attached to the run of a result that is computed; None: nothing is executed.
             rerun: something is computed again even where it is cached, and what follows from it may be.
         """
         self._store, self._log = store, log
@@ -97,11 +99,13 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tracker.attach_file(self._log)
+        if self._log:
+            self._tracker.attach_file(self._log)
         status: Status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         how = self._how if kind is None else status.lower()
         commit = provenance.describe()["git_commit"]
-        self._tracker.finish(status, self._result, f"{how} on {platform.node()}, commit {commit}, log {self._log.name}")
+        log = f", log {self._log.name}" if self._log else ""
+        self._tracker.finish(status, self._result, f"{how} on {platform.node()}, commit {commit}{log}")
 
     def progress(self, call: StageCall, progress: Progress) -> None:
         """Send one measurement of a training while it runs."""
@@ -225,7 +229,7 @@ def sync_to_mlflow(plan: Plan, store: ArtifactStore, report: Report, pages: Path
     cached = {step.node.id for step in plan.steps if step.artifact}
     with (
         Writer(store.home, plan.study.name, lambda warning: None) as writer,
-        Recorder(plan, store, pages / "report.md", writer) as recorder,
+        Recorder(plan, store, None, writer) as recorder,
     ):
         recorder.record(report, cached, pages)
     if writer.problem:

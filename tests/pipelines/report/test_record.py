@@ -147,6 +147,9 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
     }  # fmt: skip
     attached = {file.path for file in client.list_artifacts(parent.info.run_id, "report")}
     assert {"report/report.html", "report/rows.parquet", "report/figure.png"} <= attached
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["report"], (
+        "it executes nothing: no log"
+    )
     small = client.download_artifacts(parent.info.run_id, "report/figure-small.png", str(tmp_path))
     with Image.open(small) as shown:
         assert shown.width <= 760
@@ -157,6 +160,7 @@ def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attac
     assert len(mlflow.search_runs(experiment_names=["mini-study"])) == len(found), "a result is written once"
     executions = [name for name in client.get_run(parent.info.run_id).data.tags if name.startswith("execution ")]
     assert len(executions) == 2
+    assert not [name for name in executions if ", log " in client.get_run(parent.info.run_id).data.tags[name]]
 
 
 def view_of(experiment: Any) -> dict[str, Any]:
