@@ -459,6 +459,52 @@ def test_runs_of_a_process_elsewhere_are_closed_and_gone_on_with_once_it_has_bee
     assert len(runs_of(home)) == 3
 
 
+@pytest.mark.parametrize(
+    ("minutes", "gone_on_with"), [(10, True), (0, False), (None, False)],
+    ids=["silent for ten minutes", "just heard of", "of a version without signs of life"],
+)  # fmt: skip
+def test_what_is_running_elsewhere_is_gone_on_with_only_if_its_last_sign_of_life_is_old(
+    home: Path, monkeypatch: pytest.MonkeyPatch, minutes: int | None, gone_on_with: bool
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    with monkeypatch.context() as elsewhere, Writer(home, "sparsity") as writer:
+        elsewhere.setattr("tasks.mlflow.tracking.owner", lambda: "elsewhere:7:1.00")
+        track(writer, "first")  # nobody ends it
+    [first] = runs_of(home)
+    client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    client.delete_tag(first.info.run_id, HEARD)
+    if minutes is not None:
+        client.set_tag(first.info.run_id, HEARD, str(time.time() - 60 * minutes))
+    with Writer(home, "sparsity") as writer:
+        track(writer, "second").finish("FINISHED")
+    assert writer.problem is None
+    assert [(run.info.run_name, run.info.status) for run in runs_of(home)] == (
+        [("first", "FINISHED")] if gone_on_with else [("first", "RUNNING"), ("second", "FINISHED")]
+    )
+
+
+def test_a_sign_of_life_that_is_lost_costs_no_record_and_others_follow(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.mlflow.tracking.BEAT_SECONDS", 0.05)
+    heard = threading.Event()
+    lost: list[None] = []
+
+    def beat() -> None:
+        if not lost:
+            lost.append(None)
+            raise ConnectionError
+        heard.set()
+
+    with Writer(home, "sparsity") as writer:
+        writer.beats.append(beat)
+        tracker = track(writer, "goes on")
+        assert heard.wait(60)
+        tracker.finish("FINISHED")
+    assert (writer.problem, runs_of(home)[0].info.status) == (None, "FINISHED")
+
+
 @pytest.mark.slow
 def test_two_processes_that_make_the_database_at_once_both_record(home: Path) -> None:
     (home / "mlflow.db").unlink()
