@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from tasks.mlflow.fields import clean
 from tasks.mlflow.tracking import DataSet, Status, Tracker, Writer, variant_key
 from tasks.stage_task import StageCall
 
+_HISTORY = "history.jsonl"
 _DESCRIPTION = """{question}
 
 [Gains drawn against what the study varies](view:chart) · [all variants as a table](view:table)
@@ -145,7 +146,7 @@ class Recorder:
             if tags["checkpoint"]:
                 self._tracker.log_model(key, tags["checkpoint"])
             if item.trained and self._owners[item.trained.id] == key:
-                self._send_curve(key, item.trained.stage, training["key"])
+                self._send_curve(key, training)
         if self._plan.search:
             self._record_trials(self._plan.search, report)
         self._tracker.log_rows(report.rows)
@@ -191,14 +192,18 @@ class Recorder:
             self._tracker.write(trial.name, tags={f"artifact.{trial.node.stage}": manifest["key"],
                                                 "trial_state": search.state(trial)})  # fmt: skip
             self.trial_ended(trial, trial.loss)
-            self._send_curve(trial.name, trial.node.stage, manifest["key"])
+            self._send_curve(trial.name, manifest)
 
-    def _send_curve(self, key: str, stage: str, artifact: str) -> None:
-        """Send what has not been seen live of a curve."""
+    def _send_curve(self, key: str, training: Mapping[str, Any]) -> None:
+        """Send what has not been seen live of a training's curve; random and magnitude masks have none."""
+        if _HISTORY not in training["files"]:
+            return
 
         def rows() -> list[dict[str, Any]]:
-            history = self._store.read(stage, artifact, "history.jsonl")  # random and magnitude masks have none
-            return [json.loads(line) for line in (history or b"").splitlines()]
+            history = self._store.read(training["stage"], training["key"], _HISTORY)
+            if history is None:
+                raise FileNotFoundError(_HISTORY)
+            return [json.loads(line) for line in history.splitlines()]
 
         self._tracker.log_curve(key, rows, self._sent[key])
 

@@ -271,13 +271,14 @@ class Tracker:
     def _log_curve(self, key: str, read: Callable[[], Sequence[Mapping[str, Any]]], sent: frozenset[int]) -> None:
         try:
             rows = read()
+            stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
+            kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
+            lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in sent)]
+            points = _points(lacking)
         except Exception as error:  # of the artifact or of a shared store, not of MLflow
             log.warning("the curve of %s cannot be read, and is not in MLflow: %s", key, cause(error))
             return
-        stride, last, first = max(1, -(-len(rows) // CURVE_POINTS)), len(rows) - 1, min(sent, default=math.inf)
-        kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == last or "validation_loss" in row]
-        lacking = [row for row in kept if row["step"] < first or (row is rows[last] and row["step"] not in sent)]
-        self._send(self._runs[key], metrics=_points(lacking))
+        self._send(self._runs[key], metrics=points)
 
     @_queued
     def _log_row(self, key: str, row: Mapping[str, Any]) -> None:

@@ -90,6 +90,26 @@ def test_a_curve_is_sent_whole_but_for_what_was_seen_live(plan, tmp_path, monkey
     assert (losses.count(9.0), losses.count(0.5), losses.count(0.25)) == (1, 3, 4)
 
 
+def test_a_curve_that_an_artifact_lacks_is_no_curve_without_rows(plan, tmp_path, monkeypatch):
+    unread = []
+
+    class Reads(FakeTracker):
+        def log_curve(self, key: str, read: Any, sent: Any) -> None:
+            with pytest.raises(FileNotFoundError, match=r"history\.jsonl"):
+                read()
+            unread.append(key)
+
+    monkeypatch.setattr(record, "Tracker", Reads)
+    store = ArtifactStore(tmp_path / "home")
+    finish(plan, store, {"fft": 0.5, "mft": 0.6})
+    cached = make_plan(plan.study, plan.profile, store)
+    report = find_report(cached, store)
+    for path in store.home.glob("artifacts/*/*/history.jsonl"):
+        path.unlink()
+    record.Recorder(cached, store, None, None).record(report, set(), tmp_path)
+    assert len(unread) == 4, "of each training, which the writer then tells"
+
+
 @pytest.mark.parametrize("replicates", [1, 3])
 def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch, replicates):
     import mlflow

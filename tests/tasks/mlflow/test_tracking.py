@@ -505,6 +505,22 @@ def test_a_sign_of_life_that_is_lost_costs_no_record_and_others_follow(
     assert (writer.problem, runs_of(home)[0].info.status) == (None, "FINISHED")
 
 
+@pytest.mark.parametrize("line", ['{"step": 2, "lo', "null", '{"loss": 1.0}', '{"step": "two", "loss": 1.0}'])
+def test_a_curve_with_a_damaged_line_is_told_and_all_else_is_recorded(
+    home: Path, caplog: pytest.LogCaptureFixture, line: str
+) -> None:
+    history = '{"step": 1, "loss": 2.0}\n' + line
+    with Writer(home, "sparsity") as writer:
+        tracker = track(writer, "curve")
+        tracker.variant("v", "v", {})
+        tracker.log_curve("v", lambda: [json.loads(row) for row in history.splitlines()])
+        tracker.write("v", metrics={"accuracy/sums": 0.5})
+        tracker.finish("FINISHED")
+    assert writer.problem is None
+    assert "the curve of v cannot be read, and is not in MLflow: " in caplog.text
+    assert [run.data.metrics for run in runs_of(home)] == [{}, {"accuracy/sums": 0.5}]
+
+
 @pytest.mark.slow
 def test_two_processes_that_make_the_database_at_once_both_record(home: Path) -> None:
     (home / "mlflow.db").unlink()
