@@ -283,6 +283,7 @@ def test_a_rerun_that_cannot_be_uploaded_whole_leaves_the_shared_result_and_the_
         def run(recipe, inputs, out, context):
             for name in ("one.txt", "two.txt"):
                 (out / name).write_text(text)
+            (context.work / "state").touch()
             return {}
 
         return make_stage(change=run)
@@ -309,6 +310,7 @@ def test_a_rerun_that_cannot_be_uploaded_whole_leaves_the_shared_result_and_the_
     assert after is not None, "what was computed is whole here"
     assert after != before
     assert not list(tmp_path.glob("first/artifacts/evaluate/.*"))
+    assert [path.name for path in first.work(after.key).iterdir()] == [".rerun"], "no state to go on from"
     healed = first.build(write("not computed"), recipe, {}, RUNTIME)
     assert (healed.computed, healed.ref) == (False, after)
     assert read(after, "third") == ["after", "after"]
