@@ -413,8 +413,9 @@ class ArtifactStore:
                 manifest = manifests.read(final) or manifest
         except Exception:  # of the shared store: what was computed is kept here, and the next run shares it
             manifests.commit(temporary, final, manifest)
+            marked = (work / _RERUN).exists()
             shutil.rmtree(work, ignore_errors=True)
-            if replace:
+            if marked:
                 self._begin_rerun(key)  # the mark alone, without a state that a later rerun would go on from
             raise
         if stands:

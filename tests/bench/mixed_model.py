@@ -196,19 +196,26 @@ def _variant(name: str) -> str:
 def judged(
     rows: Sequence[Row], found: dict[tuple[str, str, str], Array], every: bool = True
 ) -> Iterator[tuple[Row, Fit]]:
-    """Yield the report's rows over several trainings, or of the only one, with what the mixed model says of each."""
+    """Yield the report's rows over several trainings, or of the only one, with what the mixed model says of each.
+
+    Of several units on benchmarks of different sizes, the benchmarks stand in place of their mean.
+    """
     several = any(row["benchmark"] == MEAN for row in rows)
     for row in rows:
         if row["gain"] is None or row["replicate"] not in ("all", 0):
             continue
-        if several and row["benchmark"] != MEAN and not every:
-            continue
         key = _variant(row["variant"]), str(row["domain"])
-        parts = [values for name, values in found.items() if name[:2] == key and row["benchmark"] in (name[2], MEAN)]
-        if row["replicate"] == "all":
-            yield row, fit([part.mean(axis=1) for part in parts])
-        elif row["seed"] == "all" or parts[0].shape[1] == 1:
-            yield row, fit([part[0] for part in parts])
+        of_variant = {name[2]: values for name, values in found.items() if name[:2] == key}
+        recipe = row["replicate"] == "all"
+        if not recipe and row["seed"] != "all" and next(iter(of_variant.values())).shape[1] > 1:
+            continue
+        units = {name: values.mean(axis=1) if recipe else values[0] for name, values in of_variant.items()}
+        apart_in_size = len({values.shape for values in units.values()}) > 1 and len(next(iter(units.values()))) > 1
+        if row["benchmark"] == MEAN:
+            if not apart_in_size:
+                yield row, fit(list(units.values()))
+        elif every or apart_in_size or not several:
+            yield row, fit([units[str(row["benchmark"])]])
 
 
 def _text(gain: float, low: float, high: float) -> str:

@@ -276,6 +276,29 @@ def test_a_manifest_that_arrives_while_one_looks_for_a_damaged_one_stands(tmp_pa
     assert ours.ref.problem(machine(tmp_path, url, "third")) is None
 
 
+def test_what_replaces_an_outdated_result_but_could_not_be_uploaded_gives_way_to_another_machines(
+    tmp_path, url, monkeypatch
+):
+    def write(text, summary):
+        def run(recipe, inputs, out, context):
+            (out / "one.txt").write_text(text)
+            return summary
+
+        return make_stage(name="prepare-data", change=run)
+
+    recipe = Evaluate(task="a")
+    first, second, third = (machine(tmp_path, url, name) for name in ("first", "second", "third"))
+    first.build(write("outdated", OUTDATED), recipe, {}, RUNTIME)
+    with monkeypatch.context() as midway:
+        midway.setattr(second.shared._files, "put_file", lambda *_, **__: 1 / 0)
+        with pytest.raises(StageError, match="cannot be written to"):
+            second.build(write("second", {}), recipe, {}, RUNTIME)
+    shared = third.build(write("third", {}), recipe, {}, RUNTIME)
+    taken = second.build(write("not computed", {}), recipe, {}, RUNTIME)
+    assert (taken.computed, taken.ref) == (False, shared.ref)
+    assert (taken.ref.local_path(second) / "one.txt").read_text() == "third"
+
+
 def test_a_rerun_that_cannot_be_uploaded_whole_leaves_the_shared_result_and_the_next_run_shares_its_own(
     tmp_path, url, monkeypatch
 ):
@@ -506,7 +529,8 @@ def test_a_url_of_no_known_service_is_refused_in_a_sentence(tmp_path):
 @pytest.mark.slow
 def test_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_path, url):
     runs, draws = tmp_path / "runs", random.Random(7)
-    keys = [f"key-{number}" for number in range(KILLS)]
+    keys, lost, before = [f"key-{number}" for number in range(KILLS)], 0, []
+    reader, stage = machine(tmp_path, url, "reader"), writes(runs)
     for kill in range(KILLS):
         process = start(tmp_path, url, f"machine-{kill % 3}", runs, *keys)
         for _ in range(draws.randint(1, 2)):  # a busy machine starts it slowly, and a kill is to hit the work
@@ -514,15 +538,15 @@ def test_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_path, url)
         time.sleep(draws.uniform(0, 2 * SECONDS))
         process.kill()
         process.wait()
-        before = computed(runs)
+        new, before = computed(runs)[len(before) :], computed(runs)
+        lost += sum(reader.find("evaluate", reader.key(stage, Evaluate(task=key), {})) is None for key in new)
     assert start(tmp_path, url, "last", runs, *keys).communicate(timeout=300)[0].endswith("built\n")
     after = computed(runs)
-    whole = machine(tmp_path, url, "reader")
     for key in keys:
-        ref = build(whole, runs, key).ref
-        assert (ref.local_path(whole) / "numbers.txt").read_text() == f"{key}\n" * 20_000
+        ref = build(reader, runs, key).ref
+        assert (ref.local_path(reader) / "numbers.txt").read_text() == f"{key}\n" * 20_000
     assert computed(runs) == after  # the reader computed nothing
     assert set(after) == set(keys)
-    assert len(after) - len(keys) <= KILLS  # a kill between the end of the work and its manifest costs that work once
+    assert len(after) == len(keys) + lost, "only what a kill hit between its end and its manifest is computed again"
     assert before  # the kills did not all come too early
     assert not list(tmp_path.glob("reader/artifacts/evaluate/.*"))
