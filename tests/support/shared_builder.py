@@ -1,12 +1,14 @@
-"""A machine that shares a store: run as `python -m tests.support.shared_builder HOME URL RUNS KEY…`.
+"""Machines that share a store: in this process, and, by `start`, in processes of their own.
 
-It builds each key (a file of 200 kB, in about 0.3 s), and appends a line to RUNS whenever it has computed one. Its
-leases beat fast, so that tests need not wait for a minute.
+Such a process (`python -m tests.support.shared_builder HOME URL RUNS KEY…`) builds each key, a file of 200 kB, in about
+0.3 s; whenever one has been computed, here or there, RUNS has a line more. Its leases beat fast, so that tests need not
+wait for a minute.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,23 @@ def writes(runs: Path) -> Stage:
         return {}
 
     return Stage("evaluate", 1, Evaluate, heavy=False, needs=lambda *_: 1 / 0, load=lambda: run)
+
+
+def machine(tmp_path, url, name):
+    return ArtifactStore(tmp_path / name, url)
+
+
+def build(store, runs, task="a", **options):
+    return store.build(writes(runs), Evaluate(task=task), {}, Runtime(), **options)
+
+
+def start(tmp_path, url, name, runs, *keys):
+    command = [sys.executable, "-m", "tests.support.shared_builder", tmp_path / name, url, runs, *keys]
+    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+
+
+def computed(runs: Path) -> list[str]:
+    return [line.split()[0] for line in runs.read_text().splitlines()] if runs.exists() else []
 
 
 def main() -> None:

@@ -3,69 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from mft_core.errors import ConfigError, StageError, told
 from mft_core.recipes import Evaluate, Runtime
-from mft_core.store import shared
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.shared import SharedStore
 from tests.mft_core.store.test_artifacts import make_stage, truncate
 from tests.mft_core.store.test_outdated import OUTDATED
-from tests.support.faults import KILLS
-from tests.support.shared_builder import SECONDS, writes
+from tests.support.shared_builder import build, computed, machine, writes
 
 RUNTIME = Runtime()
-
-
-@pytest.fixture(scope="session")
-def s3_server():
-    """An S3-compatible server of its own process on loopback, with one bucket."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(urllib.request.Request(f"{address}/studies", method="PUT"))
-            break
-        time.sleep(0.1)
-    yield address
-    server.kill()
-    server.wait()
-
-
-@pytest.fixture(params=["a path", "S3"])
-def url(request, tmp_path, monkeypatch):
-    if request.param == "a path":
-        return str(tmp_path / "shared")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something")
-    return f"s3://studies/{tmp_path.name}"
-
-
-def machine(tmp_path, url, name):
-    return ArtifactStore(tmp_path / name, url)
-
-
-def build(store, runs, task="a", **options):
-    return store.build(writes(runs), Evaluate(task=task), {}, RUNTIME, **options)
 
 
 def test_what_an_earlier_version_got_wrong_is_replaced_for_all_machines(tmp_path, url):
@@ -79,15 +30,6 @@ def test_what_an_earlier_version_got_wrong_is_replaced_for_all_machines(tmp_path
         taken = store.build(new, recipe, {}, RUNTIME)
         assert (taken.computed, taken.ref) == (False, right.ref)
         assert (taken.ref.local_path(store) / "other.txt").read_text() == "whole\n"
-
-
-def start(tmp_path, url, name, runs, *keys):
-    command = [sys.executable, "-m", "tests.support.shared_builder", tmp_path / name, url, runs, *keys]
-    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-
-
-def computed(runs: Path) -> list[str]:
-    return [line.split()[0] for line in runs.read_text().splitlines()] if runs.exists() else []
 
 
 def test_what_one_machine_has_computed_another_takes(tmp_path, url):
@@ -406,54 +348,6 @@ def test_a_result_that_cannot_be_shared_is_kept_and_shared_by_the_next_run(tmp_p
     assert machine(tmp_path, url, "second").manifest("evaluate", again.ref.key) == again.manifest
 
 
-def test_a_lease_that_cannot_be_given_back_fails_no_stage(tmp_path, url, monkeypatch, caplog):
-    store, runs = machine(tmp_path, url, "first"), tmp_path / "runs"
-
-    def unreachable(*given):
-        raise ConnectionError("connection reset by peer")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(store.shared, "_mine", unreachable)
-        assert build(store, runs).computed
-    assert "could not be given back" in caplog.text
-    told = []
-    assert not build(store, runs, report=told.append).computed
-    assert not [progress.doing for progress in told if progress.doing], "nobody waits for himself"
-
-
-def test_of_two_who_take_over_a_silent_lease_one_holds_it(tmp_path, url, monkeypatch):
-    monkeypatch.setattr(shared, "BEAT_SECONDS", 0.2)
-    monkeypatch.setattr(shared, "LOST_SECONDS", 2.0)
-    stores = [SharedStore(url) for _ in range(3)]
-    inside, most, done = [], [], []
-
-    def hold(number):
-        with stores[number].lease("key", tmp_path / f"note-{number}", lambda progress: None):
-            inside.append(number)
-            time.sleep(0.3)
-            most.append(len(inside))
-            inside.remove(number)
-        done.append(number)
-
-    stores[0]._create(f"{stores[0]._root}/locks/key", b"gone, process 1, 0")
-    create, both = SharedStore._create, threading.Barrier(2)
-
-    def together(store, path, data):
-        with contextlib.suppress(threading.BrokenBarrierError):
-            both.wait(5)  # both have seen the silence
-        return create(store, path, data)
-
-    monkeypatch.setattr(SharedStore, "_create", together)
-    threads = [threading.Thread(target=hold, args=(number,)) for number in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(done) == [1, 2]
-    assert set(most) == {1}
-    assert not any("/locks/" in name for name in stores[0]._files.find(url))
-
-
 def test_a_store_without_exclusive_creation_is_said_to_have_none(tmp_path, url, monkeypatch, caplog):
     store = machine(tmp_path, url, "first")
     store.check_writable()
@@ -477,41 +371,6 @@ def test_a_look_at_what_others_have_computed_asks_the_shared_store_once(tmp_path
     assert len(asked) == 1
 
 
-def test_two_machines_that_race_for_keys_compute_each_once(tmp_path, url):
-    runs = tmp_path / "runs"
-    keys = ["a", "b", "c", "d"]
-    both = [start(tmp_path, url, "first", runs, *keys), start(tmp_path, url, "second", runs, *reversed(keys))]
-    assert all(process.communicate(timeout=120)[0].endswith("built\n") for process in both)
-    assert sorted(computed(runs)) == keys
-
-
-def test_the_lease_of_a_killed_machine_is_taken_over(tmp_path, url):
-    runs = tmp_path / "runs"
-    first = start(tmp_path, url, "first", runs, "a")
-    files = machine(tmp_path, url, "first").shared._files
-    while not any("/locks/" in name for name in files.find(url)):
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second = start(tmp_path, url, "second", runs, "a")
-    assert second.communicate(timeout=120)[0].endswith("built\n")
-    assert not any("/locks/" in name for name in files.find(url))
-
-
-def test_a_machine_goes_on_at_once_where_a_process_of_its_own_was_killed(tmp_path, url):
-    runs, told = tmp_path / "runs", []
-    killed = start(tmp_path, url, "first", runs, "a")
-    files = machine(tmp_path, url, "first").shared._files
-    while not any("/locks/" in name for name in files.find(url)):
-        time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    assert build(machine(tmp_path, url, "first"), runs, report=told.append).computed
-    assert not [progress.doing for progress in told if progress.doing], "nobody is left to be waited for"
-    assert not any("/locks/" in name for name in files.find(url))
-    assert not list(tmp_path.glob("first/locks/*.lease"))
-
-
 def test_a_store_that_is_not_there_is_refused_before_anything_is_computed(tmp_path, url):
     (tmp_path / "file").write_text("x")
     wrong = "s3://no-such-bucket/x" if url.startswith("s3:") else str(tmp_path / "file" / "below")
@@ -524,29 +383,3 @@ def test_a_store_that_is_not_there_is_refused_before_anything_is_computed(tmp_pa
 def test_a_url_of_no_known_service_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(ConfigError, match=r"MFT_STORE = ftps3://x/y: .*Valid is any URL of fsspec"):
         ArtifactStore(tmp_path, "ftps3://x/y")
-
-
-@pytest.mark.slow
-def test_kills_leave_every_artifact_whole_and_none_computed_twice(tmp_path, url):
-    runs, draws = tmp_path / "runs", random.Random(7)
-    keys, lost, before = [f"key-{number}" for number in range(KILLS)], 0, []
-    reader, stage = machine(tmp_path, url, "reader"), writes(runs)
-    for kill in range(KILLS):
-        process = start(tmp_path, url, f"machine-{kill % 3}", runs, *keys)
-        for _ in range(draws.randint(1, 2)):  # a busy machine starts it slowly, and a kill is to hit the work
-            process.stdout.readline()
-        time.sleep(draws.uniform(0, 2 * SECONDS))
-        process.kill()
-        process.wait()
-        new, before = computed(runs)[len(before) :], computed(runs)
-        lost += sum(reader.find("evaluate", reader.key(stage, Evaluate(task=key), {})) is None for key in new)
-    assert start(tmp_path, url, "last", runs, *keys).communicate(timeout=300)[0].endswith("built\n")
-    after = computed(runs)
-    for key in keys:
-        ref = build(reader, runs, key).ref
-        assert (ref.local_path(reader) / "numbers.txt").read_text() == f"{key}\n" * 20_000
-    assert computed(runs) == after  # the reader computed nothing
-    assert set(after) == set(keys)
-    assert len(after) == len(keys) + lost, "only what a kill hit between its end and its manifest is computed again"
-    assert before  # the kills did not all come too early
-    assert not list(tmp_path.glob("reader/artifacts/evaluate/.*"))
