@@ -138,13 +138,15 @@ def _facets(rows: Sequence[Row], layout: _Layout) -> list[tuple[_Facet, list[str
 
 
 def _styles(rows: Sequence[Row], layout: _Layout) -> dict[str, Style]:
-    """Return how each series is drawn, in the study's order; levels, then methods beside them."""
-    if layout.level is None:
-        return {method_label(method): style.of_method(method) for method in dict.fromkeys(r["method"] for r in rows)}
-    levels = {layout.level.described(value): Style(*look)
-              for value, look in zip(layout.level.values, style.LEVELS, strict=False)}  # fmt: skip
-    others = [row["method"] for row in rows if layout.series_of(row) == method_label(row["method"])]
-    return levels | {method_label(method): style.of_method(method) for method in dict.fromkeys(others)}
+    """Return how each series is drawn, in the study's order: levels, then methods, in other colours."""
+    series, level = {layout.series_of(row) for row in rows}, layout.level
+    methods = {method_label(method): style.of_method(method) for method in dict.fromkeys(r["method"] for r in rows)}
+    if level is None:
+        return methods
+    methods = {label: look for label, look in methods.items() if label in series}
+    taken = {look.color for look in methods.values()}
+    looks = sorted(style.LEVELS, key=lambda look: look[0] in taken)  # those that no method has come first
+    return {level.described(value): Style(*look) for value, look in zip(level.values, looks, strict=False)} | methods
 
 
 def _panel(

@@ -99,6 +99,16 @@ def test_two_settings_of_one_method_are_axis_and_series_and_of_several_methods_a
     ]
 
 
+def test_values_of_a_setting_have_colours_that_no_method_beside_them_has():
+    own = [row("mft", 0.0, **{"mask.fraction": share}) for share in (0.1, 0.5, 1.0)]
+    longer = [row("mft", 0.0, **{"mask.fraction": 0.1, "mask.training.epochs": epochs}) for epochs in (8, 16)]
+    figure = gain_curves.draw([*own, *longer, row("magnitude", 0.0)], "?", 0.95, {})
+    (legend,) = figure.legends
+    looks = {text.get_text(): line.get_color() for text, line in zip(legend.texts, legend.legend_handles, strict=True)}
+    series = [looks[name] for name in ("epochs 8", "epochs 16", "MFT", "magnitude mask")]
+    assert len(set(series)) == len(series)
+
+
 def test_variants_with_a_further_setting_are_not_joined_with_those_that_have_none():
     own = [row("mft", 0.0, sparsity=s) for s in (0.02, 0.1, 0.4)]
     other = [row("mft", 0.1, sparsity=0.1, **{"mask.domain": domain}) for domain in ("sums", "words")]
