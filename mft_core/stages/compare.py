@@ -118,6 +118,7 @@ def run(recipe: Compare, inputs: Mapping[str, Path], out: Path, context: StageCo
     ]
     rivals = [_rival(entry) for entry in entries if entry.columns["method"] in recipe.contest]
     chosen = recipe.confidence, recipe.seed, recipe.margin / 100
+    # a contest is the study's question, and what its sweeps are like no part of it: each is a family of its own
     best = [*best_of_sweeps(entries, *chosen), *best_of_sweeps(rivals, *chosen)]
     for name, content in (("rows", rows), ("winners", best), ("contrasts", contrasts)):
         text = json.dumps(content, indent=1, allow_nan=False)

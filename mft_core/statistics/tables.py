@@ -25,8 +25,8 @@ _WINNERS_LEGEND = (
     "The best of many looks better than it is. Here each method's best variant is chosen by its gain on one half of "
     "the items, and its gain is reported on the other, which had no part in the choice; the mean over 25 random halves "
     "and their complements. The variant shown is the one chosen most often. p-values are twice the median of the "
-    "halves' and adjusted by Holm over this table. *optimism*: how much more the gain was where it was chosen. "
-    "*naive*: what is usually reported."
+    "halves' and adjusted by Holm over this table (of a contest between methods, over its own rows). *optimism*: how "
+    "much more the gain was where it was chosen. *naive*: what is usually reported."
 )
 _DETECTABLE_LEGEND = (
     "The smallest true gain, in points, that this design (items, seeds, replicates) finds with 80% chance, tested "
@@ -35,7 +35,8 @@ _DETECTABLE_LEGEND = (
 _CONTRASTS_LEGEND = (
     "Declared before the study was run. *primary*: on the mean over the study's benchmarks, adjusted by Holm over the "
     "primaries alone, so that nothing else in the study changes their verdicts. A benchmark's own test counts only "
-    "where its primary is decided likewise."
+    "where its primary is decided likewise, adjusted by Holm over the benchmarks of all primaries. These are two "
+    "families; each errs in 5% of studies at most."
 )
 
 

@@ -6,9 +6,10 @@
 
 The primaries are the contrasts that a study declares, on the mean over its benchmarks: Holm (1979) over them, for the
 test of a difference and for that of equivalence. A benchmark's own test of a primary counts only where the primary
-rejects (gatekeeping; Dmitrienko & Tamhane 2007), after Holm over all of the primaries' benchmarks. Everything else is
-exploratory, with false-discovery-rate values (Benjamini & Hochberg 1995). So whatever else a study holds, the verdicts
-of its primaries are the same.
+rejects (a gate), after Holm over all of the primaries' benchmarks: a second family, with 5% of its own. One family for
+both would open no benchmark before all primaries are decided (Dmitrienko & Tamhane 2007), or take from the primaries.
+Everything else is exploratory, with false-discovery-rate values (Benjamini & Hochberg 1995). So whatever else a study
+holds, the verdicts of its primaries are the same.
 
 Looking more than once (`--until decided`) spends alpha over declared numbers of replicates (Lan & DeMets 1983, with the
 spending function of O'Brien & Fleming's type). Each look is tested at its own share, which holds however the looks

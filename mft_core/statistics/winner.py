@@ -71,19 +71,21 @@ def winner(
     candidates: Sequence[Sequence[Stratum]],
     halves: Sequence[Sequence[NDArray[np.bool_]]],
     confidence: float = 0.95,
-    prior: UnitVariance | None = None,
+    priors: Sequence[UnitVariance | None] | None = None,
 ) -> Winner:
     """Choose the candidate of the largest gain on one half of the items and estimate its gain on the other.
 
     Args:
-        candidates: for each its differences on each benchmark; what counts is the mean over the benchmarks.
+        candidates: for each its differences on each benchmark; what counts is the mean over the benchmarks. All have
+            the same replicates; how many seeds each has is its own affair.
         halves: for each split, and each benchmark, the items of one half.
         confidence: of the interval.
-        prior: what earlier studies measured of the trainings' variance.
+        priors: for each candidate, what earlier studies measured of its trainings' variance.
     """
     of_items = [[_of_items(stratum) for stratum in strata] for strata in candidates]
     replicates = candidates[0][0].differences.shape[0]
     over: Over = "recipe" if replicates >= LEAST_REPLICATES else "checkpoint"
+    priors = priors or [None] * len(candidates)
     choices: Counter[int] = Counter()
     where_chosen, reported = [], []
     for split in halves:
@@ -95,7 +97,7 @@ def winner(
             choices[index] += 1
             where_chosen.append(gains[index])
             other = [stratum.items(~part) for stratum, part in zip(candidates[index], chosen, strict=True)]
-            reported.append(estimate(other, over, (1 + confidence) / 2, prior, chosen_from=len(candidates)))
+            reported.append(estimate(other, over, (1 + confidence) / 2, priors[index], chosen_from=len(candidates)))
     naive = [float(np.mean([one.mean() for one in each])) for each in of_items]
     index, times = choices.most_common(1)[0]
     gain = float(np.mean([one.gain for one in reported]))
@@ -137,8 +139,8 @@ def best_of_sweeps(
 ) -> list[dict[str, Any]]:
     """Return one row per sweep and benchmark, and one for the mean over its benchmarks where there are several.
 
-    A sweep is two variants or more of one method and domain that answered the same items, two or more. The p-values
-    are adjusted by Holm over all of the rows.
+    A sweep is two variants or more of one method, domain and number of replicates that answered the same items, two or
+    more. The p-values are adjusted by Holm over all of the rows.
     """
     found: list[tuple[dict[str, Any], Winner]] = []
     for sweep in _sweeps(entries):
@@ -147,7 +149,7 @@ def best_of_sweeps(
             candidates = [[variant[name] for name in asked] for variant in sweep]
             halves = [[half(entry.items, seed + split) for entry in candidates[0]] for split in range(SPLITS)]
             strata = [[entry.stratum for entry in candidate] for candidate in candidates]
-            best = winner(strata, halves, confidence, candidates[0][0].prior)
+            best = winner(strata, halves, confidence, [candidate[0].prior for candidate in candidates])
             items = sum(len(entry.items) for entry in candidates[0])
             named = {"benchmark": asked[0] if len(asked) == 1 else MEAN, **_named(candidates, best), "n": items}
             found.append((named, best))
@@ -168,9 +170,9 @@ def _sweeps(entries: Sequence[Entry]) -> list[list[dict[str, Entry]]]:
     for variant in variants.values():
         columns = next(iter(variant.values())).columns
         questions = tuple((name, entry.items) for name, entry in variant.items())
-        shape = next(iter(variant.values())).stratum.differences.shape[:2]
+        replicates = len(next(iter(variant.values())).stratum.differences)
         if all(len(set(items)) > 1 for _, items in questions):
-            sweeps.setdefault((columns["method"], columns["domain"], questions, shape), []).append(variant)
+            sweeps.setdefault((columns["method"], columns["domain"], questions, replicates), []).append(variant)
     return [sweep for sweep in sweeps.values() if len(sweep) > 1]
 
 

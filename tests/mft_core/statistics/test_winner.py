@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from mft_core.statistics.effects import Stratum, estimate
+from mft_core.statistics.effects import Stratum, UnitVariance, estimate
 from mft_core.statistics.winner import MEAN, Entry, best_of_sweeps, half, winner
 
 N = 200
@@ -152,3 +153,27 @@ def test_the_noise_of_seeds_is_that_of_the_luckiest_of_the_candidates():
     assert best.reported.gain == alone.reported.gain
     assert best.reported.p_value >= alone.reported.p_value
     assert best.reported.high - best.reported.low > alone.reported.high - alone.reported.low
+
+
+def changed(rng: np.random.Generator, seeds: int, gain: float, **columns: Any) -> list[Entry]:
+    """Return two variants with so many seeds, each of which truly gains so much on FFT's wrong answers."""
+    return [
+        replace(entry(FFT, sparsity, **columns), stratum=Stratum((rng.random((1, seeds, N)) < gain) * (1.0 - FFT)))
+        for sparsity in (0.1, 0.2)
+    ]
+
+
+def test_methods_of_other_numbers_of_seeds_contest_each_other():
+    rng = np.random.default_rng(0)
+    one = changed(rng, 1, 0.5, method="any", mask="magnitude")
+    (row,) = best_of_sweeps([*one, *changed(rng, 2, 0.0, method="any", mask="mft")])
+    assert (row["candidates"], row["mask"], row["verdict"]) == (4, "magnitude", "better")
+
+
+def test_each_candidate_is_judged_by_what_is_known_of_its_own_trainings():
+    rng = np.random.default_rng(0)
+    quiet = changed(rng, 2, 0.5, method="any", mask="mft")
+    noisy = [replace(one, prior=UnitVariance(2.0, 9)) for one in changed(rng, 2, 0.1, method="any", mask="random")]
+    (row,), (reverse,) = best_of_sweeps([*quiet, *noisy]), best_of_sweeps([*noisy, *quiet])
+    assert row["mask"] == reverse["mask"] == "mft"
+    assert [row[end] for end in ("gain_low", "gain_high")] == [reverse[end] for end in ("gain_low", "gain_high")]

@@ -282,6 +282,72 @@ def test_a_rerun_that_cannot_be_uploaded_whole_leaves_the_shared_result_and_the_
     assert not first.work(after.key).exists()
 
 
+def replaces(text, dies=False):
+    """Return a stage that writes a text, having kept a state of its work; it may be killed then."""
+
+    def run(recipe, inputs, out, context):
+        (context.work / "state").touch()
+        if dies:
+            raise KeyboardInterrupt
+        (out / "one.txt").write_text(text)
+        return {}
+
+    return make_stage(change=run)
+
+
+def kill_a_rerun(store, recipe):
+    with pytest.raises(KeyboardInterrupt):
+        store.build(replaces("killed", dies=True), recipe, {}, RUNTIME, force=True)
+
+
+def test_a_rerun_that_was_killed_gives_way_to_one_that_another_machine_ended(tmp_path, url):
+    first, second, recipe = machine(tmp_path, url, "first"), machine(tmp_path, url, "second"), Evaluate(task="a")
+    old = first.build(replaces("old"), recipe, {}, RUNTIME).ref
+    kill_a_rerun(first, recipe)
+    new = second.build(replaces("new"), recipe, {}, RUNTIME, force=True).ref
+    assert first.share("evaluate", old.key) == new
+    assert (new.local_path(first) / "one.txt").read_text() == "new"
+    assert second.share("evaluate", old.key) == new
+    assert (first.work(old.key) / "state").exists(), "for the next --rerun to go on from"
+
+
+def test_the_state_of_a_rerun_that_was_killed_stays_when_its_machine_heals_the_shared_store(tmp_path, url):
+    first, recipe = machine(tmp_path, url, "first"), Evaluate(task="a")
+    old = first.build(replaces("old"), recipe, {}, RUNTIME).ref
+    kill_a_rerun(first, recipe)
+    files = first.shared._files
+    files.rm_file(next(name for name in files.find(url) if name.endswith(".json")))
+    assert first.share("evaluate", old.key) == old
+    assert old.problem(machine(tmp_path, url, "second")) is None
+    assert (first.work(old.key) / "state").exists()
+
+
+@pytest.mark.parametrize("looks_in_between", [True, False])
+def test_a_rerun_of_which_the_answer_was_lost_does_not_replace_a_later_one(
+    tmp_path, url, monkeypatch, looks_in_between
+):
+    first, second, recipe = machine(tmp_path, url, "first"), machine(tmp_path, url, "second"), Evaluate(task="a")
+    first.build(replaces("old"), recipe, {}, RUNTIME)
+    push = first.shared.push
+
+    def lost(*given):
+        push(*given)
+        raise ConnectionError("connection reset by peer")
+
+    with monkeypatch.context() as midway:
+        midway.setattr(first.shared, "push", lost)
+        with pytest.raises(ConnectionError):
+            first.build(replaces("earlier"), recipe, {}, RUNTIME, force=True)
+    earlier = second.find("evaluate", first.key(replaces(""), recipe, {}))
+    if looks_in_between:
+        assert first.share("evaluate", earlier.key) == earlier
+        assert not first.work(earlier.key).exists(), "nothing is left to be shared"
+    later = second.build(replaces("later"), recipe, {}, RUNTIME, force=True).ref
+    assert first.share("evaluate", earlier.key) == later != earlier
+    assert (later.local_path(first) / "one.txt").read_text() == "later"
+    assert not first.work(earlier.key).exists()
+
+
 def test_what_is_replaced_while_it_is_fetched_is_fetched_again(tmp_path, url, monkeypatch):
     runs = tmp_path / "runs"
     first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")

@@ -89,6 +89,14 @@ def test_controls_are_no_candidates(decided):
     assert winner_of(report)["candidates"] == 8
 
 
+def test_of_contests_in_several_domains_the_one_that_says_better_answers(decided):
+    report, found = decided(**ALIKE, mft=0.5)
+    assert found.word == "undecided"
+    gains = {"gain": 0.2, "gain_low": 0.1, "gain_high": 0.3, "verdict": "better"}
+    report.tables["winners"].insert(0, {**winner_of(report), "domain": "other", **gains})
+    assert decision(report).word == "better"
+
+
 def planted(profile, home, seed, truth, items):
     """Return report and decision of a study whose masks truly gain `truth(variant)`, on answers drawn at random."""
     rng = np.random.default_rng(seed)
