@@ -3,7 +3,9 @@
     $MFT_HOME/artifacts/<stage>/<key>/manifest.json   sizes and sha256 of the payload, recipe, inputs, provenance
     $MFT_HOME/artifacts/<stage>/<key>/...             the payload
     $MFT_HOME/work/<key>/                             resumable state of unfinished work
-    $MFT_HOME/work/<key>/.rerun                       that work began with `force`; a later `force` goes on with it
+    $MFT_HOME/work/<key>/.rerun                       that work began with `force`; a later `force` goes on with it.
+                                                      Its lines: the digest of the shared result that it is to replace,
+                                                      and its own once it is finished and only could not be shared
     $MFT_HOME/locks/<key>                             held with flock while the key is computed; names who holds it
 
 A stage writes into a temporary directory; payload and manifest are fsynced, then the directory is renamed into place.
@@ -224,7 +226,7 @@ class ArtifactStore:
         if found is None or self.shared is None or not self.directory(stage, key).exists():
             return found
         there = self.shared.manifest(stage, key)
-        if there is not None and there["digest"] == found.digest:
+        if there is not None and there["digest"] == found.digest and len(self._rerun(key)) < 2:
             return found
         with self.lock(key):
             damage, manifest = self.look(stage, key, inputs, held=True)
@@ -237,19 +239,21 @@ class ArtifactStore:
         if self.shared is None or not own.exists():
             return manifest
         there = self.shared.manifest(stage, key)
-        rerun = (self.work(key) / _RERUN).exists()  # it was computed again, and could not be shared yet
+        mark = self._rerun(key)
+        # what took the place of the one that was to be replaced is newer than the one here
+        rerun = there is not None and mark == [there["digest"], manifest["digest"]]
         if there is None or (there["digest"] != manifest["digest"] and (rerun or self._outdated(there, inputs))):
-            if self.shared.push(stage, key, own, manifest, replace=there is not None):
-                shutil.rmtree(self.work(key), ignore_errors=True)
-                return manifest
-            there = self.shared.manifest(stage, key)
-        if there is None or there["digest"] == manifest["digest"]:
-            return manifest
-        logging.getLogger("mft").warning(
-            "%s %s: the shared store has another result, which is taken in place of the one here", stage, key[:12]
-        )
-        self.shared.pull(stage, key, own)  # verified before it takes the place of a whole copy
-        return there
+            pushed = self.shared.push(stage, key, own, manifest, replace=there is not None)
+            there = manifest if pushed else self.shared.manifest(stage, key)
+        if there is not None and there["digest"] != manifest["digest"]:
+            logging.getLogger("mft").warning(
+                "%s %s: the shared store has another result, which is taken in place of the one here", stage, key[:12]
+            )
+            self.shared.pull(stage, key, own)  # verified before it takes the place of a whole copy
+            manifest = there
+        if len(mark) == 2:  # it waits no more; the state of a rerun that was killed stays
+            shutil.rmtree(self.work(key), ignore_errors=True)
+        return manifest
 
     def damage(self, stage: str, key: str, inputs: Mapping[str, Input] = {}) -> str | None:
         """Say what is wrong with the artifact ("missing", "model/config.json: 3 bytes, not 7"), or None if whole."""
@@ -357,7 +361,7 @@ class ArtifactStore:
             if problem != "missing":
                 log.warning("%s %s is computed again: %s", stage.name, key[:12], problem)
             if force:
-                self._begin_rerun(key)
+                self._begin_rerun(stage.name, key)
             replace = force or manifest is not None  # that of the shared store, which is outdated
             context = StageContext(runtime, self.work(key), report, log)
             return self._compute(stage, key, recipe, inputs, context, notes or {}, replace)
@@ -413,10 +417,11 @@ class ArtifactStore:
                 manifest = manifests.read(final) or manifest
         except Exception:  # of the shared store: what was computed is kept here, and the next run shares it
             manifests.commit(temporary, final, manifest)
-            marked = (work / _RERUN).exists()
+            begun = self._rerun(key)
             shutil.rmtree(work, ignore_errors=True)
-            if marked:
-                self._begin_rerun(key)  # the mark alone, without a state that a later rerun would go on from
+            if begun:
+                work.mkdir(exist_ok=True)  # for the mark alone, without a state that a later rerun would go on from
+                (work / _RERUN).write_text(f"{begun[0]}\n{manifest['digest']}")
             raise
         if stands:
             manifests.commit(temporary, final, manifest)
@@ -424,13 +429,20 @@ class ArtifactStore:
         shutil.rmtree(work, ignore_errors=True)
         return Built(ArtifactRef.of(manifest), True, manifest)
 
-    def _begin_rerun(self, key: str) -> None:
+    def _begin_rerun(self, stage: str, key: str) -> None:
         """Drop the state of earlier work, unless that work is a rerun which was cut short: then it goes on."""
-        marker = self.work(key) / _RERUN
-        if not marker.exists():
+        there = self.shared.manifest(stage, key) if self.shared else None
+        if len(self._rerun(key)) != 1:
             shutil.rmtree(self.work(key), ignore_errors=True)
-            marker.parent.mkdir(parents=True)
-            marker.touch()
+            self.work(key).mkdir(parents=True)
+        (self.work(key) / _RERUN).write_text(there["digest"] if there else "")
+
+    def _rerun(self, key: str) -> list[str]:
+        """Return the lines of the mark of a rerun: none, one while it is unfinished, two until it is shared."""
+        try:
+            return (self.work(key) / _RERUN).read_text().split("\n")
+        except FileNotFoundError:
+            return []
 
     def _run(
         self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Input], out: Path, context: StageContext
