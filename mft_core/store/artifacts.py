@@ -83,11 +83,14 @@ class ArtifactRef(BaseModel):
 
     def local_path(self, store: ArtifactStore) -> Path:
         """Return where the payload (or its part) lies, fetched if only the shared store has it."""
-        return store.fetched(self.stage, self.key) / self.part
+        return store.fetched(self.stage, self.key, self.digest) / self.part
 
     def problem(self, store: ArtifactStore) -> str | None:
         """Say why the artifact is no longer what the digest names, or None if it is."""
         damage, manifest = store.look(self.stage, self.key)
+        if manifest is not None and manifest["digest"] != self.digest:  # it was computed again elsewhere, perhaps
+            self.local_path(store)
+            damage, manifest = store.look(self.stage, self.key)
         changed = manifest is not None and manifest["digest"] != self.digest
         return damage or ("another result has taken its place" if changed else None)
 
@@ -158,16 +161,29 @@ class ArtifactStore:
         """Return where the artifact lies or would lie on this machine."""
         return self.home / "artifacts" / stage / key
 
-    def fetched(self, stage: str, key: str) -> Path:
+    def fetched(self, stage: str, key: str, digest: str | None = None) -> Path:
         """Return where the artifact lies on this machine, fetched from the shared store if it did not.
+
+        Args:
+            digest: of the result that is meant: another one here gives way to it, if the shared store has it.
 
         Raises:
             StageError: what the shared store holds is damaged, or gone.
         """
         final = self.directory(stage, key)
-        if self.shared and self._own_damage(stage, key):
+
+        def lacks(shared: SharedStore) -> bool:
+            if self._own_damage(stage, key):
+                return True
+            own = manifests.read(final)
+            if digest is None or own is None or own["digest"] == digest:
+                return False
+            there = shared.manifest(stage, key)
+            return there is not None and there["digest"] == digest
+
+        if self.shared and lacks(self.shared):
             with self.lock(key):
-                if self._own_damage(stage, key):  # no other process has done it meanwhile
+                if lacks(self.shared):  # no other process has done it meanwhile
                     self.shared.pull(stage, key, final)
         return final
 

@@ -348,6 +348,30 @@ def test_a_rerun_of_which_the_answer_was_lost_does_not_replace_a_later_one(
     assert not first.work(earlier.key).exists()
 
 
+def test_an_input_that_another_machine_computed_again_takes_the_place_of_an_older_copy(tmp_path, url):
+    worker, other, recipe = machine(tmp_path, url, "worker"), machine(tmp_path, url, "other"), Evaluate(task="a")
+    old = worker.build(replaces("old"), recipe, {}, RUNTIME).ref
+    new = other.build(replaces("new"), recipe, {}, RUNTIME, force=True).ref
+    reads = make_stage(change=lambda recipe, inputs, out, context: {"read": (inputs["model"] / "one.txt").read_text()})
+    with pytest.raises(StageError, match="another result has taken its place"):
+        other.build(reads, Evaluate(task="b"), {"model": old}, RUNTIME)
+    assert (old.local_path(worker) / "one.txt").read_text() == "old", "nothing better is there"
+    built = worker.build(reads, Evaluate(task="b"), {"model": new}, RUNTIME)
+    assert built.manifest["summary"] == {"read": "new"}
+
+
+def test_an_input_that_is_replaced_while_a_stage_reads_it_is_told(tmp_path, url):
+    worker, other, recipe = machine(tmp_path, url, "worker"), machine(tmp_path, url, "other"), Evaluate(task="a")
+    old = worker.build(replaces("old"), recipe, {}, RUNTIME).ref
+
+    def replaced(recipe, inputs, out, context):
+        other.build(replaces("new"), recipe, {}, RUNTIME, force=True).ref.local_path(worker)
+        return {}
+
+    with pytest.raises(StageError, match="another result has taken its place"):
+        worker.build(make_stage(change=replaced), recipe, {"model": old}, RUNTIME)
+
+
 def test_what_is_replaced_while_it_is_fetched_is_fetched_again(tmp_path, url, monkeypatch):
     runs = tmp_path / "runs"
     first, second = machine(tmp_path, url, "first"), machine(tmp_path, url, "second")
