@@ -6,7 +6,7 @@ directory. A thread samples twice a second (under a hundredth of a core).
 - *Memory*: on a GPU the most that torch had allocated there (of this process); else by how much the resident memory of
   this process and its children grew, free memory having been given back to the system before.
 - *Energy*: of the whole devices, whoever used them: GPUs that torch uses (NVML, where `nvidia-ml-py` is there) and CPU
-  packages (RAPL, whose files can often be read by root alone); None where nothing can be read.
+  packages (RAPL, whose files can often be read by root alone); None where nothing can be read, or one of them fails.
 
 Both speak of the stage only if no other one ran in this process meanwhile: `alone`. Used by `mft_core.store.artifacts`.
 """
@@ -104,6 +104,7 @@ class Meter:
         self._peak = 0
         self._cpu = cpu_counters()
         self._gpu: list[Counter] = []
+        self._counts = True
         self.used: dict[str, Any] = {}
         """seconds, peak_memory_bytes, energy_joules, device and alone, of all attempts together; known at the end"""
 
@@ -132,7 +133,7 @@ class Meter:
 
     def _account(self) -> dict[str, Any]:
         before = self._before
-        counters = self._cpu + self._gpu
+        counters = self._cpu + self._gpu if self._counts else []
         joules = before.get("energy_joules") if before else 0.0
         if joules is not None:
             joules = round(joules + sum(counter.joules for counter in counters), 1) if counters else None
@@ -155,9 +156,15 @@ class Meter:
 
     def _sample(self) -> None:
         self._peak = max(self._peak, _resident() - self._resident)
-        self._gpu = self._gpu or gpu_counters()
-        for counter in self._cpu + self._gpu:
-            counter.sample()
+        if not self._counts:
+            return
+        try:
+            self._gpu = self._gpu or gpu_counters()
+            for counter in self._cpu + self._gpu:
+                counter.sample()
+        except Exception as error:  # of NVML: a slice of a GPU, one before Volta, one that was lost, no library
+            self._counts = False  # and a stage's result is not lost for it
+            _tell_once(f"{type(error).__name__}: {error}")
 
     def _keep(self) -> None:
         if self._kept.parent.is_dir():  # not where the stage's state was thrown away
@@ -165,6 +172,12 @@ class Meter:
                 keep(self._kept, self._account())
             except OSError as error:  # of a full disk, perhaps: that is the stage's to tell
                 logging.getLogger("mft").warning("what was used up to now cannot be kept: %s", error)
+
+
+@functools.cache
+def _tell_once(problem: str) -> None:
+    """Say in the log why the energy is not known: of all stages of a process once, since it is the same for each."""
+    logging.getLogger("mft").warning("the energy that stages use is not known here: %s", problem)
 
 
 def processor() -> str:

@@ -4,11 +4,15 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from mft_core.recipes import Evaluate, Runtime
 from mft_core.sandbox import limited
+from mft_core.stage import Stage
 from mft_core.store import usage
+from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.kept import keep
 from mft_core.store.usage import KEPT, Meter
 
@@ -97,3 +101,51 @@ def test_where_nothing_can_be_read_there_is_no_energy(tmp_path, monkeypatch):
     with Meter(tmp_path) as meter:
         pass
     assert meter.used["energy_joules"] is None
+
+
+class NVMLError(Exception):
+    """As that of `pynvml`, which is not among the tested packages."""
+
+
+@pytest.mark.parametrize(
+    ("fails", "readings"),
+    [
+        pytest.param("nvmlInit", 0, id="without libnvidia-ml"),
+        pytest.param("nvmlDeviceGetHandleByUUID", 0, id="a MIG slice"),
+        pytest.param("nvmlDeviceGetTotalEnergyConsumption", 0, id="before Volta"),
+        pytest.param("nvmlDeviceGetTotalEnergyConsumption", 1, id="lost meanwhile"),
+    ],
+)
+def test_a_gpu_that_does_not_tell_its_energy_costs_no_result(tmp_path, monkeypatch, caplog, fails, readings):
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True, device_count=lambda: 1, memory_reserved=lambda index: 1,
+        get_device_properties=lambda index: SimpleNamespace(uuid="x"), max_memory_allocated=lambda: 5,
+        get_device_name=lambda: "A100 MIG", reset_peak_memory_stats=lambda: None,
+    )  # fmt: skip
+    calls = []
+
+    def answer(name):
+        calls.append(name)
+        if name == fails and calls.count(name) > readings:
+            raise NVMLError(f"Not Supported by {fails} after {readings}")
+        return 1
+
+    names = ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"]
+    nvml = {name: lambda *_, name=name: answer(name) for name in names}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**nvml))
+    monkeypatch.setattr(usage, "SAMPLE_SECONDS", 0.01)
+
+    def run(recipe, inputs, out, context):
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        (out / "one.txt").write_text("hours of work")
+        time.sleep(0.1)
+        return {}
+
+    store = ArtifactStore(tmp_path)
+    for task in ("a", "b"):
+        stage = Stage("evaluate", 1, Evaluate, heavy=True, needs=lambda *_: 1 / 0, load=lambda: run)
+        built = store.build(stage, Evaluate(task=task), {}, Runtime())
+        assert (built.ref.local_path(store) / "one.txt").read_text() == "hours of work"
+        assert built.manifest["provenance"]["energy_joules"] is None
+        assert built.manifest["provenance"]["device"] == "A100 MIG"
+    assert caplog.text.count("Not Supported") == 1
