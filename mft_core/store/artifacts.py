@@ -28,6 +28,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -258,7 +259,8 @@ class ArtifactStore:
         mark = self._rerun(key)
         # what took the place of the one that was to be replaced is newer than the one here
         rerun = there is not None and mark == [there["digest"], manifest["digest"]]
-        if there is None or (there["digest"] != manifest["digest"] and (rerun or self._outdated(there, inputs))):
+        differs = there is not None and there["digest"] != manifest["digest"]
+        if there is None or (differs and (rerun or self._outdated(there, inputs, self.shared))):
             pushed = self.shared.push(stage, key, own, manifest, replace=there is not None)
             there = manifest if pushed else self.shared.manifest(stage, key)
         if there is not None and there["digest"] != manifest["digest"]:
@@ -293,7 +295,7 @@ class ArtifactStore:
         shared = self.shared.manifest(stage, key) if problem and self.shared else None
         if shared is None:
             return problem, None if problem else own
-        if wrong := self._outdated(shared, inputs):
+        if wrong := self._outdated(shared, inputs, self.shared):
             return wrong, shared
         if problem != "missing":
             with contextlib.nullcontext() if held else self.lock(key):
@@ -302,14 +304,20 @@ class ArtifactStore:
                     manifests.discard(self.directory(stage, key))
         return None, shared
 
-    def _outdated(self, manifest: dict[str, Any] | None, inputs: Mapping[str, Input]) -> str | None:
+    def _outdated(
+        self, manifest: dict[str, Any] | None, inputs: Mapping[str, Input], shared: SharedStore | None = None
+    ) -> str | None:
+        """Say what a mended fault left in this machine's artifact, or in that of the shared store if it is given."""
+        if manifest is None:
+            return None
+
         def given(name: str) -> Path | None:
             ref = inputs.get(name)
             if isinstance(ref, Source) and ref.kind == "model":  # of which no more than the tokenizer is looked at
                 ref = ref.model_copy(update={"kind": "tokenizer"})
             return ref.local_path(self) if ref else None
 
-        return outdated(manifest, self.directory(manifest["stage"], manifest["key"]), given) if manifest else None
+        return outdated(manifest, partial((shared or self).read, manifest["stage"], manifest["key"]), given)
 
     def _own_damage(self, stage: str, key: str) -> str | None:
         directory = self.directory(stage, key)

@@ -13,14 +13,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+Payload = Callable[[str], bytes | None]
+"""returns one file of an artifact's payload, or None where it has no such file"""
+
 _SEVERAL = re.compile(r"^repeats:\s*([2-9]|\d{2})", re.MULTILINE)
 
 
-def outdated(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], Path | None]) -> str | None:
+def outdated(manifest: Mapping[str, Any], payload: Payload, given: Callable[[str], Path | None]) -> str | None:
     """Say in what a whole artifact is wrong, or None.
 
     Args:
-        payload: its directory on this machine, if it is here.
+        payload: that which the manifest describes.
         given: returns where an input lies, or None where there is none of that name.
     """
     if manifest["stage"] == "prepare-data":
@@ -31,15 +34,16 @@ def outdated(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], 
         wrong = None if "allow_code" in manifest["recipe"] else _evaluated_wrongly(manifest, payload, given)
         return wrong or (None if "answered_together" in manifest["recipe"] else _answers_dropped(payload, given))
     elif manifest["stage"] == "compare" and manifest["recipe"].get("contest"):
-        winners = payload / "winners.json"
-        if winners.is_file() and '"sentence"' not in winners.read_text(encoding="utf-8"):
+        winners = payload("winners.json")
+        if winners is not None and b'"sentence"' not in winners:
             return "an earlier version did not say what can be told of the contest's winner"
     return None
 
 
-def _evaluated_wrongly(manifest: Mapping[str, Any], payload: Path, given: Callable[[str], Path | None]) -> str | None:
-    items = payload / "items.jsonl"
-    if items.is_file() and '"target": "None"' in items.read_text(encoding="utf-8"):
+def _evaluated_wrongly(
+    manifest: Mapping[str, Any], payload: Payload, given: Callable[[str], Path | None]
+) -> str | None:
+    if b'"target": "None"' in (payload("items.jsonl") or b""):
         return "an earlier version scored items without an answer"
     model = given("model") if manifest["recipe"]["apply_chat_template"] else None
     if model is None:
@@ -56,13 +60,14 @@ def _evaluated_wrongly(manifest: Mapping[str, Any], payload: Path, given: Callab
     return None
 
 
-def _answers_dropped(payload: Path, given: Callable[[str], Path | None]) -> str | None:
+def _answers_dropped(payload: Payload, given: Callable[[str], Path | None]) -> str | None:
     """Look whether a task asked for several answers to a prompt, where each item has one."""
-    folder, items = given("benchmark"), payload / "items.jsonl"
-    if folder is None or not items.is_file():
+    folder = given("benchmark")
+    if folder is None:
         return None
     several = any(_SEVERAL.search(path.read_text(encoding="utf-8")) for path in folder.glob("*.y*ml"))
-    if several and '"response": [' not in items.read_text(encoding="utf-8"):
+    items = payload("items.jsonl") if several else None
+    if items is not None and b'"response": [' not in items:
         return "an earlier version scored the first of several sampled answers alone"
     return None
 

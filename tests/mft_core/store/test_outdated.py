@@ -12,6 +12,7 @@ from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
 from mft_core.store.sources import local_checkpoint, local_files
 from tests.mft_core.store.test_artifacts import build, make_stage
+from tests.support.shared_builder import machine
 from tests.support.tiny import make_tokenizer
 
 OUTDATED = {"cut": 2}
@@ -139,3 +140,52 @@ def test_a_contest_of_which_the_sentence_was_not_kept_is_judged_again(store, con
     winner["sentence"] = "no gain above 1 point is compatible with these data"
     assert computed() == bool(contest)
     assert not computed()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "item"),
+    [("allow_code", {"target": "None", "response": ["3"]}), ("answered_together", {"target": "3", "response": "3"})],
+)
+def test_an_evaluation_that_only_the_shared_store_has_is_looked_at_there(tmp_path, monkeypatch, lacks, item):
+    (tmp_path / "task.yaml").write_text("task: sums\nrepeats: 2\n")
+    inputs, seal = {"benchmark": local_files(tmp_path, ["task.yaml"])}, manifests.seal
+
+    def evaluate(recipe, given, out, context):
+        (out / "items.jsonl").write_text(json.dumps(item) + "\n")
+        return {}
+
+    def made(name):
+        return machine(tmp_path, str(tmp_path / "shared"), name).build(
+            make_stage(change=evaluate), Evaluate(task="sums"), inputs, Runtime()
+        )
+
+    def earlier(content):
+        return seal({**content, "recipe": {name: of for name, of in content["recipe"].items() if name != lacks}})
+
+    with monkeypatch.context() as version:
+        version.setattr(manifests, "seal", earlier)
+        wrong = made("first").ref
+    second = machine(tmp_path, str(tmp_path / "shared"), "second")
+    assert second.share("evaluate", wrong.key, inputs) is None
+    assert not second.directory("evaluate", wrong.key).exists(), "one file is read where it lies"
+    item.update(target="3", response=["3", "4"])
+    assert made("second").computed
+    assert not made("third").computed
+
+
+def test_which_of_two_contests_was_judged_by_an_earlier_version_each_of_them_says(tmp_path):
+    recipe = Compare(question="?", variants=({"method": "fft"},), contest=("mft",))
+
+    def build(store, winner):
+        def compare(recipe, inputs, out, context):
+            (out / "winners.json").write_text(json.dumps([winner]))
+            return {}
+
+        return store.build(make_stage(name="compare", change=compare), recipe, {}, Runtime())
+
+    right = {"sentence": "no gain above 1 point is compatible with these data"}
+    own = build(ArtifactStore(tmp_path / "right"), right).ref
+    build(machine(tmp_path, str(tmp_path / "shared"), "wrong"), {"method": "contest"})
+    assert machine(tmp_path, str(tmp_path / "shared"), "right").share("compare", own.key) == own
+    healed = build(machine(tmp_path, str(tmp_path / "shared"), "wrong"), right)
+    assert (healed.computed, healed.ref) == (False, own), "the one there is not judged by the one here"
