@@ -148,7 +148,9 @@ def run_study(
         outcomes = run_nodes(nodes, place, display, rerun, done)
         cached = {node_id for node_id, outcome in outcomes.items() if outcome.cached}
         reports = [read_report(plan, store, cached) for plan in plans]
-        pages = [write_part(report, whole, asked, store) for report in reports]
+        pages = [
+            write_part(report, whole, asked, store, anew=not cached >= set(report.everything)) for report in reports
+        ]
         for report, page, recorder in zip(reports, pages, recorders, strict=True):
             recorder.record(report, cached, page.parent)
         for report, page, recorder in zip(reports, pages, recorders, strict=True):

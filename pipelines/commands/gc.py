@@ -1,9 +1,9 @@
 """What under `MFT_HOME` no kept study reaches, and its removal; called by `mft gc`.
 
-A study is kept as long as its page lies in `reports/`: beside it stands which artifacts its result rests on (`ROOTS`,
-written with the page). Kept are also comparisons, which later ones look back on, and what was made or asked for in the
-last days, as by a run that was killed, with its inputs. While a run lives nothing is done, and none begins meanwhile; a
-store that machines share is not touched.
+A study is kept as long as its page lies in `reports/`: beside it stands which artifacts its result rests on
+(`pipelines.commands.roots`). Kept are also comparisons, which later ones look back on, and what was made or asked for
+in the last days, as by a run that was killed, with its inputs. While a run lives nothing is done, and none begins
+meanwhile; a store that machines share is not touched.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
-import logging
 import os
 import re
 import shutil
@@ -24,16 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
-
 from mft_core.errors import ConfigError
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
+from pipelines.commands.roots import ROOTS, Root, read
 from pipelines.servers.runs import LOCK, runs
 from pipelines.servers.services import prefect_home
 from tasks.mlflow.client import tracking_uri
 
-ROOTS = "artifacts.json"
 _HALF_MADE = ("artifacts/*/.*", "reports/*/.unf*", "models/.incomplete-*", ".fetch-*")
 """under `MFT_HOME`: what killed runs and fetches left"""
 _ALL = 10**9
@@ -41,39 +37,6 @@ _ALL = 10**9
 _ENDED = "state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') AND end_time < :until"
 _KILLED = "state_type IN ('RUNNING', 'PENDING', 'CANCELLING') AND coalesce(start_time, created) < :until"
 """what Prefect has of flow runs that nobody could tell it the end of: no run lives here"""
-
-
-class _Root(BaseModel):
-    result: str | None
-    artifacts: list[str]
-
-
-def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str]) -> None:
-    """Say beside a page what its result rests on; what other commands have written there stays kept.
-
-    Where that is damaged it is left: what it kept would count as waste.
-
-    Args:
-        result: key by which MLflow knows it.
-        artifacts: `stage/key` each.
-    """
-    path = page.with_name(ROOTS)
-    try:
-        before = _read_roots(path)
-    except FileNotFoundError:
-        before = {}
-    except (OSError, ValueError):
-        logging.getLogger("mft").warning("%s is damaged and is left as it is; `mft gc` says what to do", path)
-        return
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    roots = {**before, command: _Root(result=result, artifacts=sorted(artifacts))}
-    text = json.dumps({name: root.model_dump() for name, root in roots.items()}, indent=1)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _read_roots(path: Path) -> dict[str, _Root]:
-    return TypeAdapter(dict[str, _Root]).validate_json(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -153,11 +116,11 @@ def _touched(path: Path) -> float:
     return max(each.lstat().st_mtime for each in (path, *within))
 
 
-def _roots(home: Path) -> list[_Root]:
-    found: list[_Root] = []
+def _roots(home: Path) -> list[Root]:
+    found: list[Root] = []
     for page in sorted((home / "reports").glob("*/report.html")):
         try:
-            found += _read_roots(page.with_name(ROOTS)).values()
+            found += read(page).values()
         except (OSError, ValueError) as error:
             text = page.with_suffix(".md").read_text("utf-8", "replace") if page.with_suffix(".md").is_file() else ""
             ran = re.search(r"\bmft run ([^`\n]+)", text)

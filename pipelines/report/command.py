@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.commands.gc import keep
+from pipelines.commands.roots import Root, is_current, keep, state
 from pipelines.config import yaml_to_setups
 from pipelines.config.study import Study, load_study
 from pipelines.report.asked import Asked
 from pipelines.report.chosen import for_profile, refuse_edges
 from pipelines.report.composite import composite_report
 from pipelines.report.looks import declared, undecided
-from pipelines.report.page import write_report
-from pipelines.report.report import NotRun, Report, find_report, rests_on, result_key
+from pipelines.report.page import PAGE, write_report
+from pipelines.report.report import NotRun, Report, find_report
 
 
 def write(asked: Asked, out: Path | None, sync: bool) -> tuple[list[Report], Path]:
@@ -86,11 +86,20 @@ def check_choices(reports: Sequence[Report]) -> None:
             refuse_edges(report.plan.study.name, choices)
 
 
-def write_part(report: Report, whole: Study, asked: Asked, store: ArtifactStore, out: Path | None = None) -> Path:
-    """Write the pages of one part; returns the HTML page."""
-    own = _asked_of(report, whole, asked)
-    page = write_report(report, _folder(report, whole, asked, store, out), own)
-    keep(page, own.command, result_key(report.plan, store), rests_on(report.plan, store))
+def write_part(
+    report: Report, whole: Study, asked: Asked, store: ArtifactStore, out: Path | None = None, *, anew: bool = True
+) -> Path:
+    """Write the pages of one part; returns the HTML page.
+
+    Args:
+        anew: also where they are there as this code would write them.
+    """
+    own, folder = _asked_of(report, whole, asked), _folder(report, whole, asked, store, out)
+    page = folder / PAGE
+    made_of = [report.result, *report.looks, *(manifest["manifest_sha256"] for manifest in report.everything.values())]
+    if anew or not is_current(page, own.command, made_of):
+        write_report(report, folder, own)
+        keep(page, own.command, Root(result=report.result, artifacts=report.artifacts, pages=state(page, made_of)))
     return page
 
 
@@ -100,7 +109,7 @@ def write_index(
     """Write the index of a study that is made of studies, whose pages are written; returns the HTML page."""
     parts = [(report, _folder(report, whole, asked, store, out)) for report in reports]
     page = composite_report(whole, parts, out or asked.directory(store), asked)
-    keep(page, asked.command, None, [])  # its parts say it
+    keep(page, asked.command, Root(result=None, artifacts=[]))  # its parts say it
     return page
 
 

@@ -123,11 +123,10 @@ class Recorder:
             cached: ids of the nodes that were served from the cache.
             pages: the folder of the report's files, its tables among them, attached as `report/`.
         """
-        self._result = result_key(report.plan, self._store)
+        self._result = report.result
         if all(node_id in cached for node_id in report.manifests):
             self._how = "cached"
-        if self._result:
-            self._tracker.recorded(self._result)
+        self._tracker.recorded(self._result)
         self._tracker.attach(pages, "report")
         self._tracker.save_view(report.rows)
         self._record_result(report, pages / FIGURE)

@@ -56,6 +56,18 @@ class Report:
     """the trainings with which the same study was compared before, fewer ones"""
     analyses: Mapping[str, Path] = field(default_factory=dict)
     """directories of the study's analyses by name: `section.md`, figures, `rows.json`"""
+    everything: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """as `manifests`, with those of the stages behind the analyses"""
+
+    @functools.cached_property
+    def result(self) -> str:
+        """The key of all that the study has found on its profile."""
+        return _result_key(self.plan, self.everything)
+
+    @property
+    def artifacts(self) -> list[str]:
+        """`stage/key` of every artifact behind the result."""
+        return sorted(f"{manifest['stage']}/{manifest['key']}" for manifest in self.everything.values())
 
     @functools.cached_property
     def contrasts(self) -> list[Row]:
@@ -100,17 +112,12 @@ def slug(name: str) -> str:
 
 def result_key(plan: Plan, store: ArtifactStore) -> str | None:
     """Return the key of all that a study has found on a profile; None while something is to be computed."""
-    nodes = _asked_for(plan)
-    manifests = _manifests(closure(nodes), store)
-    if any(node.id not in manifests for node in nodes):
-        return None
-    return digest([plan.profile.name, *(manifests[node.id]["key"] for node in nodes)])
+    manifests = _manifests(closure(_asked_for(plan)), store)
+    return _result_key(plan, manifests) if all(node.id in manifests for node in _asked_for(plan)) else None
 
 
-def rests_on(plan: Plan, store: ArtifactStore) -> list[str]:
-    """Return `stage/key` of every artifact behind a study's result."""
-    manifests = _manifests(closure(_asked_for(plan)), store).values()
-    return [f"{manifest['stage']}/{manifest['key']}" for manifest in manifests]
+def _result_key(plan: Plan, manifests: Mapping[str, dict[str, Any]]) -> str:
+    return digest([plan.profile.name, *(manifests[node.id]["key"] for node in _asked_for(plan))])
 
 
 def _asked_for(plan: Plan) -> list[Node]:
@@ -149,9 +156,9 @@ def read_report(plan: Plan, store: ArtifactStore, cached: Container[str]) -> Rep
         cached: ids of the nodes that were served from the cache in this run.
     """
     comparison, analyses = comparison_node(plan), analysis_nodes(plan)
-    behind = [comparison, *(node for item in plan.variants for node in item.validations.values())]
-    behind += plan.search.nodes if plan.search else []
-    found = _manifests(closure([*behind, *analyses.values()]), store)
+    asked, apart = _asked_for(plan), {node.id for node in analyses.values()}
+    behind = [node for node in asked if node.id not in apart]
+    found = _manifests(closure(asked), store)
     manifests = {node.id: found[node.id] for node in closure(behind) if node.id in found}
 
     def directory_of(node: Node) -> Path:
@@ -178,7 +185,7 @@ def read_report(plan: Plan, store: ArtifactStore, cached: Container[str]) -> Rep
     table = (directory / "table.md").read_text(encoding="utf-8")
     looks = earlier_looks(manifests[comparison.id], store)
     payloads = {name: directory_of(node) for name, node in analyses.items()}
-    return Report(rows, table, directory, plan, manifests, looks, payloads)
+    return Report(rows, table, directory, plan, manifests, looks, payloads, found)
 
 
 def _of_training(item: Variant, manifest: dict[str, Any]) -> Row:

@@ -122,13 +122,18 @@ def mlflow_runs(folder):
     return client.search_runs([experiment.experiment_id], max_results=200)
 
 
-def test_a_second_run_executes_no_stage_makes_no_cluster_and_no_run_in_mlflow_and_gives_the_same_answer(
+def written(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "home" / "reports").rglob("*.*")}
+
+
+def test_a_second_run_executes_no_stage_makes_no_cluster_no_page_and_no_run_in_mlflow_and_gives_the_same_answer(
     folder, first, monkeypatch
 ):
-    before = [item.info.run_id for item in mlflow_runs(folder)]
+    before, pages = [item.info.run_id for item in mlflow_runs(folder)], written(folder)
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     rows, err = run(folder)
     assert [item.info.run_id for item in mlflow_runs(folder)] == before
+    assert written(folder) == pages
     assert computed(err) == []
     imported = {line.split("|")[-1].strip() for line in err.splitlines() if line.startswith("import time:")}
     assert "pipelines.flows" in imported
