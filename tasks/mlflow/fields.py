@@ -7,6 +7,7 @@ the pooled rows' seed and replicate ("all") are no params (`seeds`, `replicates`
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -90,7 +91,20 @@ def is_number(value: Any) -> bool:
 
 def owner() -> str:
     """Name this process so that another one can tell whether it still lives."""
-    return f"{platform.node()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+    return f"{platform.node()}:{os.getpid()}:{_started(psutil.Process())}"
+
+
+def _started(process: psutil.Process) -> str:
+    """Return when a process was started, in seconds since the boot: those of the clock change when it is set."""
+    return f"{process.create_time() - psutil.boot_time():.2f}"
+
+
+def seconds(tag: str) -> float:
+    """Return the time in a tag; where it is no number, one that is long ago."""
+    try:
+        return -math.inf if math.isnan(said := float(tag)) else said
+    except ValueError:
+        return -math.inf
 
 
 def is_dead(owner: str, heard: float) -> bool:
@@ -100,7 +114,7 @@ def is_dead(owner: str, heard: float) -> bool:
     if host != platform.node() or not rest.isdigit():
         return time.time() - heard > SILENT_SECONDS
     try:
-        return f"{psutil.Process(int(rest)).create_time():.2f}" != started
+        return _started(psutil.Process(int(rest))) != started
     except psutil.NoSuchProcess:
         return True
 

@@ -44,6 +44,7 @@ from tasks.mlflow.fields import (
     is_refusal,
     numbers,
     owner,
+    seconds,
     texts,
     variant_key,
     words,
@@ -406,7 +407,7 @@ class Tracker:
         for run in self._search("attributes.status = 'RUNNING'"):
             running.setdefault(run.data.tags.get(OWNER, ""), []).append(run)
         for whose, runs in running.items():
-            if is_dead(whose, max(float(run.data.tags.get(HEARD, math.inf)) for run in runs)):
+            if is_dead(whose, max(seconds(run.data.tags.get(HEARD, "inf")) for run in runs)):
                 for run in runs:
                     self._client.set_terminated(run.info.run_id, "KILLED")
         if result:
@@ -446,9 +447,18 @@ class Tracker:
     def _settle(self, result: str) -> None:
         """Leave it at the finished run of the result, if there is one."""
         if runs := self._search(f"tags.`{RESULT}` = '{result}' and attributes.status = 'FINISHED'"):
-            for run_id in reversed(self._runs.values()):
+            for run_id in self._own():
                 self._client.delete_run(run_id)
             self._runs, self._found = {"": runs[0].info.run_id}, True
+
+    def _own(self) -> list[str]:
+        """Return the unfinished runs, nested ones first, that are still this process's.
+
+        A living process may be taken for dead (it was suspended, say): then two write into the same runs.
+        """
+        unfinished = self._search("attributes.status != 'FINISHED'")
+        own = {run.info.run_id for run in unfinished if run.data.tags.get(OWNER) == self._source[OWNER]}
+        return [run_id for run_id in reversed(self._runs.values()) if run_id in own]
 
     def _beat(self) -> None:
         if "" in self._runs and not self._found:
@@ -461,7 +471,7 @@ class Tracker:
         if not self._found:
             if result:
                 self._send(self._runs[""], tags={RESULT: result})
-            for run_id in reversed(self._runs.values()):
+            for run_id in reversed(self._runs.values()) if result else self._own():
                 self._client.set_terminated(run_id, status)
 
     def _send(

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from tasks.mlflow.fields import is_number, metric_name, variant_key
-from tasks.mlflow.tracking import HEARD, DataSet, Tracker, Writer
+from tasks.mlflow.fields import is_dead, is_number, metric_name, owner, variant_key
+from tasks.mlflow.tracking import HEARD, RESULT, DataSet, Status, Tracker, Writer
 from tests.mft_core.stages.test_compare import Study, changed, mask
 
 ROOT = Path(__file__).parents[3]
@@ -460,11 +461,11 @@ def test_runs_of_a_process_elsewhere_are_closed_and_gone_on_with_once_it_has_bee
 
 
 @pytest.mark.parametrize(
-    ("minutes", "gone_on_with"), [(10, True), (0, False), (None, False)],
-    ids=["silent for ten minutes", "just heard of", "of a version without signs of life"],
+    ("heard", "gone_on_with"), [(10, True), (0, False), (None, False), ("yesterday", True), ("nan", True)],
+    ids=["silent for ten minutes", "just heard of", "of a version without signs of life", "no number", "nan"],
 )  # fmt: skip
-def test_what_is_running_elsewhere_is_gone_on_with_only_if_its_last_sign_of_life_is_old(
-    home: Path, monkeypatch: pytest.MonkeyPatch, minutes: int | None, gone_on_with: bool
+def test_what_is_running_elsewhere_is_gone_on_with_only_if_its_last_sign_of_life_is_old_or_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, heard: int | str | None, gone_on_with: bool
 ) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -474,14 +475,56 @@ def test_what_is_running_elsewhere_is_gone_on_with_only_if_its_last_sign_of_life
     [first] = runs_of(home)
     client = MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     client.delete_tag(first.info.run_id, HEARD)
-    if minutes is not None:
-        client.set_tag(first.info.run_id, HEARD, str(time.time() - 60 * minutes))
+    if heard is not None:
+        tag = heard if isinstance(heard, str) else str(time.time() - 60 * heard)
+        client.set_tag(first.info.run_id, HEARD, tag)
     with Writer(home, "sparsity") as writer:
         track(writer, "second").finish("FINISHED")
     assert writer.problem is None
     assert [(run.info.run_name, run.info.status) for run in runs_of(home)] == (
         [("first", "FINISHED")] if gone_on_with else [("first", "RUNNING"), ("second", "FINISHED")]
     )
+
+
+def test_a_step_of_the_clock_makes_no_process_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, booted = owner(), psutil.boot_time()
+    monkeypatch.setattr("psutil._psplatform.boot_time", lambda: booted + 1.0)
+    assert not is_dead(name, heard=0.0)
+
+
+@pytest.mark.parametrize(
+    ("first_ends", "second_ends"), [("FINISHED", "FINISHED"), ("FINISHED", "KILLED"), ("KILLED", "FINISHED")]
+)
+def test_a_result_stays_recorded_however_one_ends_who_took_its_living_writer_for_dead(
+    home: Path, monkeypatch: pytest.MonkeyPatch, first_ends: Status, second_ends: Status
+) -> None:
+    def finish(tracker: Tracker, status: Status) -> None:
+        tracker.finish(status, "one" if status == "FINISHED" else None)
+
+    def status() -> dict[str, str]:
+        return {run.info.run_name: run.info.status for run in runs_of(home) if run.info.run_name != "w"}
+
+    with Writer(home, "sparsity") as other:
+        with Writer(home, "sparsity") as writer:
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr("tasks.mlflow.tracking.owner", lambda: "elsewhere:7:1.00")
+                first = track(writer, "first")
+            first.variant("v", "v", {})
+            writer.wait(lambda: "v" in first._runs, 60)
+            monkeypatch.setattr("tasks.mlflow.fields.SILENT_SECONDS", -1.0)
+            second = track(other, "second")
+            for name in ("v", "w"):
+                second.variant(name, name, {})
+            other.wait(lambda: "w" in second._runs, 60)
+            assert status() == {"first": "RUNNING", "v": "RUNNING"}, "the second goes on in the runs of the first"
+            finish(first, first_ends)
+        still = "FINISHED" if first_ends == "FINISHED" else "RUNNING"
+        assert status() == {"first": still, "v": still}
+        finish(second, second_ends)
+    assert (writer.problem, other.problem) == (None, None)
+    assert status() == {"first": "FINISHED", "v": "FINISHED"}
+    assert [run.data.tags.get(RESULT) for run in runs_of(home) if run.info.run_name == "first"] == ["one"]
+    assert "RUNNING" not in {run.info.status for run in runs_of(home)}
 
 
 def test_a_sign_of_life_that_is_lost_costs_no_record_and_others_follow(
