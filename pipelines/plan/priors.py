@@ -11,9 +11,11 @@ comparison keeps the priors that it had, whatever has been run since, and so its
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mft_core.errors import ConfigError, told, validated
 from mft_core.methods import REFERENCES, Contrast
 from mft_core.recipes import Compare
 from mft_core.stages import STAGES
@@ -41,13 +43,20 @@ def with_priors(recipe: Compare, evaluated: Sequence[str | None], store: Artifac
     for other in store.manifests("compare"):
         if other["version"] != STAGES["compare"].version:
             continue
-        past = Compare.model_validate(other["recipe"])
-        digests = [other["inputs"][f"eval-{index}"] for index in range(len(past.variants))]
+        name = f"compare {other['key'][:12]}"
+        try:
+            past = validated(Compare, other["recipe"], name)
+            digests = [other["inputs"][f"eval-{index}"] for index in range(len(past.variants))]
+            variances = other["summary"]["unit_variance"]
+        except (ConfigError, KeyError, TypeError) as error:
+            text = "%s is no prior, since other code has written it: %s"  # newer code, into a store that is shared
+            logging.getLogger("mft").warning(text, name, told(error))
+            continue
         treated = _units(recipe, evaluated)["checkpoint"]
         if past.model_copy(update={"priors": {}}) == recipe and treated and treated <= set(digests):
             return past
         if past.profile == recipe.profile and past.question != recipe.question:
-            earlier.append(_Earlier(other["summary"]["unit_variance"], _units(past, digests)))
+            earlier.append(_Earlier(variances, _units(past, digests)))
     if not earlier:
         return recipe
     from mft_core.statistics.effects import UnitVariance  # takes a while

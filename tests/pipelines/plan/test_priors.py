@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from mft_core.store.artifacts import ArtifactStore
@@ -99,3 +101,26 @@ def test_the_priors_of_a_study_are_not_those_of_the_same_study_of_another_traini
     finish(planned(tmp_path, "second", 0.3)[0], store, ACCURACY)
     changed, _ = planned(tmp_path, "first", 0.1, overrides=["fine_tune.epochs=3"])
     assert changed.priors[named(0.1)][1] == 2, "it takes up what is known, as the first could not"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"recipe": {"a_field_of_tomorrow": 1}}, {"inputs": {"eval-0": None}}, {"summary": {"unit_variance": None}}],
+    ids=["a field that is not known", "an evaluation that is missing", "nothing measured"],
+)
+def test_a_comparison_that_other_code_has_written_is_no_prior_and_is_told_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, dict[str, Any]]
+):
+    write_profile(tmp_path)
+    for name, sparsity in (("first", 0.1), ("second", 0.3)):
+        plan, store = planned(tmp_path, name, sparsity)
+        finish(plan, store, ACCURACY)
+    path = sorted((store.home / "artifacts" / "compare").glob("*/manifest.json"))[0]
+    manifest = json.loads(path.read_text())
+    for part, values in changes.items():
+        merged = {**manifest[part], **values}
+        manifest[part] = {name: value for name, value in merged.items() if value is not None}
+    path.write_text(json.dumps(manifest))
+    later, _ = planned(tmp_path, "later", 0.4)
+    assert later.priors[named(0.4)][1] == 2, "of the other one"
+    assert f"compare {path.parent.name[:12]} is no prior" in caplog.text
