@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from mft_core.errors import ConfigError, StageError
 from mft_core.geometry import ROOM, of_a_sequence, read_geometry
 from mft_core.processes import Child, Family
+from mft_core.store.usage import cuda_in_use
 
 IDLE_SECONDS = 60.0
 """after the last evaluation: the next benchmark of a checkpoint follows at once, other stages need the memory"""
@@ -146,8 +146,8 @@ def close() -> None:
 
 def _start(model: Path, precision: str, cpu: bool) -> Server:
     check(model, cpu)
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # what an earlier stage of this process has given back, and torch keeps
+    if cuda := cuda_in_use():
+        cuda.empty_cache()  # what an earlier stage of this process has given back, and torch keeps
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

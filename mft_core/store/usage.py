@@ -73,16 +73,16 @@ def cpu_counters() -> list[Counter]:
 
 def gpu_counters() -> list[Counter]:
     """Return a counter for each GPU on which torch has memory; none before it has."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = cuda_in_use()
+    if cuda is None:
         return []
     try:
         import pynvml
     except ImportError:
         return []
     pynvml.nvmlInit()
-    used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
-    names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in used]
+    used = [index for index in range(cuda.device_count()) if cuda.memory_reserved(index)]
+    names = [f"GPU-{cuda.get_device_properties(index).uuid}" for index in used]
     handles = [pynvml.nvmlDeviceGetHandleByUUID(name) for name in names]
     return [Counter(functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle), 1_000) for handle in handles]
 
@@ -117,8 +117,8 @@ class Meter:
         self._started = time.perf_counter()
         _give_back_free_memory()
         self._resident = _resident()
-        if _on_gpu():
-            sys.modules["torch"].cuda.reset_peak_memory_stats()
+        if cuda := cuda_in_use():
+            cuda.reset_peak_memory_stats()
         self._thread.start()
         return self
 
@@ -137,12 +137,13 @@ class Meter:
         joules = before.get("energy_joules") if before else 0.0
         if joules is not None:
             joules = round(joules + sum(counter.joules for counter in counters), 1) if counters else None
-        on_gpu = sys.modules["torch"].cuda.max_memory_allocated() if _on_gpu() else 0
+        cuda = cuda_in_use()
+        on_gpu = cuda.max_memory_allocated() if cuda else 0
         return {
             "seconds": round(time.perf_counter() - self._started + before.get("seconds", 0.0), 3),
             "peak_memory_bytes": max(on_gpu or self._peak, before.get("peak_memory_bytes", 0)),
             "energy_joules": joules,
-            "device": sys.modules["torch"].cuda.get_device_name() if on_gpu else processor(),
+            "device": cuda.get_device_name() if cuda and on_gpu else processor(),
             "alone": self._alone,
         }
 
@@ -199,9 +200,10 @@ def compare(promised: Mapping[str, float] | None, used: Mapping[str, Any], stage
         )
 
 
-def _on_gpu() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.cuda.is_initialized())
+def cuda_in_use() -> Any:
+    """Return `torch.cuda` where this process uses a GPU, else None; torch may be half imported by another thread."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda if getattr(cuda, "is_initialized", bool)() else None
 
 
 def _give_back_free_memory() -> None:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -27,6 +27,18 @@ def test_memory_is_what_was_added_while_the_work_ran(tmp_path, monkeypatch):
     assert 70e6 < used["peak_memory_bytes"] < 200e6
     assert used["alone"]
     assert "cores" in used["device"]
+
+
+@pytest.mark.parametrize("reached", [(), ("cuda",)])
+def test_a_stage_that_is_measured_while_another_thread_imports_torch_is_not_lost(tmp_path, monkeypatch, reached):
+    half = ModuleType("torch")
+    for name in reached:
+        setattr(half, name, ModuleType(f"torch.{name}"))
+    monkeypatch.setitem(sys.modules, "torch", half)
+    monkeypatch.setattr(usage, "SAMPLE_SECONDS", 0.01)
+    with Meter(tmp_path) as meter:
+        time.sleep(0.05)
+    assert "cores" in meter.used["device"]
 
 
 def test_a_fork_holds_what_this_process_holds_and_a_program_its_own(tmp_path, monkeypatch):
