@@ -135,6 +135,8 @@ def run_stage(label: str, call: StageCall, made: dict[str, Made], place: Workpla
         url = store.shared.url if store.shared else None
         job = Job(store.home, store.holder, url, stage.name, *given, call.rerun, notes)
         ref = place.cluster.build(job, call.label, key, report)
+        if (own := store.manifest(stage.name, key)) and own["digest"] != ref.digest:
+            ref.local_path(store)  # computed again, in a worker's own home: the older copy here gives way
     else:
         with _LIGHT:
             ref = store.build(stage, *given, report=report, force=call.rerun, notes=notes).ref
