@@ -170,8 +170,10 @@ def _p_values(rows: Sequence[Row], level: float) -> Figure:
         if row["p_value"] < _LEAST_P:
             axes.annotate("↓", (rank, _LEAST_P), (0, 5), textcoords="offset points", ha="center", color="0.25")
     axes.set_yscale("log")
+    # matplotlib's own labels are TeX, which `drawing.save` shows as it is written
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(_LEAST_P / 2, 2.0)
-    axes.set_xlabel("tests of the study, the least p-value first")
+    axes.set_xlabel("exploratory tests of the study, the least p-value first")
     axes.set_ylabel(f"p-value, not adjusted\n(↓: below {_LEAST_P:g})")
     axes.grid(axis="y", color="0.93", linewidth=0.7, zorder=0)
     steps = max(1, math.ceil(len(ordered) / 12))
