@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from statsmodels.stats.multitest import multipletests
 
 from mft_core import compute
 from mft_core.analysis.layer_scores import CANDIDATES, CandidateName, score_group, score_sites
@@ -33,6 +32,7 @@ from mft_core.masks.sites import Site, choose_sites, find_sites, n_layers
 from mft_core.recipes import PredictLayers
 from mft_core.stage import Progress, StageContext
 from mft_core.statistics.tables import pooled
+from mft_core.statistics.verdicts import holm
 from mft_core.statistics.winner import MEAN
 from mft_core.training.loop import TrainingData
 
@@ -167,7 +167,7 @@ def _matches(
                 found.append({**where, **match, "p_holm": 1.0, "family": family, "verdict": UNCLEAR, **choice})
     for family in {match["family"] for match in found}:  # the tests on the mean, and apart from them the others
         together = [match for match in found if match["family"] == family]
-        adjusted = multipletests([match["p_value"] for match in together], method="holm")[1]
+        adjusted = holm([match["p_value"] for match in together])
         for match, p_value in zip(together, adjusted.tolist(), strict=True):
             match["p_holm"] = p_value
             if p_value <= 0.05:
