@@ -165,8 +165,9 @@ def run(
         from pipelines.report.command import undecided_contrasts
         from pipelines.report.looks import declared
 
+        done: set[str] = set()  # a look judges what the one before has drawn, and draws none of it again
         for look in declared(asked):
-            rows, table, page = _run_study(look, rerun)
+            rows, table, page = _run_study(look, rerun, done)
             if not (contrasts := undecided_contrasts(look)):
                 break
             print(f"undecided with {look.replicates} fine-tunings: {', '.join(contrasts)}", file=sys.stderr)
@@ -177,13 +178,13 @@ def run(
     print(f"report:          {page}\nbrowse the runs: mft up   (then the MLflow and Prefect UIs)")
 
 
-def _run_study(asked: Asked, rerun: list[str] | None) -> Any:
-    """Run a study; returns its rows, its table and its page."""
+def _run_study(asked: Asked, rerun: list[str] | None, done: set[str] | None = None) -> Any:
+    """Run a study; returns its rows, its table and its page. What is `done` is not computed again."""
     from pipelines.config.study import load_study
     from tasks.mlflow import client
 
     plans, store = _checked_plans(asked, rerun)
-    given = plans, store, load_study(asked.study), asked, rerun or []
+    given = plans, store, load_study(asked.study), asked, rerun or [], done
 
     def planned(flows: Any) -> Any:
         client.load()  # takes seconds, in which the Prefect server starts

@@ -111,20 +111,28 @@ def mft_pipeline(
 
 
 def run_study(
-    plans: Sequence[Plan], store: ArtifactStore, whole: Study, asked: Asked, rerun: Sequence[str]
+    plans: Sequence[Plan],
+    store: ArtifactStore,
+    whole: Study,
+    asked: Asked,
+    rerun: Sequence[str],
+    done: set[str] | None = None,
 ) -> tuple[list[dict[str, Any]], str, str]:
     """Run studies as one: what they share is computed once, in whatever order it becomes possible.
 
     Args:
         plans: of the studies that `whole` is made of, or of itself.
         whole: the study that the user named.
+        done: ids of nodes that earlier looks of one command have seen to, not to be computed again; is added to.
 
     Returns:
         the rows of the reports, their tables in Markdown, and the HTML page of the whole.
     """
+    done = set() if done is None else done
+    before = len(done)
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
-        display = Display(len(nodes))
+        display = Display(len({node.id for node in nodes} - done))
         name = "-".join(plan.study.name for plan in plans)[:80]
         logfile = stack.enter_context(_logged(store, name, asked.command, display))
         writer = stack.enter_context(Writer(store.home, asked.study, warn))
@@ -136,16 +144,16 @@ def run_study(
                 recorder.progress(call, progress)
 
         place = stack.enter_context(workplace(plans, store, display, record))
-        done: set[str] = set()
         if any(plan.search for plan in plans):
-            done = _search(plans, place, recorders, display, rerun)
+            _search(plans, place, recorders, display, rerun, done)
             studies = [plan.study for plan in plans]  # planned again with what was found
             plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds, asked.replicates)
             for plan, recorder in zip(plans, recorders, strict=True):
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
-            display.expect(len({node.id for node in nodes} | done))
+            display.expect(len({node.id for node in nodes} | done) - before)
         outcomes = run_nodes(nodes, place, display, rerun, done)
+        done.update(outcomes)
         cached = {node_id for node_id, outcome in outcomes.items() if outcome.cached}
         reports = [read_report(plan, store, cached) for plan in plans]
         pages = [
@@ -185,10 +193,14 @@ def run_verdict(
 
 
 def _search(
-    plans: Sequence[Plan], place: Workplace, recorders: Sequence[Recorder], display: Display, rerun: Sequence[str]
-) -> set[str]:
-    """Run the plans' searches one after the other; return the ids of all nodes that were seen to."""
-    done: set[str] = set()
+    plans: Sequence[Plan],
+    place: Workplace,
+    recorders: Sequence[Recorder],
+    display: Display,
+    rerun: Sequence[str],
+    done: set[str],
+) -> None:
+    """Run the plans' searches one after the other; the ids of all nodes that are seen to are added to `done`."""
 
     def run(nodes: list[Node]) -> dict[str, Outcome]:
         outcomes = run_nodes(nodes, place, display, rerun, done)
@@ -198,7 +210,6 @@ def _search(
     for plan, recorder in zip(plans, recorders, strict=True):
         if plan.search:
             run_search(plan.search, place.store, run, recorder, display)
-    return done
 
 
 def _show(report: Report, links: str) -> None:

@@ -322,6 +322,18 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_table_and_repeats_n
     assert len(finished) == len(set(finished))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stage_that_is_asked_for_again_is_computed_once_in_all_looks_of_a_run(tmp_path):
+    write_profile(tmp_path)
+    write_study(tmp_path, [{"method": "fft"}, {"method": "magnitude"}], contrasts={"primary": ["magnitude - fft"]})
+    run(tmp_path, "--replicates", "4")  # so that what a later look adds is cached too
+    _, err = run(tmp_path, "--until", "decided", "--replicates", "4", "--rerun", "fine-tune")
+    assert "undecided with 3 fine-tunings" in err, "else there is one look"
+    again = [label for label in computed(err) if label.startswith("fine-tune")]
+    assert sorted(again) == ["fine-tune sums", *(f"fine-tune sums replicate={index}" for index in (1, 2, 3))]
+
+
 def test_the_flow_of_one_chain_offers_every_method_and_refuses_another():
     from prefect.exceptions import ParameterTypeError
 

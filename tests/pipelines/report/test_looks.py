@@ -107,7 +107,7 @@ def until_decided(tmp_path, monkeypatch, capsys):
     def run(accuracy, *options):
         read = []
 
-        def finished(look, rerun):
+        def finished(look, rerun, done):
             plans, store = cli._checked_plans(look, None)
             finish(*plans, store, {"fft": 0.5, "mft": accuracy})
             read.append(look.replicates)
