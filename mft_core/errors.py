@@ -39,6 +39,11 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library says, 200 characters at most; the rest is advice of its own."""
+    return str(error).strip().split("\n")[0][:_SHOWN] or type(error).__name__
+
+
 def did_you_mean(word: str, valid: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the nearest valid word, or "" when nothing is near."""
     near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)

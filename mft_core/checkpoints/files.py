@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 
 from mft_core.checkpoints.names import Piece, find_pieces
 from mft_core.compute import PROCESS_WIDE
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, first_line
 from mft_core.names import inside
 from mft_core.sandbox import asks_for_code
 from mft_core.store.sources import parts, terms
@@ -205,7 +205,7 @@ def _unreadable(directory: Path, error: Exception) -> ConfigError:
                 return ConfigError(
                     f"model = {directory}: {path.name} is damaged or not whole ({damage}); download it again."
                 )
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    reason = first_line(error)
     if isinstance(error, UnpicklingError):
         reason = "pickled ones (*.bin) are read as plain tensors only, and these are more, or damaged"
     return ConfigError(f"model = {directory}: its weights cannot be loaded ({reason:.200}). Download it again.")
@@ -266,7 +266,7 @@ def check_written(directory: Path) -> None:
         if (directory / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its readers raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise StageError(f"the checkpoint that was made cannot be loaded, nothing of it is kept: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, first_line
 from mft_core.store.outputs import check_new, whole_or_absent
 
 _KEY = "dequantised_from"
@@ -61,7 +61,7 @@ def import_gguf(file: Path, out: Path) -> str:
             )
             tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, **given)
         except Exception as error:  # transformers raises whatever its readers raise
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise ConfigError(f"FILE = {file}: transformers cannot read it ({reason:.200}).") from error
         config = loaded.config
         vars(config).pop("quantization_config", None)  # transformers saves nothing that has one

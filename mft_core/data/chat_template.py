@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mft_core.data.rows import Conversation, Message, Placed
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, first_line
 from mft_core.sandbox import FAULTS, Apart, asks_for_code, check_chat_template, next_rendering
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -64,7 +64,7 @@ def read_tokenizer(directory: Path, chat_template: Path | None = None) -> PreTra
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         tokenizer("a")  # of settings of the wrong kind it complains when it is asked
     except Exception as error:  # transformers and tokenizers raise whatever their readers raise
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise (
             asks_for_code(directory, "tokenizer_config.json")
             or asks_for_code(directory, "config.json")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mft_core.data import shapes
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, first_line
 from mft_core.recipes import MixturePart
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def _read_array(path: Path) -> list[Any]:
             rows: list[Any] = json.loads(handle.read().decode("utf-8-sig"))
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"data file {path}: a JSON array that cannot be read ({_reason(error)}); valid: one array of all rows, or "
-            "one JSON object per line."
+            f"data file {path}: a JSON array that cannot be read ({first_line(error)}); valid: one array of all rows, "
+            "or one JSON object per line."
         ) from error
     if not rows:
         raise ConfigError(f"data file {path}: empty; it needs at least one row.")
@@ -129,13 +129,9 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
                 yield from batch.to_pylist()
             empty = file.metadata.num_rows == 0
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"data file {path}: damaged ({_reason(error)}); copy or download it again.") from error
+        raise ConfigError(f"data file {path}: damaged ({first_line(error)}); copy or download it again.") from error
     if empty:
         raise ConfigError(f"data file {path}: empty; it needs at least one row.")
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -153,7 +149,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     found = True
                     yield number, _parse_line(line, f"{path} line {number}")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"data file {path}: damaged gzip ({_reason(error)}); compress or copy it again.") from error
+        raise ConfigError(
+            f"data file {path}: damaged gzip ({first_line(error)}); compress or copy it again."
+        ) from error
     except OSError as error:
         raise ConfigError(f"data file {path}: cannot be read ({error.strerror}); check its permissions.") from error
     if not found:
@@ -200,7 +198,7 @@ def load_table(directory: Path, part: MixturePart) -> Dataset:
                 f"data set {directory}: {asked}; set config of the mixture's part to one of {', '.join(configs)}."
             ) from error
         raise ConfigError(
-            f"data set {directory}: cannot be loaded ({_reason(error.__cause__ or error)}); valid: Parquet or JSONL."
+            f"data set {directory}: cannot be loaded ({first_line(error.__cause__ or error)}); valid: Parquet or JSONL."
         ) from error
     if part.split not in splits:
         raise ConfigError(

@@ -18,7 +18,7 @@ from transformers.utils.logging import get_verbosity, set_verbosity
 from mft_core.checkpoints.files import read_config
 from mft_core.data.assistant_tokens import check_same_tokens
 from mft_core.data.chat_template import chat_prompt, read_tokenizer
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, first_line
 from mft_core.evaluation.lm_eval_harness import check_task, load_tasks, seeded, settled
 from mft_core.evaluation.outcomes import cluster_of, outcomes_of
 from mft_core.recipes import Evaluate, Runtime
@@ -109,7 +109,7 @@ def _told(what: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ConfigError(f"{what} ({type(error).__name__}: {reason}).") from error
 
 

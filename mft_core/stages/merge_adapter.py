@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 
 from mft_core.checkpoints.files import check_written, copy_files, load_model, read_config, save_model
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, first_line
 from mft_core.recipes import MergeAdapter
 from mft_core.stage import StageContext
-from mft_core.store.sources import first_line, parts
+from mft_core.store.sources import parts
 
 
 def run(recipe: MergeAdapter, inputs: Mapping[str, Path], out: Path, context: StageContext) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run(recipe: MergeAdapter, inputs: Mapping[str, Path], out: Path, context: St
         raise
     except Exception as error:  # peft raises whatever its readers raise
         raise ConfigError(
-            f"model = {adapter}: the adapter cannot be merged into {base} ({first_line(error):.200}). Is that the "
+            f"model = {adapter}: the adapter cannot be merged into {base} ({first_line(error)}). Is that the "
             "model that it was trained on? `base:` of the profile names another."
         ) from error
     save_model(merged, out / "model", dtype, base)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from mft_core.cache_key import digest, digest_file, digest_files
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, first_line
 
 if TYPE_CHECKING:
     from mft_core.store.artifacts import ArtifactStore
@@ -97,11 +97,6 @@ class Source(BaseModel):
         if self.files and _digest(root, self.files) != self.digest:
             return "its content was changed since it was read"
         return None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what the hub's client says; the rest is advice for its own users."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def parts(kind: Literal["model", "tokenizer"], directory: Path) -> list[str]:

@@ -37,7 +37,7 @@ from mft_core.cache_key import digest
 from mft_core.compute import own_randomness
 from mft_core.data.batching import StepBatches, micro_batches, plan_epochs
 from mft_core.data.tokens import Limits, TokenDataset
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, first_line
 from mft_core.recipes import Training
 from mft_core.stage import Progress, StageContext
 from mft_core.training import parallel, sharded
@@ -301,7 +301,7 @@ class _Loop:
             advice = "lower runtime.micro_batch_tokens" if divisible else "use training.optimizer adamw-8bit"
             raise StageError(
                 f"out of memory in a pass over {' x '.join(map(str, max(shapes)))} tokens "
-                f"({str(error).splitlines()[0].rstrip('.')}). Set runtime.gradient_checkpointing to true, or {advice}."
+                f"({first_line(error).rstrip('.')}). Set runtime.gradient_checkpointing to true, or {advice}."
             ) from error
         self.limit = min(self.limit, max(divisible)) // 2
         self.trainable.discard_gradients()

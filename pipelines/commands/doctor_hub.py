@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from mft_core.errors import ConfigError, did_you_mean
+from mft_core.errors import ConfigError, did_you_mean, first_line
 from mft_core.evaluation import code_sandbox
 from mft_core.evaluation.code_metrics import executes
 from mft_core.evaluation.lm_eval_harness import check_scoring, task_leaves, task_manager
@@ -108,7 +108,7 @@ def _repository(
     except RepositoryNotFoundError:
         return Finding(what, False, f"the hub has no such {kind}, or it is private. {_token()}")
     except (OSError, httpx.HTTPError) as error:
-        return Finding(what, False, f"the hub does not say: {resolve.first_line(error)}")
+        return Finding(what, False, f"the hub does not say: {first_line(error)}")
     return Finding(what, True, "to be had from the hub")
 
 

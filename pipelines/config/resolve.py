@@ -21,14 +21,14 @@ from mft_core.cache_key import digest, digest_files
 from mft_core.checkpoints.gguf import dequantised
 from mft_core.data.overlap import has_runs, question_of
 from mft_core.data.row_files import read_json_lines
-from mft_core.errors import ConfigError
+from mft_core.errors import ConfigError, first_line
 from mft_core.evaluation import judged, vllm_server
 from mft_core.evaluation.benchmarks import TASKS, Definition, definitions, questions
 from mft_core.geometry import Geometry, read_geometry
 from mft_core.layers import format_layers, parse_layers
 from mft_core.methods import SELECTORS, uses
 from mft_core.store.artifacts import ArtifactStore
-from mft_core.store.sources import Source, first_line, local_checkpoint, local_file, local_files, parts, pinned
+from mft_core.store.sources import Source, local_checkpoint, local_file, local_files, parts, pinned
 from pipelines.config.by_name import FOLDERS
 from pipelines.config.setup import BenchmarkSpec, ModelSpec, Resolved, ResolvedModel, Setup, SourceSpec, datas
 

@@ -34,7 +34,7 @@ from typing import Any
 
 import psutil
 
-from mft_core.errors import ConfigError, StageError
+from mft_core.errors import ConfigError, StageError, first_line
 from mft_core.names import without_secrets, without_user
 from mft_core.processes import Child, Family
 from mft_core.store.artifacts import ArtifactStore
@@ -161,7 +161,7 @@ def check_answers() -> None:
         ):
             client.read_flows(limit=1)
     except Exception as error:  # whatever answers there
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         if isinstance(error, httpx.TimeoutException):
             why = f"no answer within {ANSWER_SECONDS:.0f} seconds"
         elif isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):

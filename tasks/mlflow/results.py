@@ -29,7 +29,7 @@ from typing import Any
 import pandas as pd
 from pyarrow import parquet
 
-from mft_core.errors import ConfigError, did_you_mean
+from mft_core.errors import ConfigError, did_you_mean, first_line
 from tasks.mlflow.client import open_client
 from tasks.mlflow.tracking import ALL_RUNS, EXECUTED
 
@@ -175,7 +175,7 @@ def _client() -> Iterator[Any]:
         yield open_client(uri)
     except MlflowException as error:
         raise ConfigError(
-            f"MLflow at {uri} cannot be read: {str(error).splitlines()[0]}. Start its server, or set "
+            f"MLflow at {uri} cannot be read: {first_line(error)}. Start its server, or set "
             "MLFLOW_TRACKING_URI to a store that is there."
         ) from error
 
