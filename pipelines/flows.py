@@ -129,7 +129,6 @@ def run_study(
         the rows of the reports, their tables in Markdown, and the HTML page of the whole.
     """
     done = set() if done is None else done
-    before = len(done)
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         display = Display(len({node.id for node in nodes} - done))
@@ -145,13 +144,13 @@ def run_study(
 
         place = stack.enter_context(workplace(plans, store, display, record))
         if any(plan.search for plan in plans):
-            _search(plans, place, recorders, display, rerun, done)
+            done |= _search(plans, place, recorders, display, rerun)
             studies = [plan.study for plan in plans]  # planned again with what was found
             plans = make_plans(studies, plans[0].profile, store, asked.overrides, asked.seeds, asked.replicates)
             for plan, recorder in zip(plans, recorders, strict=True):
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
-            display.expect(len({node.id for node in nodes} | done) - before)
+            display.expect(len({node.id for node in nodes} | done))
         outcomes = run_nodes(nodes, place, display, rerun, done)
         done.update(outcomes)
         cached = {node_id for node_id, outcome in outcomes.items() if outcome.cached}
@@ -193,14 +192,10 @@ def run_verdict(
 
 
 def _search(
-    plans: Sequence[Plan],
-    place: Workplace,
-    recorders: Sequence[Recorder],
-    display: Display,
-    rerun: Sequence[str],
-    done: set[str],
-) -> None:
-    """Run the plans' searches one after the other; the ids of all nodes that are seen to are added to `done`."""
+    plans: Sequence[Plan], place: Workplace, recorders: Sequence[Recorder], display: Display, rerun: Sequence[str]
+) -> set[str]:
+    """Run the plans' searches one after the other; return the ids of all nodes that were seen to."""
+    done: set[str] = set()
 
     def run(nodes: list[Node]) -> dict[str, Outcome]:
         outcomes = run_nodes(nodes, place, display, rerun, done)
@@ -210,6 +205,7 @@ def _search(
     for plan, recorder in zip(plans, recorders, strict=True):
         if plan.search:
             run_search(plan.search, place.store, run, recorder, display)
+    return done
 
 
 def _show(report: Report, links: str) -> None:
