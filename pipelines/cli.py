@@ -250,7 +250,7 @@ def stage(
     given = name, plans, store, asked, rerun or []
 
     def planned(flows: Any) -> Any:
-        return flows.STAGE_FLOWS[name], lambda: flows.run_stage(*given)
+        return flows.stage_flow(name), lambda: flows.run_stage(*given)
 
     made = _run_flow(store, planned, asked, rerun)
     if as_json:
@@ -430,7 +430,7 @@ def _run_flow(
     wait_for_prefect()
     interrupt.handle_signals()
     try:
-        return flows.with_work(served, interruptible)(**asked.parameters, rerun=rerun or [])
+        return flows.with_work(served, interruptible)(**asked.parameters, rerun=rerun or []).unquote()
     except httpx.HTTPError as error:
         raise StageError(f"{lost_server()} ({error})\nThe same command continues where this one stopped.") from error
 

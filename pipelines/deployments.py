@@ -10,7 +10,10 @@ from typing import Any
 
 from prefect import Flow, serve
 
-from pipelines.flows import STAGE_FLOWS, mft_ablation, mft_pipeline
+from mft_core.stages import STAGES
+from pipelines.flows import mft_ablation, mft_pipeline, stage_flow
+
+STAGE_FLOWS: dict[str, Flow[Any, Any]] = {name: stage_flow(name) for name in STAGES}
 
 globals().update({name.replace("-", "_"): flow for name, flow in STAGE_FLOWS.items()})
 

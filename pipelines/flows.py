@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefect import Flow, flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
 
 from mft_core.errors import ConfigError, StageError
 from mft_core.methods import MethodName
 from mft_core.stage import Progress
-from mft_core.stages import STAGES
 from mft_core.statistics.tables import without_seed
 from mft_core.store.artifacts import ArtifactStore
 from pipelines.config.profile import load_profile
@@ -228,11 +228,12 @@ def _logged(store: ArtifactStore, name: str, command: str, display: Display) -> 
             raise StageError(f"{error}\nlog: {path}") from error
 
 
-def _stage_flow(stage: str) -> Flow[Any, Any]:
-    """Make the flow that runs one stage of a study, and what it needs."""
+@functools.cache
+def stage_flow(stage: str) -> Flow[Any, Any]:
+    """Return the flow that runs one stage of a study, and what it needs; made when asked for, since it takes time."""
 
     @flow(name=stage, flow_run_name="{study} on {profile}", task_runner=_runner(), persist_result=False)
-    def stage_flow(
+    def own_flow(
         study: str = "sparsity",
         profile: str = "tiny",
         overrides: list[str] = [],  # noqa: B006
@@ -243,7 +244,7 @@ def _stage_flow(stage: str) -> Flow[Any, Any]:
         asked = Asked(study, profile, overrides, seeds, replicates)
         return run_stage(stage, *asked.checked_plans(rerun), asked, rerun)
 
-    return stage_flow
+    return own_flow
 
 
 def run_stage(
@@ -266,10 +267,13 @@ def run_stage(
     ]
 
 
-def with_work(served: Flow[Any, R], work: Callable[[], R]) -> Flow[Any, R]:
-    """Return a served flow, with its name and parameters, that does this work: of a caller who has planned already."""
-    here = copy.copy(served)
-    here.fn = functools.wraps(served.fn)(lambda *args, **named: work())
+def with_work(served: Flow[Any, R], work: Callable[[], R]) -> Flow[Any, Any]:
+    """Return a served flow, with its name and parameters, that does this work: of a caller who has planned already.
+
+    Its result is quoted: in the thousands of rows of a large study Prefect would look for futures for seconds.
+    """
+    here: Flow[Any, Any] = copy.copy(served)
+    here.fn = functools.wraps(served.fn)(lambda *args, **named: quote(work()))
     return here
 
 
@@ -293,6 +297,3 @@ def _up_to(stage: str, plans: Sequence[Plan]) -> list[Node]:
             f"stage = {stage}: {names} has none; its stages are {', '.join(sorted({n.stage for n in everything}))}."
         )
     return closure(wanted)
-
-
-STAGE_FLOWS: dict[str, Flow[Any, Any]] = {name: _stage_flow(name) for name in STAGES}
