@@ -120,7 +120,7 @@ def shown(cells: list[Any], kind: str) -> list[str]:
     return [data[kind] for data in found if kind in data]
 
 
-@pytest.mark.parametrize(("name", "figures", "tables"), [("sensitivity", 5, 3), ("masks", 7, 3), ("results", 3, 7)])
+@pytest.mark.parametrize(("name", "figures", "tables"), [("sensitivity", 5, 3), ("masks", 7, 3), ("results", 3, 8)])
 def test_a_notebook_runs_top_to_bottom_and_every_cell_shows_something(
     home: Path, name: str, figures: int, tables: int
 ) -> None:
