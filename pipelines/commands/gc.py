@@ -1,9 +1,9 @@
 """What under `MFT_HOME` no kept study reaches, and its removal; called by `mft gc`.
 
-A study is kept as long as its page lies in `reports/`: beside it stands which artifacts its result rests on
-(`pipelines.commands.roots`). Kept are also comparisons, which later ones look back on, and what was made or asked for
-in the last days, as by a run that was killed, with its inputs. While a run lives nothing is done, and none begins
-meanwhile; a store that machines share is not touched.
+A study is kept as long as its page lies in `reports/`: beside it stands which artifacts its result rests on (`ROOTS`,
+written with the page). Kept are also comparisons, which later ones look back on, and what was made or asked for in the
+last days, as by a run that was killed, with its inputs. While a run lives nothing is done, and none begins meanwhile; a
+store that machines share is not touched.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
+import logging
 import os
 import re
 import shutil
@@ -22,14 +24,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
+
 from mft_core.errors import ConfigError
 from mft_core.store import manifests
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.commands.roots import ROOTS, Root, read
 from pipelines.servers.runs import LOCK, runs
 from pipelines.servers.services import prefect_home
 from tasks.mlflow.client import tracking_uri
 
+ROOTS = "artifacts.json"
 _HALF_MADE = ("artifacts/*/.*", "reports/*/.unf*", "models/.incomplete-*", ".fetch-*")
 """under `MFT_HOME`: what killed runs and fetches left"""
 _ALL = 10**9
@@ -37,6 +41,39 @@ _ALL = 10**9
 _ENDED = "state_type IN ('COMPLETED', 'FAILED', 'CRASHED', 'CANCELLED') AND end_time < :until"
 _KILLED = "state_type IN ('RUNNING', 'PENDING', 'CANCELLING') AND coalesce(start_time, created) < :until"
 """what Prefect has of flow runs that nobody could tell it the end of: no run lives here"""
+
+
+class _Root(BaseModel):
+    result: str | None
+    artifacts: list[str]
+
+
+def keep(page: Path, command: str, result: str | None, artifacts: Sequence[str]) -> None:
+    """Say beside a page what its result rests on; what other commands have written there stays kept.
+
+    Where that is damaged it is left: what it kept would count as waste.
+
+    Args:
+        result: key by which MLflow knows it.
+        artifacts: `stage/key` each.
+    """
+    path = page.with_name(ROOTS)
+    try:
+        before = _read_roots(path)
+    except FileNotFoundError:
+        before = {}
+    except (OSError, ValueError):
+        logging.getLogger("mft").warning("%s is damaged and is left as it is; `mft gc` says what to do", path)
+        return
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    roots = {**before, command: _Root(result=result, artifacts=sorted(artifacts))}
+    text = json.dumps({name: root.model_dump() for name, root in roots.items()}, indent=1)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _read_roots(path: Path) -> dict[str, _Root]:
+    return TypeAdapter(dict[str, _Root]).validate_json(path.read_bytes())
 
 
 @dataclass(frozen=True)
@@ -116,11 +153,11 @@ def _touched(path: Path) -> float:
     return max(each.lstat().st_mtime for each in (path, *within))
 
 
-def _roots(home: Path) -> list[Root]:
-    found: list[Root] = []
+def _roots(home: Path) -> list[_Root]:
+    found: list[_Root] = []
     for page in sorted((home / "reports").glob("*/report.html")):
         try:
-            found += read(page).values()
+            found += _read_roots(page.with_name(ROOTS)).values()
         except (OSError, ValueError) as error:
             text = page.with_suffix(".md").read_text("utf-8", "replace") if page.with_suffix(".md").is_file() else ""
             ran = re.search(r"\bmft run ([^`\n]+)", text)
@@ -169,10 +206,10 @@ def _mlflow_runs(home: Path, before: float, results: set[str]) -> list[str]:
     """Return the runs of old results that are not kept, with the runs nested in them, and those deleted before."""
     if not (home / "mlflow.db").is_file() or not tracking_uri(home).startswith("sqlite:"):
         return []
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(home)
     import mlflow
     from mlflow.entities import ViewType
 
+    mlflow.set_tracking_uri(tracking_uri(home))
     try:
         experiments = [experiment.experiment_id for experiment in mlflow.search_experiments(view_type=ViewType.ALL)]
         found = mlflow.search_runs(experiments, "", ViewType.ALL, max_results=_ALL, output_format="list")
@@ -213,7 +250,7 @@ def _delete_from_mlflow(run_ids: Sequence[str]) -> None:
     """Delete runs for good, with their files and the models that they have logged, by MLflow's own command."""
     from mlflow.cli import cli
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient, get_tracking_uri
 
     client = MlflowClient()
     for run_id in run_ids:
@@ -229,8 +266,7 @@ def _delete_from_mlflow(run_ids: Sequence[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         for at in range(0, len(run_ids), 500):
             some = ",".join(run_ids[at : at + 500])
-            uri = os.environ["MLFLOW_TRACKING_URI"]
-            cli.main(["gc", "--backend-store-uri", uri, "--run-ids", some], standalone_mode=False)
+            cli.main(["gc", "--backend-store-uri", get_tracking_uri(), "--run-ids", some], standalone_mode=False)
 
 
 def _delete_from_prefect(home: Path, days: int) -> None:

@@ -114,7 +114,7 @@ def test_a_curve_that_an_artifact_lacks_is_no_curve_without_rows(plan, tmp_path,
 def test_every_number_of_a_finished_study_is_found_again_and_its_pages_are_attached(tmp_path, monkeypatch, replicates):
     import mlflow
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which mlflow sets, and no other test may find
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
     profile = load_profile(str(write_profile(tmp_path)))
     masks = {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3], "mask.training.learning_rate": [0.01, 0.1]}}
@@ -192,7 +192,7 @@ def view_of(experiment: Any) -> dict[str, Any]:
 def test_a_saved_view_shows_the_variants_gains_as_a_table_and_against_what_varies(plan, tmp_path, monkeypatch):
     import mlflow
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which mlflow sets, and no other test may find
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
     store, masks = ArtifactStore(tmp_path / "home"), {"method": "mft", "grid": {"mask.sparsity": [0.1, 0.3]}}
     study = load_study(str(write_study(tmp_path, [{"method": "fft"}, masks, {"method": "magnitude"}])))
