@@ -129,6 +129,7 @@ def run_study(
         the rows of the reports, their tables in Markdown, and the HTML page of the whole.
     """
     done = set() if done is None else done
+    before = set(done)
     nodes = closure(node for plan in plans for node in answers(plan))
     with contextlib.ExitStack() as stack:
         display = Display(len({node.id for node in nodes} - done))
@@ -150,7 +151,7 @@ def run_study(
             for plan, recorder in zip(plans, recorders, strict=True):
                 recorder.expect(plan)
             nodes = closure(node for plan in plans for node in answers(plan))
-            display.expect(len({node.id for node in nodes} | done))
+            display.expect(len(({node.id for node in nodes} | done) - before))
         outcomes = run_nodes(nodes, place, display, rerun, done)
         done.update(outcomes)
         cached = {node_id for node_id, outcome in outcomes.items() if outcome.cached}

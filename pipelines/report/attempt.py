@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+failed: list[str] = []
+"""what could not be made in this process"""
 
 
 def attempt(what: str, make: Callable[[], T], otherwise: T) -> T:
@@ -20,5 +22,6 @@ def attempt(what: str, make: Callable[[], T], otherwise: T) -> T:
         return make()
     except Exception as error:
         print(f"warning: report: {what} could not be made ({type(error).__name__}: {error})", file=sys.stderr)
+        failed.append(what)
         logging.getLogger("mft").warning("report: %s could not be made", what, exc_info=True)
         return otherwise

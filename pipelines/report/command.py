@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.commands.roots import Root, is_current, keep, state
+from pipelines.commands.gc import keep
 from pipelines.config import yaml_to_setups
 from pipelines.config.study import Study, load_study
 from pipelines.report.asked import Asked
 from pipelines.report.chosen import for_profile, refuse_edges
 from pipelines.report.composite import composite_report
 from pipelines.report.looks import declared, undecided
-from pipelines.report.page import PAGE, write_report
+from pipelines.report.page import PAGE, is_current, write_report
 from pipelines.report.report import NotRun, Report, find_report
 
 
@@ -96,10 +96,9 @@ def write_part(
     """
     own, folder = _asked_of(report, whole, asked), _folder(report, whole, asked, store, out)
     page = folder / PAGE
-    made_of = [report.result, *report.looks, *(manifest["manifest_sha256"] for manifest in report.everything.values())]
-    if anew or not is_current(page, own.command, made_of):
+    if anew or not is_current(report, folder, own):
         write_report(report, folder, own)
-        keep(page, own.command, Root(result=report.result, artifacts=report.artifacts, pages=state(page, made_of)))
+        keep(page, own.command, report.result, report.artifacts)
     return page
 
 
@@ -109,7 +108,7 @@ def write_index(
     """Write the index of a study that is made of studies, whose pages are written; returns the HTML page."""
     parts = [(report, _folder(report, whole, asked, store, out)) for report in reports]
     page = composite_report(whole, parts, out or asked.directory(store), asked)
-    keep(page, asked.command, Root(result=None, artifacts=[]))  # its parts say it
+    keep(page, asked.command, None, [])  # its parts say it
     return page
 
 

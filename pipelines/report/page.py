@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mft_core.cache_key import digest, digest_file, digest_files
 from mft_core.errors import ConfigError
 from mft_core.store.outputs import check_apart
 from pipelines.report import published, render, sections
 from pipelines.report.asked import Asked
-from pipelines.report.attempt import attempt
+from pipelines.report.attempt import attempt, failed
 from pipelines.report.files import write_tables
 from pipelines.report.report import Report, slug
 from pipelines.report.search_section import FIGURE as SEARCH_FIGURE
 from pipelines.search.tables import TRIALS
 
 PAGE, TEXT, FIGURE = "report.html", "report.md", "figure.png"
+CURRENT = ".current.json"
+"""beside a page: of what it was made, and the digests of its files"""
+_CODE = Path(__file__).resolve().parents[2]
 
 
 def write_report(report: Report, out: Path, asked: Asked) -> Path:
@@ -61,7 +66,32 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
         write_tables({"rows": report.rows, **tables}, folder)
         subtitle = f"Study {study.name} on profile {profile.name}"
         write_pages(folder, study.question, subtitle, sections.of_study(report, asked))
+        if not failed:  # the next run tries again
+            files = {str(path.relative_to(folder)): digest_file(path) for path in folder.rglob("*.*")}
+            (folder / CURRENT).write_text(json.dumps({"made_of": _made_of(report, asked), "files": files}))
     return out / PAGE
+
+
+def is_current(report: Report, out: Path, asked: Asked) -> bool:
+    """Say whether a report's files lie there, each as this code has written it of the same study and results."""
+    try:
+        kept = json.loads((out / CURRENT).read_bytes())
+        files = all(digest_file(out / name) == said for name, said in kept["files"].items())
+        return bool(kept["made_of"] == _made_of(report, asked) and files)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _made_of(report: Report, asked: Asked) -> str:
+    seals = [manifest["manifest_sha256"] for manifest in report.everything.values()]
+    return digest([asked.command, report.plan.study, report.result, *report.looks, *report.analyses, *seals, _code()])
+
+
+@functools.cache
+def _code() -> str:
+    files = [path for top in ("mft_core", "pipelines") for path in (_CODE / top).rglob("*.*")]
+    names = [str(path.relative_to(_CODE)) for path in files if path.suffix in (".py", ".yaml", ".jinja")]
+    return digest_files(_CODE, sorted(names))
 
 
 def write_pages(folder: Path, title: str, subtitle: str, parts: Sequence[render.Section]) -> None:
@@ -91,8 +121,8 @@ def replacing(out: Path) -> Iterator[Path]:
         others = [path.name for path in folder.iterdir() if path.is_file() and (out / path.name).exists()]
         if others and not (out / PAGE).exists():
             raise ConfigError(f"--out {out}: {min(others)} of it is no report's; give a folder of its own.")
-        # the page first: what is left of a killed report is known by it
-        for path in sorted(folder.rglob("*"), key=lambda path: (path.name != PAGE, path)):
+        # the page first: what is left of a killed report is known by it; last, that all of it is there
+        for path in sorted(folder.rglob("*"), key=lambda path: (path.name != PAGE, path.name == CURRENT, path)):
             target = out / path.relative_to(folder)
             if path.is_dir():
                 target.mkdir(exist_ok=True)

@@ -31,12 +31,15 @@ class Decision:
 def decision(report: Report) -> Decision:
     """Judge the winner of the study's contest; without a contest (one rival alone was reached), the rival itself.
 
-    Of several, as those of several domains, the one that says better, or else that of the largest gain.
+    Of those of several domains the one that says better; or else one that leaves it open; of these the largest gain.
     """
     rivals = [row for row in _tests(report) if row["method"] in report.plan.study.contest]
     contest = [row for row in report.tables.get("winners", []) if row["method"] == CONTEST]
-    means = [row for row in contest or rivals if row["benchmark"] == MEAN]
-    row = max(means or contest or rivals, key=lambda row: (row["verdict"] == "better", row["gain"]), default=None)
+    rows = contest or rivals
+    several = {row["domain"] for row in rows if row["benchmark"] == MEAN}
+    heads = [row for row in rows if row["benchmark"] == MEAN or row["domain"] not in several]
+    words = ("worse", "equivalent", "undecided", "better")
+    row = max(heads, key=lambda row: (max(words.index(row["verdict"]), 1), row["gain"]), default=None)
     if row is None:
         return Decision("undecided", "Undecided: there was no time for a single mask; give more time.", None)
     margin = report.plan.comparison()[0].margin

@@ -21,8 +21,7 @@ import pytest
 
 from mft_core.errors import ConfigError
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.commands.gc import collect
-from pipelines.commands.roots import ROOTS, Root, keep
+from pipelines.commands.gc import ROOTS, collect, keep
 from pipelines.servers.runs import LOCK, runs, told_of
 from tasks.mlflow.tracking import Tracker, Writer
 from tests.pipelines.commands.test_status import FAR
@@ -110,7 +109,7 @@ def test_a_kept_study_loses_nothing_and_one_without_a_page_all_but_its_compariso
     index = home / "reports" / "index" / "report.html"  # of a study made of studies: its parts have the artifacts
     index.parent.mkdir()
     index.touch()
-    keep(index, "mft run index", Root(result=None, artifacts=[]))
+    keep(index, "mft run index", None, [])
     with closing(sqlite3.connect(home / "mlflow.db")) as tags, tags:
         tags.execute("DELETE FROM tags WHERE key = 'mft.result'")  # as of an execution that failed
     deleted = gc(home, "--delete")
@@ -175,7 +174,7 @@ def test_a_run_that_begins_while_gc_works_waits_for_its_end(tmp_path: Path) -> N
 
 def test_what_several_commands_have_written_to_one_page_is_all_kept(tmp_path: Path) -> None:
     for command, key in (("a", "1"), ("b", "2"), ("a", "3")):
-        keep(tmp_path / "report.html", command, Root(result=key, artifacts=[f"evaluate/{key}"]))
+        keep(tmp_path / "report.html", command, key, [f"evaluate/{key}"])
     said = json.loads((tmp_path / ROOTS).read_text())
     assert {command: entry["artifacts"] for command, entry in said.items()} == {
         "a": ["evaluate/3"], "b": ["evaluate/2"]}  # fmt: skip
@@ -189,7 +188,7 @@ def test_a_damaged_list_of_roots_stops_gc_and_no_report_and_is_written_over_by_n
     page.parent.mkdir(parents=True)
     page.touch()
     page.with_name(ROOTS).write_bytes(damage)
-    keep(page, "a", Root(result="1", artifacts=["evaluate/1"]))  # if this were all, what b needs would be waste
+    keep(page, "a", "1", ["evaluate/1"])  # if this were all, what b needs would be waste
     assert "is damaged and is left as it is" in caplog.text
     assert page.with_name(ROOTS).read_bytes() == damage
     with pytest.raises(ConfigError, match=rf"{ROOTS} is damaged: remove that, and write it for each run"):
@@ -197,8 +196,8 @@ def test_a_damaged_list_of_roots_stops_gc_and_no_report_and_is_written_over_by_n
     page.with_name(ROOTS).unlink()
     with pytest.raises(ConfigError, match=r"which artifacts it rests on\. Write it: mft report"):
         collect(ArtifactStore(tmp_path), 7, delete=True)
-    keep(page, "a", Root(result="1", artifacts=["evaluate/1"]))
-    keep(page, "b", Root(result="2", artifacts=["evaluate/2"]))
+    keep(page, "a", "1", ["evaluate/1"])
+    keep(page, "b", "2", ["evaluate/2"])
     assert set(json.loads(page.with_name(ROOTS).read_text())) == {"a", "b"}
     assert not collect(ArtifactStore(tmp_path), 7, delete=True).paths["artifacts that no kept study reaches"]
 

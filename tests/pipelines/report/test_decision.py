@@ -93,8 +93,11 @@ def test_of_contests_in_several_domains_the_one_that_says_better_answers(decided
     report, found = decided(**ALIKE, mft=0.5)
     assert found.word == "undecided"
     gains = {"gain": 0.2, "gain_low": 0.1, "gain_high": 0.3, "verdict": "better"}
-    report.tables["winners"].insert(0, {**winner_of(report), "domain": "other", **gains})
+    winners, one = report.tables["winners"], winner_of(report)
+    winners.insert(0, {**one, "domain": "other", "benchmark": "its only one", **gains})
     assert decision(report).word == "better"
+    winners[0] |= {"gain_low": 0.19, "gain_high": 0.21, "verdict": "equivalent"}
+    assert decision(report).word == "undecided", "of the first domain it is open"
 
 
 def planted(profile, home, seed, truth, items):

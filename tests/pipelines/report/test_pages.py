@@ -4,10 +4,10 @@ import pytest
 import yaml
 
 from mft_core.store.artifacts import ArtifactStore
-from pipelines.commands import roots
 from pipelines.config.profile import load_profile
 from pipelines.config.study import load_study
 from pipelines.plan.plan import make_plan
+from pipelines.report import attempt, page, sections
 from pipelines.report.asked import Asked
 from pipelines.report.command import write_part
 from pipelines.report.report import find_report
@@ -21,18 +21,18 @@ def pages(tmp_path, monkeypatch):
     profile = write_profile(tmp_path)
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump({"question": "Which?", "variants": [{"method": "fft"}, {"method": "magnitude"}]}))
-    study, store = load_study(str(path)), ArtifactStore(tmp_path / "home")
+    store = ArtifactStore(tmp_path / "home")
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
 
     def plan():
-        return make_plan(study, load_profile(str(profile)), store)
+        return make_plan(load_study(str(path)), load_profile(str(profile)), store)
 
     finish(plan(), store, {"fft": 0.5, "magnitude": 0.6})
 
     def write(*overrides):
         asked = Asked(str(path), str(profile), list(overrides))
-        page = write_part(find_report(plan(), store), study, asked, store, anew=False)
-        return {file: file.stat().st_mtime_ns for file in page.parent.iterdir()}
+        written = write_part(find_report(plan(), store), load_study(str(path)), asked, store, anew=False)
+        return {file: file.stat().st_mtime_ns for file in written.parent.iterdir()}
 
     return write
 
@@ -50,10 +50,33 @@ def test_pages_that_are_current_are_left_and_those_that_lack_a_file_or_have_anot
     assert table.read_bytes() == whole
 
 
-def test_pages_are_written_where_the_code_or_who_asks_is_another(pages, monkeypatch):
+def test_pages_are_written_where_the_code_the_study_or_who_asks_is_another(pages, tmp_path, monkeypatch):
     first = pages()
-    assert pages("mask.sparsity=0.1") != first, "its command stands on the page"
+    other = pages("mask.sparsity=0.1")
+    assert other != first, "its command stands on the page"
+    again = pages()
+    assert again != other
+    study = yaml.safe_load((tmp_path / "two.yaml").read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**study, "figure": "methods"}))
+    drawn = pages()
+    assert drawn != again
+    assert pages() == drawn
+    monkeypatch.setattr(page, "_code", lambda: "later")
+    assert pages() != drawn
+
+
+def test_a_page_of_which_a_part_could_not_be_made_is_written_anew(pages, tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt, "failed", failed := [])
+    monkeypatch.setattr(page, "failed", failed)
+    with monkeypatch.context() as broken:
+        broken.setattr(sections, "cost", lambda *given: 1 / 0)
+        first = pages()
+    assert failed
+    failed.clear()
     assert pages() != first
-    current = pages()
-    monkeypatch.setattr(roots, "_code", lambda: "later")
-    assert pages() != current
+
+
+def test_files_that_are_not_the_reports_are_none_of_its_own(pages):
+    first = pages()
+    (next(iter(first)).parent / "notes.txt").write_text("mine")
+    assert {file: time for file, time in pages().items() if file in first} == first
