@@ -23,6 +23,8 @@ def pages(tmp_path, monkeypatch):
     path.write_text(yaml.safe_dump({"question": "Which?", "variants": [{"method": "fft"}, {"method": "magnitude"}]}))
     store = ArtifactStore(tmp_path / "home")
     monkeypatch.setenv("MFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(attempt, "failed", failed := [])  # what other tests of this process could not make
+    monkeypatch.setattr(page, "failed", failed)
 
     def plan():
         return make_plan(load_study(str(path)), load_profile(str(profile)), store)
@@ -65,14 +67,12 @@ def test_pages_are_written_where_the_code_the_study_or_who_asks_is_another(pages
     assert pages() != drawn
 
 
-def test_a_page_of_which_a_part_could_not_be_made_is_written_anew(pages, tmp_path, monkeypatch):
-    monkeypatch.setattr(attempt, "failed", failed := [])
-    monkeypatch.setattr(page, "failed", failed)
+def test_a_page_of_which_a_part_could_not_be_made_is_written_anew(pages, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(sections, "cost", lambda *given: 1 / 0)
         first = pages()
-    assert failed
-    failed.clear()
+    assert attempt.failed
+    attempt.failed.clear()
     assert pages() != first
 
 
