@@ -67,7 +67,8 @@ def write_report(report: Report, out: Path, asked: Asked) -> Path:
         subtitle = f"Study {study.name} on profile {profile.name}"
         write_pages(folder, study.question, subtitle, sections.of_study(report, asked))
         if not failed:  # the next run tries again
-            files = {str(path.relative_to(folder)): digest_file(path) for path in folder.rglob("*.*")}
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            files = {str(path.relative_to(folder)): digest_file(path) for path in paths}
             (folder / CURRENT).write_text(json.dumps({"made_of": _made_of(report, asked), "files": files}))
     return out / PAGE
 
