@@ -1,5 +1,7 @@
 """Pages that are left as they are: those that would be written just so."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -31,9 +33,15 @@ def pages(tmp_path, monkeypatch):
 
     finish(plan(), store, {"fft": 0.5, "magnitude": 0.6})
 
+    analysis = tmp_path / "analysis"
+    analysis.mkdir()
+    (analysis / "section.md").write_text("# Looked at\n\nNothing.\n")
+    (analysis / "drawn.png").touch()
+
     def write(*overrides):
         asked = Asked(str(path), str(profile), list(overrides))
-        written = write_part(find_report(plan(), store), load_study(str(path)), asked, store, anew=False)
+        report = replace(find_report(plan(), store), analyses={"look sparsity=0.05": analysis})  # as landscape's
+        written = write_part(report, load_study(str(path)), asked, store, anew=False)
         return {file: file.stat().st_mtime_ns for file in written.parent.iterdir()}
 
     return write
